@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := .venv-stamp
+
+.PHONY: demo test lint teacher bench clean setup
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## the whole DOLLAR pipeline on moving digits, ending in runs/demo/report.html; resumes where it was
+	$(BIN)/python -m recipes.dollar --config recipes/configs/moving_digits.yaml
+
+test: $(STAMP)  ## the test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## style, docstrings and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+teacher: $(STAMP)  ## train the embedded VAE and teacher from nothing (about two hours on two cores)
+	$(BIN)/python -m recipes.moving_digits.train_teacher
+
+bench: $(STAMP)  ## the digits benchmark: three training seeds, full evaluation
+	$(BIN)/python -m benchmarks.digits
+
+clean:  ## remove runs and caches, keep the environment
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Latent-space reward proxies for few-step video generators."""

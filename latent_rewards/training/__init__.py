@@ -1,0 +1,5 @@
+"""What any training loop here needs: a loop, checkpoints that are whole or absent, and stateless randomness."""
+
+from latent_rewards.training.torchvision_guard import mend_torchvision
+
+mend_torchvision()

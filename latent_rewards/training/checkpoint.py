@@ -1,0 +1,168 @@
+"""Folders on disk that are either whole or absent.
+
+The commit protocol: write into a temporary sibling, fsync every file, write ``manifest.json`` with each file's sha256,
+rename, fsync the parent. A crash leaves the old folder or the new one, never a mixture. Tensors go into safetensors and
+everything else into JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+_STEP_FOLDER = re.compile(r"step-(\d{8})")
+_TEMPORARY_PREFIX = ".tmp-"
+
+
+class CheckpointError(RuntimeError):
+    """A stored folder is missing, incomplete or altered; the message names the file and the remedy."""
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hex sha256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def commit_directory(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``path`` when the block ends without an error, and vanishes otherwise.
+
+    An existing ``path`` is replaced: it is renamed aside before the new folder takes its place and removed after.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f"{_TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        files = sorted(p for p in temporary.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(temporary)): file_sha256(p) for p in files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for written in [*files, temporary / MANIFEST, temporary]:
+            _fsync(written)
+        _replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    previous = target.parent / f"{_TEMPORARY_PREFIX}old-{target.name}-{uuid.uuid4().hex[:8]}"
+    if target.exists():
+        target.rename(previous)
+    temporary.rename(target)
+    _fsync(target.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def verify_directory(path: str | Path) -> None:
+    """Check every file of a committed folder against its manifest.
+
+    Raises:
+        CheckpointError: the folder or manifest is missing, or a file is missing or differs.
+    """
+    folder = Path(path)
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder} has no {MANIFEST}: it was not written whole; remove it and write it again")
+    for name, expected in json.loads((folder / MANIFEST).read_text()).items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing though the manifest lists it; restore it or write {folder} again")
+        if file_sha256(file) != expected:
+            raise CheckpointError(f"{file} differs from the manifest (truncated or altered); write {folder} again")
+
+
+def pack_state(state: Any) -> tuple[dict[str, Tensor], Any]:  # noqa: ANN401 - any nest of containers and tensors
+    """Split a nest of dicts, lists, tuples, tensors and plain values into named tensors and a JSON-able tree.
+
+    Raises:
+        TypeError: a leaf is neither a tensor nor a number, text, bool or None.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def pack(node: Any) -> Any:  # noqa: ANN401
+        if isinstance(node, Tensor):
+            name = f"t{len(tensors)}"
+            tensors[name] = node.detach().cpu().clone().contiguous()
+            return {"tensor": name}
+        if isinstance(node, dict):
+            return {"dict": [[pack(key), pack(value)] for key, value in node.items()]}
+        if isinstance(node, list | tuple):
+            return {"list" if isinstance(node, list) else "tuple": [pack(value) for value in node]}
+        if node is None or isinstance(node, bool | int | float | str):
+            return node
+        raise TypeError(
+            f"cannot store a {type(node).__name__} in a checkpoint; use tensors, numbers, texts and containers"
+        )
+
+    return tensors, pack(state)
+
+
+def unpack_state(tensors: dict[str, Tensor], tree: Any) -> Any:  # noqa: ANN401
+    """Invert :func:`pack_state`."""
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, value),) = tree.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {unpack_state(tensors, k): unpack_state(tensors, v) for k, v in value}
+    items = [unpack_state(tensors, v) for v in value]
+    return items if kind == "list" else tuple(items)
+
+
+def save_checkpoint(root: str | Path, step: int, state: Any, *, keep: int = 2) -> Path:  # noqa: ANN401
+    """Commit ``state`` (see :func:`pack_state`) as ``root/step-XXXXXXXX`` and remove all but the ``keep`` newest."""
+    folder = Path(root) / f"step-{step:08d}"
+    tensors, tree = pack_state(state)
+    with commit_directory(folder) as temporary:
+        save_file(tensors or {"empty": torch.zeros(1)}, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, "tree": tree}))
+    for old in _step_folders(Path(root))[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def load_checkpoint(path: str | Path) -> tuple[int, Any]:
+    """Return the step and the state of a committed checkpoint.
+
+    Raises:
+        CheckpointError: see :func:`verify_directory`.
+    """
+    verify_directory(path)
+    content = json.loads((Path(path) / "state.json").read_text())
+    return content["step"], unpack_state(load_file(Path(path) / "state.safetensors"), content["tree"])
+
+
+def latest_checkpoint(root: str | Path) -> Path | None:
+    """Return the newest committed checkpoint under ``root``, or None; leftovers of a crash are ignored."""
+    folders = _step_folders(Path(root))
+    return folders[-1] if folders else None
+
+
+def _step_folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.iterdir() if _STEP_FOLDER.fullmatch(p.name) and (p / MANIFEST).is_file())

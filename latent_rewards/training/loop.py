@@ -1,0 +1,264 @@
+"""One training loop on accelerate: progress, trackers, checkpoints, resume, and no step on a non-finite gradient."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from latent_rewards.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite; raised before the optimiser step, so parameters are untouched."""
+
+
+class HasStateDict(Protocol):
+    """Anything whose state a checkpoint should carry."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state: Any) -> Any:  # noqa: ANN401 - torch's modules return what could not be matched
+        """Restore the state."""
+        ...
+
+
+@dataclass
+class LoopConfig:
+    """Settings of :class:`TrainingLoop`.
+
+    Attributes:
+        num_steps: number of updates, at least 1.
+        seed: root of all randomness of the stage.
+        output_dir: folder for checkpoints and ``history.jsonl``; None keeps nothing on disk.
+        checkpoint_every: updates between checkpoints (the last update is always saved).
+        log_every: updates between entries sent to the trackers.
+        log_with: an accelerate tracker name ("tensorboard", "wandb", "trackio"), or None.
+        max_grad_norm: gradient norm above which gradients are scaled down; 0 does not clip.
+        mixed_precision: "no", "bf16" or "fp16".
+        device: torch device; None leaves the choice to accelerate.
+        progress: draw a progress bar.
+    """
+
+    num_steps: int
+    seed: int = 0
+    output_dir: str | None = None
+    checkpoint_every: int = 100
+    log_every: int = 10
+    log_with: str | None = None
+    max_grad_norm: float = 1.0
+    mixed_precision: str = "no"
+    device: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("num_steps", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.max_grad_norm < 0:
+            raise ValueError(f"max_grad_norm must not be negative; got {self.max_grad_norm}")
+
+
+def warmup_cosine(step: int, num_steps: int, *, warmup: int = 0, floor: float = 0.0) -> float:
+    """Return a learning-rate factor: linear over ``warmup`` steps, then half a cosine from 1 down to ``floor``.
+
+    A function of the step alone, so that a resumed run needs no scheduler state.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: Optimizer, value: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+class Ema:
+    """An exponential moving average of a module's parameters, held as a frozen copy.
+
+    Args:
+        module: the module that is followed.
+        decay: weight of the past, in [0, 1).
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1); got {decay}")
+        self.source = module
+        self.decay = decay
+        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move every parameter by ``1 - decay`` towards the source; copy the buffers."""
+        for mine, theirs in zip(self.module.parameters(), self.source.parameters(), strict=True):
+            mine.lerp_(theirs.detach().to(mine.dtype), 1 - self.decay)
+        for own, followed in zip(self.module.buffers(), self.source.buffers(), strict=True):
+            own.copy_(followed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averaged parameters."""
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the averaged parameters."""
+        self.module.load_state_dict(state)
+
+
+@dataclass
+class TrainingLoop:
+    """Runs a step function; owns the optimiser steps, the progress bar, the trackers and the checkpoints.
+
+    Args:
+        config: see :class:`LoopConfig`.
+        name: stage name, shown in the progress bar and used as the tracker's project.
+        modules: what is trained, by name.
+        optimizers: by name; :meth:`update` takes that name.
+        stateful: anything else a checkpoint must carry (EMA, anchors, guards).
+    """
+
+    config: LoopConfig
+    name: str
+    modules: dict[str, nn.Module]
+    optimizers: dict[str, Optimizer]
+    stateful: dict[str, HasStateDict] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Prepare modules and optimisers for the device and the number of ranks."""
+        self.accelerator = Accelerator(
+            cpu=self.config.device == "cpu",
+            mixed_precision=self.config.mixed_precision,
+            log_with=self.config.log_with,
+            project_dir=self.config.output_dir,
+        )
+        self.device = self.accelerator.device
+        for module in self.modules.values():
+            module.to(self.device)
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+
+    def update(self, optimizer_name: str, loss: Tensor) -> float:
+        """Backpropagate ``loss`` and step one optimiser.
+
+        Gradients are averaged over ranks. Returns the gradient norm before clipping.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is not finite; nothing was changed.
+        """
+        optimizer = self.optimizers[optimizer_name]
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(
+                f"{self.name}: loss {float(loss.detach())} at step {self.step} ({optimizer_name}); parameters kept"
+            )
+        self.accelerator.backward(loss)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._average_gradients(parameters)
+        limit = self.config.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(parameters, limit)) if parameters else 0.0
+        if not math.isfinite(norm):
+            optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(
+                f"{self.name}: gradient norm {norm} at step {self.step} ({optimizer_name}); parameters kept"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+
+    def run(self, step_fn: Callable[[int], Mapping[str, float]]) -> list[dict[str, Any]]:
+        """Call ``step_fn(step)`` for each remaining step and return the whole history, one dict per step.
+
+        ``step_fn`` may raise ``StopIteration`` to end early; what was logged until then is kept and checkpointed.
+        """
+        self.resume()
+        if self.config.log_with:
+            self.accelerator.init_trackers(self.name)
+        bar = tqdm(
+            total=self.config.num_steps,
+            initial=self.step,
+            desc=self.name,
+            disable=not (self.config.progress and self.accelerator.is_main_process),
+            dynamic_ncols=True,
+        )
+        with bar:
+            while self.step < self.config.num_steps:
+                try:
+                    logs = dict(step_fn(self.step))
+                except StopIteration:
+                    self.save()
+                    break
+                self.history.append({"step": self.step, **logs})
+                self.step += 1
+                bar.update()
+                self._report(bar, logs)
+                if self.step % self.config.checkpoint_every == 0 or self.step == self.config.num_steps:
+                    self.save()
+        if self.config.log_with:
+            self.accelerator.end_training()
+        return self.history
+
+    def _report(self, bar: tqdm, logs: Mapping[str, float]) -> None:
+        if self.step % self.config.log_every == 0 or self.step == self.config.num_steps:
+            shown = {k: f"{v:.4g}" for k, v in list(logs.items())[:4] if isinstance(v, int | float)}
+            bar.set_postfix(shown, refresh=False)
+            if self.config.log_with:
+                self.accelerator.log(dict(logs), step=self.step)
+
+    def _parts(self) -> dict[str, HasStateDict]:
+        groups: dict[str, Mapping[str, HasStateDict]] = {
+            "module": self.modules,
+            "optimizer": self.optimizers,
+            "stateful": self.stateful,
+        }
+        return {f"{kind}.{name}": part for kind, group in groups.items() for name, part in group.items()}
+
+    def save(self) -> None:
+        """Commit a checkpoint and the history, if there is an output folder."""
+        if self.config.output_dir is None or not self.accelerator.is_main_process:
+            return
+        parts = self._parts()
+        states = {f"{index}": part.state_dict() for index, part in enumerate(parts.values())}
+        save_checkpoint(
+            self.config.output_dir, self.step, {"parts": states, "names": list(parts), "history": self.history}
+        )
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
+        (Path(self.config.output_dir) / "history.jsonl").write_text(lines)
+
+    def resume(self) -> bool:
+        """Load the newest checkpoint of ``output_dir``, if any; returns whether one was found.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged.
+            ValueError: it holds other parts than this loop.
+        """
+        newest = latest_checkpoint(self.config.output_dir) if self.config.output_dir else None
+        if newest is None:
+            return False
+        step, state = load_checkpoint(newest)
+        parts = self._parts()
+        if state["names"] != list(parts):
+            raise ValueError(f"{newest} holds {state['names']}, this run has {list(parts)}; use another output_dir")
+        for index, part in enumerate(parts.values()):
+            part.load_state_dict(state["parts"][f"{index}"])
+        self.step, self.history = step, state["history"]
+        return True

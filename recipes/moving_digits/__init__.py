@@ -1,0 +1,1 @@
+"""The embedded default: a real, tiny Wan pipeline over moving handwritten digits."""

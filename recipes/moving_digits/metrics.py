@@ -1,0 +1,122 @@
+"""Black-box metrics of the digits world, registered through the public registry.
+
+``digits.legibility`` is what the benchmark tunes: a scikit-learn classifier that nobody can differentiate. It looks at a
+few frames, cuts out what is brightest, and answers with the probability of the digit that the prompt names. Half-erased,
+blurred and blended scans are taught as an eleventh class, so that a blot is not read as whatever it resembles most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.ensemble import ExtraTreesClassifier
+from sklearn.neural_network import MLPClassifier
+from torch import Tensor
+from torch.nn import functional
+
+from latent_rewards.metrics import register_metric
+from latent_rewards.metrics.motion import dis_flow
+from recipes.moving_digits.world import DIGIT_SIZE, DIRECTIONS, parse_prompt, scans
+
+UNREADABLE = 10
+SAMPLED_FRAMES = (0, 4, 8, 12, 16)
+
+
+def cut_digits(frames: Tensor) -> Tensor:
+    """Cut the 16 x 16 pixels around the centre of brightness out of frames and shrink them to 8 x 8.
+
+    Args:
+        frames: ``[N, 3, H, W]`` in [0, 1].
+
+    Returns:
+        ``[N, 64]`` float32, the brightest pixel of each cut scaled to 1 (unless the frame is nearly black).
+    """
+    bright = frames.amax(dim=1)
+    height, width = bright.shape[-2:]
+    # Squaring keeps dim haze from pulling the centre away from the digit.
+    weight = bright.square() + 1e-6
+    weight = weight / weight.sum(dim=(1, 2), keepdim=True)
+    x = (weight.sum(dim=1) * (torch.arange(width) + 0.5)).sum(dim=1)
+    y = (weight.sum(dim=2) * (torch.arange(height) + 0.5)).sum(dim=1)
+    steps = torch.arange(8) * (DIGIT_SIZE / 8) - DIGIT_SIZE / 2 + 1
+    grid_x = ((x[:, None] + steps) * 2 / width - 1)[:, None, :].expand(-1, 8, -1)
+    grid_y = ((y[:, None] + steps) * 2 / height - 1)[:, :, None].expand(-1, -1, 8)
+    soft = functional.avg_pool2d(bright[:, None], 3, stride=1, padding=1, count_include_pad=False)
+    cuts = functional.grid_sample(soft, torch.stack((grid_x, grid_y), dim=-1), align_corners=False).flatten(1)
+    return cuts / cuts.amax(dim=1, keepdim=True).clamp_min(0.2)
+
+
+def _training_cuts(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a classifier learns from: held-in scans as they look when cut from frames, and unreadable ones."""
+    images, labels = scans("train")
+    source = torch.Generator().manual_seed(seed)
+    canvases = functional.pad(functional.interpolate(images[:, None], scale_factor=2, mode="bicubic"), (8, 8, 8, 8))
+    canvases = canvases.clamp(0, 1)
+    shuffled = canvases[torch.randperm(len(canvases), generator=source)]
+    blurred = functional.avg_pool2d(canvases, 7, stride=1, padding=3)
+    keep = (torch.rand(len(canvases), 1, 4, 4, generator=source) > 0.45).float()
+    erased = canvases * functional.interpolate(keep, scale_factor=8)
+    noise = torch.rand(400, 1, 4, 4, generator=source)
+    blots = functional.interpolate(noise, scale_factor=4, mode="bicubic").clamp(0, 1)
+    unreadable = torch.cat([0.5 * (canvases + shuffled), blurred, erased, functional.pad(blots, (8, 8, 8, 8))])
+    unreadable = unreadable[torch.randperm(len(unreadable), generator=source)[: len(canvases)]]
+    frames = torch.cat([canvases, unreadable])
+    noisy = (frames + 0.04 * torch.randn(frames.shape, generator=source)).clamp(0, 1)
+    cuts = cut_digits(torch.cat([frames, noisy]).expand(-1, 3, -1, -1))
+    classes = torch.cat([labels, torch.full((len(unreadable),), UNREADABLE)])
+    return cuts.numpy(), torch.cat([classes, classes]).numpy()
+
+
+@cache
+def legibility_classifier() -> MLPClassifier:
+    """Return the classifier behind ``digits.legibility``, fitted on held-in scans in about two seconds."""
+    cuts, classes = _training_cuts(seed=0)
+    return MLPClassifier((64,), alpha=1e-2, max_iter=40, early_stopping=False, random_state=0).fit(cuts, classes)
+
+
+@cache
+def holdout_classifier() -> ExtraTreesClassifier:
+    """Return a classifier of another family, so that what fools the first need not fool this one."""
+    cuts, classes = _training_cuts(seed=1)
+    return ExtraTreesClassifier(300, min_samples_leaf=2, random_state=1, n_jobs=1).fit(cuts, classes)
+
+
+def _probability_of_named_digit(classifier: Any, videos: Tensor, prompts: Sequence[str]) -> Tensor:  # noqa: ANN401
+    frames = videos[:, [f for f in SAMPLED_FRAMES if f < videos.shape[1]]]
+    cuts = cut_digits(frames.flatten(0, 1)).numpy()
+    probabilities = classifier.predict_proba(cuts).reshape(len(videos), frames.shape[1], -1).mean(axis=1)
+    digits = [parse_prompt(prompt).digit for prompt in prompts]
+    return torch.from_numpy(probabilities[np.arange(len(videos)), digits]).float()
+
+
+@register_metric("digits.legibility", version="1", value_range=(0, 1), needs_prompt=True)
+def legibility(videos: Tensor, *, prompts: Sequence[str]) -> Tensor:
+    """Probability that a frame shows the digit of the prompt, averaged over five frames; a scikit-learn MLP."""
+    return _probability_of_named_digit(legibility_classifier(), videos.cpu(), prompts)
+
+
+@register_metric("digits.legibility_holdout", version="1", value_range=(0, 1), needs_prompt=True)
+def legibility_holdout(videos: Tensor, *, prompts: Sequence[str]) -> Tensor:
+    """Probability of the prompt's digit by randomised trees on other distortions: a guard, never optimised."""
+    return _probability_of_named_digit(holdout_classifier(), videos.cpu(), prompts)
+
+
+@register_metric("digits.direction", version="1", value_range=(0, 1), needs_prompt=True)
+def direction(videos: Tensor, *, prompts: Sequence[str]) -> Tensor:
+    """Half of one plus the cosine between the prompt's direction and the brightness-weighted mean DIS flow."""
+    scores = []
+    for video, prompt in zip(videos.cpu(), prompts, strict=True):
+        wanted = np.asarray(DIRECTIONS[parse_prompt(prompt).direction], dtype=np.float32)
+        # Every fourth frame: displacements of pixels rather than fractions of one.
+        frames = video[::4]
+        flow = dis_flow(frames)
+        weight = frames[:-1].amax(dim=1).numpy()[..., None]
+        mean = (flow * weight).sum(axis=(0, 1, 2)) / max(float(weight.sum()), 1e-6)
+        norm = float(np.linalg.norm(mean))
+        cosine = float(mean @ wanted) / norm if norm > 0.2 else 0.0
+        scores.append(0.5 + 0.5 * cosine)
+    return torch.tensor(scores).clamp(0, 1)

@@ -1,0 +1,105 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from latent_rewards.training.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    commit_directory,
+    latest_checkpoint,
+    load_checkpoint,
+    pack_state,
+    save_checkpoint,
+    unpack_state,
+    verify_directory,
+)
+
+
+def nested_state():
+    module = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return {"optimizer": optimizer.state_dict(), "list": [1, 2.5, None, True, "x"], "tuple": (torch.ones(2), {"a": 1})}
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def test_pack_and_unpack_are_inverse_through_json():
+    state = nested_state()
+    tensors, tree = pack_state(state)
+    assert equal(unpack_state(tensors, json.loads(json.dumps(tree))), state)
+
+
+def test_what_cannot_be_stored_is_refused():
+    with pytest.raises(TypeError, match="set"):
+        pack_state({"x": {1, 2}})
+
+
+def test_save_load_and_keep(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"value": torch.tensor(float(step))}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    step, state = load_checkpoint(latest_checkpoint(tmp_path))
+    assert step == 3 and state["value"] == 3
+
+
+def test_an_error_inside_leaves_the_old_folder_and_no_litter(tmp_path):
+    target = tmp_path / "folder"
+    with commit_directory(target) as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(RuntimeError, match="boom"), commit_directory(target) as temporary:
+        (temporary / "a").write_text("new")
+        raise RuntimeError("boom")
+    assert (target / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
+def test_damage_is_named(tmp_path, damage):
+    folder = save_checkpoint(tmp_path, 1, {"x": torch.ones(100)})
+    victim = folder / "state.safetensors"
+    if damage == "truncate":
+        os.truncate(victim, 50)
+    elif damage == "remove":
+        victim.unlink()
+    else:
+        (folder / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=MANIFEST if damage == "manifest" else "state.safetensors"):
+        load_checkpoint(folder)
+
+
+def test_a_process_killed_while_writing_leaves_a_whole_checkpoint(tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from latent_rewards.training.checkpoint import save_checkpoint\n"
+        "step = 0\n"
+        "while True:\n"
+        "    step += 1\n"
+        "    save_checkpoint(sys.argv[1], step, {'x': torch.full((200_000,), float(step))})\n"
+    )
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+        deadline = time.monotonic() + 60
+        while latest_checkpoint(tmp_path) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.13)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        step, state = load_checkpoint(latest_checkpoint(tmp_path))
+        verify_directory(latest_checkpoint(tmp_path))
+        assert bool((state["x"] == step).all())

@@ -1,0 +1,119 @@
+import math
+
+import pytest
+import torch
+
+from latent_rewards.training.loop import Ema, LoopConfig, NonFiniteError, TrainingLoop, set_learning_rate, warmup_cosine
+from latent_rewards.training.randomness import sample_noise
+
+
+def build(output_dir=None, num_steps=7, **settings):
+    torch.manual_seed(0)
+    module = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    ema = Ema(module, 0.5)
+    config = LoopConfig(num_steps, output_dir=output_dir, checkpoint_every=2, device="cpu", progress=False, **settings)
+    loop = TrainingLoop(config, name="t", modules={"m": module}, optimizers={"m": optimizer}, stateful={"ema": ema})
+    return loop, module, ema
+
+
+def train(loop, module, ema, fail_at=None):
+    def step(index):
+        if index == fail_at:
+            raise KeyboardInterrupt
+        loss = (module(sample_noise(0, "x", index, range(4), (3,))) - 1).square().mean()
+        loop.update("m", loss)
+        ema.update()
+        return {"loss": float(loss.detach())}
+
+    return loop.run(step)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
+    loop, module, ema = build()
+    history = train(loop, module, ema)
+    first = build(str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        train(*first, fail_at=5)
+    again_loop, again_module, again_ema = build(str(tmp_path))
+    assert train(again_loop, again_module, again_ema) == history
+    assert torch.equal(module.weight, again_module.weight)
+    assert torch.equal(ema.module.weight, again_ema.module.weight)
+    assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 7
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+    loop, module, ema = build(str(tmp_path))
+    train(loop, module, ema)
+    weight = module.weight.clone()
+    again = build(str(tmp_path))
+    train(*again, fail_at=0)
+    assert torch.equal(again[1].weight, weight)
+
+
+def test_other_parts_are_refused(tmp_path):
+    train(*build(str(tmp_path)))
+    other, *_ = build(str(tmp_path))
+    other.stateful = {}
+    with pytest.raises(ValueError, match="ema"):
+        other.resume()
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_is_raised_before_the_step(where):
+    loop, module, _ = build()
+    before = module.weight.clone()
+    x = torch.zeros(1, 3)
+    loss = module(x).sum() * math.nan if where == "loss" else (module(x).sum() - module(x).sum().detach()).sqrt()
+    with pytest.raises(NonFiniteError, match="step 0"):
+        loop.update("m", loss)
+    assert torch.equal(module.weight, before)
+    assert module.weight.grad is None or where == "loss"
+
+
+def test_clipping_bounds_the_update():
+    loop, module, _ = build(max_grad_norm=0.5)
+    loop.optimizers["m"] = torch.optim.SGD(module.parameters(), lr=1.0)
+    before = torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+    assert loop.update("m", 100 * module(torch.ones(1, 3)).sum()) == pytest.approx(200.0)
+    after = torch.cat([p.detach().flatten() for p in module.parameters()])
+    assert float((after - before).norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_stop_iteration_ends_early_and_keeps_the_history():
+    loop, _, _ = build()
+
+    def step(index):
+        if index == 3:
+            raise StopIteration
+        return {"loss": 0.0}
+
+    assert len(loop.run(step)) == 3
+
+
+def test_ema_is_the_exact_average():
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(module.weight, 0.0)
+    ema = Ema(module, 0.75)
+    torch.nn.init.constant_(module.weight, 1.0)
+    ema.update()
+    ema.update()
+    assert float(ema.module.weight.detach()) == pytest.approx(1 - 0.75**2)
+    with pytest.raises(ValueError, match="1.0"):
+        Ema(module, 1.0)
+
+
+def test_learning_rate_schedule():
+    assert warmup_cosine(0, 110, warmup=10) == pytest.approx(0.1)
+    assert warmup_cosine(10, 110, warmup=10) == pytest.approx(1.0)
+    assert warmup_cosine(60, 110, warmup=10) == pytest.approx(0.5)
+    assert warmup_cosine(110, 110, warmup=10, floor=0.2) == pytest.approx(0.2)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    set_learning_rate(optimizer, 0.3)
+    assert optimizer.param_groups[0]["lr"] == 0.3
+
+
+@pytest.mark.parametrize("field", ["num_steps", "checkpoint_every", "log_every"])
+def test_bad_settings_are_named(field):
+    with pytest.raises(ValueError, match=field):
+        LoopConfig(**{"num_steps": 1, field: 0})
