@@ -1,7 +1,7 @@
 """Black-box metrics of the digits world, registered through the public registry.
 
-``digits.legibility`` is what the benchmark tunes: a scikit-learn classifier that nobody can differentiate. It looks at a
-few frames, cuts out what is brightest, and answers with the probability of the digit that the prompt names. Half-erased,
+``digits.legibility`` is what the benchmark tunes: a scikit-learn classifier that nobody can differentiate. It looks at
+a few frames, cuts out what is brightest, and answers with the probability of the digit that the prompt names. Erased,
 blurred and blended scans are taught as an eleventh class, so that a blot is not read as whatever it resembles most.
 """
 

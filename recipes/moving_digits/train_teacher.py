@@ -1,7 +1,8 @@
 """Train the embedded teacher from nothing: ``python -m recipes.moving_digits.train_teacher``.
 
 Three stages, each resumable: the VAE on rendered clips; latents of many clips, cached; then a Wan transformer and its
-UMT5 text encoder together, by rectified flow with classifier-free guidance. The result is a stock ``WanPipeline`` folder.
+UMT5 text encoder together, by rectified flow with classifier-free guidance. The result is a stock ``WanPipeline``
+folder.
 """
 
 from __future__ import annotations
