@@ -1,0 +1,265 @@
+"""Students and teachers as folders that an unmodified diffusers pipeline loads.
+
+A student's folder holds the stock pipeline, one scheduler configuration per step count (see
+:mod:`distillation.families.grids`) and ``latent_rewards.json``, which says what the pipeline cannot: the grids, eta,
+the shift and the shape of the latents. Folders are committed whole or not at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillation.errors import DistillationError, MissingPartError
+from distillation.families import (
+    MODEL_INDEX,
+    SIDECAR,
+    STUDENT_KIND,
+    TEACHER_KIND,
+    import_diffusers,
+    read_sidecar,
+)
+from distillation.families.grids import build_scheduler, exportable, scheduler_folder
+from distillation.families.wan import FAMILY, WanDenoiser, WanParts, WanText, load_parts
+from distillation.schedule import RectifiedFlow
+from distillation.student import FewStepStudent, LatentShape
+from latent_rewards.training.checkpoint import MANIFEST, commit_directory, verify_directory
+
+_CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-video
+---
+A few-step student for diffusers' stock `{pipeline}`. Step counts: {counts}; each has its own scheduler folder.
+
+```python
+from diffusers import {pipeline}, {scheduler}
+
+pipe = {pipeline}.from_pretrained("<this folder>")
+pipe.scheduler = {scheduler}.from_pretrained("<this folder>", subfolder="{subfolder}")
+video = pipe(
+    prompt, num_inference_steps={steps}, guidance_scale=1.0, max_sequence_length={length},
+    num_frames={frames}, height={height}, width={width},
+).frames
+```
+
+Seed it with `torch.manual_seed`: `generator=` reaches only the initial noise, not what the scheduler injects.
+"""
+
+
+class StudentError(DistillationError, ValueError):
+    """A folder does not hold a student that can be loaded."""
+
+
+class FolderInUseError(DistillationError, FileExistsError):
+    """The target holds something else, which writing there would remove."""
+
+
+def save_student(student: FewStepStudent, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write a student as a stock pipeline folder, with one scheduler folder per step count; whole or not at all.
+
+    ``scheduler/`` is that of the largest step count. Adapters are merged into the weights. An existing folder is
+    replaced if it was written by this module.
+
+    Args:
+        student: of a :class:`~distillation.families.wan.WanDenoiser`, built with ``latent_shape`` and
+            ``exporter=teacher.exporter``.
+        path: the folder.
+        dtype: of the stored weights, e.g. ``torch.bfloat16``; layers that diffusers keeps in float32 stay so. None
+            keeps them as they are.
+
+    Raises:
+        TimestepsError: see :func:`~distillation.families.grids.exportable`; raised before anything is written.
+        MissingPartError: the student lacks the parts of the pipeline, or its denoiser has no stock pipeline.
+        FolderInUseError: the folder exists and holds something else.
+    """
+    parts, denoiser = student.exporter, student.denoiser
+    if not isinstance(parts, WanParts):
+        raise MissingPartError(
+            f"the student was built with exporter={parts!r}, so the rest of the pipeline is missing; build it with "
+            "exporter=teacher.exporter"
+        )
+    if not isinstance(denoiser, WanDenoiser) or not isinstance(denoiser.schedule, RectifiedFlow):
+        raise MissingPartError(
+            f"a {type(denoiser).__name__} cannot be written as a stock pipeline; supported: WanDenoiser with "
+            "RectifiedFlow"
+        )
+    configurations = exportable(student.grids, student.eta, shift=denoiser.schedule.shift)
+    shape = student.latent_shape()
+    _check_target(Path(path))
+    with commit_directory(path) as folder:
+        default = max(configurations)
+        _write_pipeline(
+            folder, parts.codec.vae, parts.encode, denoiser.transformer, build_scheduler(configurations[default]), dtype
+        )
+        for count, configuration in configurations.items():
+            build_scheduler(configuration).save_pretrained(folder / scheduler_folder(count))
+        sidecar = {
+            "kind": STUDENT_KIND,
+            "timesteps": {str(count): list(grid) for count, grid in student.grids.items()},
+            "eta": student.eta,
+            "shift": denoiser.schedule.shift,
+        }
+        _write_sidecar(folder, sidecar, shape, parts.encode)
+        (folder / "README.md").write_text(_card(parts, configurations, shape), encoding="utf-8")
+
+
+def load_student(
+    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> FewStepStudent:
+    """Return the student in ``path``; ``student.exporter.codec`` is its codec.
+
+    Args:
+        path: a folder written by :func:`save_student`.
+        device: where the networks go.
+        dtype: of the denoiser and the text encoder; the codec stays in float32.
+
+    Raises:
+        StudentError: the folder holds no student.
+        CheckpointError: a file is missing, truncated or altered.
+    """
+    folder = Path(path)
+    sidecar = read_sidecar(folder)
+    if sidecar.get("kind") != STUDENT_KIND or sidecar.get("family") != FAMILY:
+        found = f"kind {sidecar.get('kind')!r}, family {sidecar.get('family')!r}" if sidecar else f"no {SIDECAR}"
+        raise StudentError(
+            f"{folder} holds no student ({found}); expected a folder written by student.save_pretrained, kind "
+            f"{STUDENT_KIND!r} of the family {FAMILY!r}"
+        )
+    if (folder / MANIFEST).is_file():
+        verify_directory(folder)
+    transformer, parts, _ = load_parts(folder, device=device, dtype=dtype, sidecar=sidecar)
+    channels, frames, height, width = sidecar["latent_shape"]
+    return FewStepStudent(
+        WanDenoiser(transformer, RectifiedFlow(sidecar["shift"])),
+        {int(count): grid for count, grid in sidecar["timesteps"].items()},
+        sidecar["eta"],
+        encode=parts.encode,
+        latent_shape=(channels, frames, height, width),
+        exporter=parts,
+    )
+
+
+def save_teacher_pipeline(
+    path: str | Path,
+    *,
+    transformer: nn.Module,
+    vae: nn.Module,
+    text_encoder: nn.Module,
+    tokenizer: Any,  # noqa: ANN401 - any transformers tokenizer
+    scheduler: Any,  # noqa: ANN401 - any diffusers scheduler
+    latent_shape: LatentShape,
+    dtype: torch.dtype | None = torch.bfloat16,
+    max_sequence_length: int | None = None,
+) -> None:
+    """Write components as a stock ``WanPipeline`` folder that :func:`~distillation.families.load_teacher` reads.
+
+    Args:
+        path: the folder; one written by this module is replaced, whole or not at all.
+        transformer: ``WanTransformer3DModel``.
+        vae: ``AutoencoderKLWan``.
+        text_encoder: ``UMT5EncoderModel``.
+        tokenizer: its tokenizer.
+        scheduler: a flow-matching scheduler; its shift becomes the teacher's.
+        latent_shape: (C, F, H, W) of one video; stored beside ``model_index.json``.
+        dtype: of the stored weights, see :func:`save_student`; None keeps them.
+        max_sequence_length: tokens per prompt the transformer was trained with; None: what the tokenizer states.
+
+    Raises:
+        FolderInUseError: the folder exists and holds something else.
+    """
+    _check_target(Path(path))
+    text = WanText(tokenizer, text_encoder, max_sequence_length=max_sequence_length)
+    with commit_directory(path) as folder:
+        _write_pipeline(folder, vae, text, transformer, scheduler, dtype)
+        _write_sidecar(folder, {"kind": TEACHER_KIND}, latent_shape, text)
+
+
+def _check_target(path: Path) -> None:
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / SIDECAR).is_file()):
+        raise FolderInUseError(
+            f"{path} exists and was not written by this library (it has no {SIDECAR}); writing there would remove what "
+            "it holds: give a new folder"
+        )
+
+
+def _write_sidecar(folder: Path, content: dict[str, Any], latent_shape: LatentShape, text: WanText) -> None:
+    content = {
+        **content,
+        "family": FAMILY,
+        "latent_shape": list(latent_shape),
+        "max_sequence_length": text.max_sequence_length,
+    }
+    (folder / SIDECAR).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _write_pipeline(
+    folder: Path,
+    vae: nn.Module,
+    text: WanText,
+    transformer: nn.Module,
+    scheduler: Any,  # noqa: ANN401 - a diffusers scheduler
+    dtype: torch.dtype | None,
+) -> None:
+    pipeline = import_diffusers().WanPipeline(
+        tokenizer=text.tokenizer, text_encoder=text.text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
+    )
+    pipeline.save_config(folder)
+    _write_model(transformer, folder / "transformer", dtype)
+    _write_model(vae, folder / "vae", dtype)
+    encoder: Any = text.text_encoder
+    encoder.save_pretrained(folder / "text_encoder", state_dict=_stored(encoder, dtype))
+    text.tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler.save_pretrained(folder / "scheduler")
+    for file in [folder / MODEL_INDEX, *folder.glob("*/*config.json")]:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        # Where a component was loaded from is nobody's business and wrong elsewhere.
+        if content.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_model(model: Any, folder: Path, dtype: torch.dtype | None) -> None:  # noqa: ANN401 - a diffusers model
+    if getattr(model, "peft_config", None):
+        model = copy.deepcopy(model)
+        model.fuse_lora()
+        model.unload_lora()
+    # A twin that holds the tensors to be stored: they are cast and made contiguous without touching the model in use.
+    with torch.device("meta"):
+        twin = type(model).from_config(model.config)
+    twin.load_state_dict(_stored(model, dtype), assign=True)
+    twin.save_pretrained(folder)
+
+
+def _stored(model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:  # noqa: ANN401 - a model
+    """Return the weights on the CPU, contiguous, in ``dtype`` unless diffusers keeps them in float32; ties are kept."""
+    full = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    seen: dict[tuple[int, torch.Size], Tensor] = {}
+    weights: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        cast = dtype is not None and tensor.is_floating_point() and not set(name.split(".")) & set(full)
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in seen:
+            seen[key] = tensor.detach().to("cpu", dtype if cast else tensor.dtype).contiguous()
+        weights[name] = seen[key]
+    return weights
+
+
+def _card(parts: WanParts, configurations: Mapping[int, Mapping[str, Any]], shape: LatentShape) -> str:
+    steps = max(configurations)
+    scale = parts.codec.vae.config.scale_factor_spatial
+    return _CARD.format(
+        pipeline="WanPipeline",
+        counts=", ".join(map(str, configurations)),
+        scheduler=configurations[steps]["_class_name"],
+        subfolder=scheduler_folder(steps),
+        steps=steps,
+        length=parts.encode.max_sequence_length,
+        frames=4 * shape[1] - 3,
+        height=shape[2] * scale,
+        width=shape[3] * scale,
+    )

@@ -1,0 +1,315 @@
+"""One HTML page that shows what a run made: videos side by side, curves, tables and settings.
+
+The page is a single file: styles, vector charts and H.264 clips are inside it, and a content security policy forbids it
+to ask for anything else. So it opens offline, from a mail or a folder, and still does in ten years. It takes the
+optional packages of the ``report`` extra (jinja2, matplotlib, av), which are imported when first used.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from latent_rewards.contracts import DataError, Prompt, prompt_text
+
+Cell = str | float | int | None
+Series = tuple[Sequence[float] | Tensor, ...]
+"""``(x, y)``, or ``(x, y, low, high)`` for a curve with a band."""
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's colours, which colour-blind readers tell apart; line styles differ too."""
+_LINES = ("-", "--", "-.", ":")
+_INK = "#010203"
+_SMALL = 128
+_TEMPLATE = Path(__file__).with_name("report_template.html")
+
+
+class Report:
+    """Builds a page from the top; every ``add_*`` returns the report, so calls can be chained.
+
+    Args:
+        title: the page's heading.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.blocks: list[dict[str, Any]] = []
+
+    def add_heading(self, text: str) -> Report:
+        """Start a section."""
+        return self._add("heading", text=text)
+
+    def add_text(self, text: str) -> Report:
+        """Add paragraphs of plain text, separated by blank lines."""
+        return self._add("text", paragraphs=[part.strip() for part in text.split("\n\n") if part.strip()])
+
+    def add_table(
+        self,
+        headers: Sequence[str],
+        rows: Sequence[Sequence[Cell]],
+        caption: str = "",
+        *,
+        best: Mapping[str, Literal["max", "min"]] | None = None,
+        unranked: Collection[str] = (),
+        decimals: int = 2,
+    ) -> Report:
+        """Add a table whose first column names the rows.
+
+        Args:
+            headers: one per column.
+            rows: cells; ``None`` and NaN show as a dash. Columns of numbers are right-aligned.
+            caption: what the numbers are.
+            best: columns in which to mark the best value, and whether that is the largest or the smallest.
+            unranked: first cells of rows that do not compete (ceilings, teachers).
+            decimals: digits after the point of floats; integers are shown as they are.
+
+        Raises:
+            DataError: a row is not as long as ``headers``, or ``best`` names no column.
+        """
+        for row in rows:
+            if len(row) != len(headers):
+                raise DataError(f"row {list(row)} has {len(row)} cells for {len(headers)} headers")
+        if unknown := set(best or {}) - set(headers):
+            raise DataError(f"best names {sorted(unknown)}, which is no column of {list(headers)}")
+        numeric = [all(_is_number(row[i]) or row[i] is None for row in rows) for i in range(len(headers))]
+        winners = {
+            headers.index(name): _winner([row[headers.index(name)] for row in rows if row[0] not in unranked], way)
+            for name, way in (best or {}).items()
+        }
+        shown = [
+            {
+                "unranked": row[0] in unranked,
+                "cells": [
+                    {
+                        "text": _show(cell, decimals),
+                        "numeric": numeric[i],
+                        "best": i in winners and row[0] not in unranked and _is_number(cell) and cell == winners[i],
+                    }
+                    for i, cell in enumerate(row)
+                ],
+            }
+            for row in rows
+        ]
+        named = [{"text": header, "numeric": numeric[i]} for i, header in enumerate(headers)]
+        return self._add("table", headers=named, rows=shown, caption=caption)
+
+    def add_curves(
+        self, title: str, series: Mapping[str, Series], x_label: str, y_label: str, caption: str = ""
+    ) -> Report:
+        """Add a line chart of ``{label: (x, y)}`` or ``{label: (x, y, low, high)}``; NaN leaves a gap.
+
+        Raises:
+            DataError: there is no series, or the parts of one differ in length.
+        """
+        if not series:
+            raise DataError(f"chart {title!r} has no series")
+        for label, parts in series.items():
+            if len(parts) not in (2, 4) or len({len(part) for part in parts}) != 1:
+                raise DataError(f"series {label!r} must be (x, y) or (x, y, low, high) of one length")
+        svg = _draw(title, series, x_label, y_label, prefix=f"c{len(self.blocks)}-")
+        return self._add("curves", title=title, svg=svg, caption=caption)
+
+    def add_videos(
+        self,
+        title: str,
+        columns: Mapping[str, Tensor],
+        row_labels: Sequence[Prompt],
+        *,
+        fps: float = 8,
+        scale: int | None = None,
+        caption: str = "",
+    ) -> Report:
+        """Add a grid of looping clips: a row per prompt, a column per method.
+
+        Browsers stop at some 75 players on a page, so show a selection of rows.
+
+        Args:
+            title: heading of the grid.
+            columns: ``{label: videos [N, T, 3, H, W] in [0, 1]}``; N as many as row labels, sizes equal throughout.
+            row_labels: the prompts.
+            fps: frames per second.
+            scale: whole-number enlargement; default: the least that makes the shorter side 128 pixels.
+            caption: what to look at.
+
+        Raises:
+            DataError: there is nothing to show, or shapes or values are wrong.
+        """
+        labels = [prompt_text(prompt) for prompt in row_labels]
+        if not columns or not labels:
+            raise DataError(f"video grid {title!r} needs at least one column and one row")
+        for name, videos in columns.items():
+            if videos.ndim != 5 or len(videos) != len(labels):
+                raise DataError(
+                    f"column {name!r} must be [N, T, 3, H, W] with N = {len(labels)} rows; got {tuple(videos.shape)}"
+                )
+        sizes = {name: tuple(videos.shape[-2:]) for name, videos in columns.items()}
+        if len(set(sizes.values())) != 1:
+            raise DataError(f"video grid {title!r} needs clips of one height and width; got {sizes}")
+        height, width = next(iter(sizes.values()))
+        factor = scale or max(1, math.ceil(_SMALL / min(height, width)))
+        rows = []
+        for i, label in enumerate(labels):
+            clips = [
+                {
+                    "label": f"{name}: {label}",
+                    "data": base64.b64encode(encode_mp4(videos[i], fps=fps, scale=factor)).decode("ascii"),
+                }
+                for name, videos in columns.items()
+            ]
+            rows.append({"label": label, "clips": clips})
+        shown = {"width": _even(width * factor), "height": _even(height * factor), "columns": [*columns]}
+        return self._add("videos", title=title, rows=rows, caption=caption, **shown)
+
+    def add_settings(self, settings: Mapping[str, Any], title: str = "Settings") -> Report:
+        """Add a (nested) mapping as a folded table with dotted names."""
+        return self._add("settings", title=title, entries=_flatten(settings))
+
+    def render(self) -> str:
+        """Return the page as HTML."""
+        import jinja2
+
+        environment = jinja2.Environment(
+            autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        )
+        template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+        has_videos = any(block["kind"] == "videos" for block in self.blocks)
+        return template.render(title=self.title, blocks=self.blocks, has_videos=has_videos)
+
+    def save(self, path: Path | str) -> Path:
+        """Write the page and return its path; a reader never sees half a file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(self.render(), encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+    def _add(self, kind: str, **content: object) -> Report:
+        self.blocks.append({"kind": kind, **content})
+        return self
+
+
+def encode_mp4(video: Tensor, fps: float = 8, scale: int = 1) -> bytes:
+    """Return a clip as H.264 (yuv420p) in MP4, which every browser plays.
+
+    Args:
+        video: ``[T, 3, H, W]`` in [0, 1]; values outside are clipped.
+        fps: frames per second.
+        scale: whole-number enlargement without smoothing; odd sizes are padded by repeating the border.
+
+    Raises:
+        DataError: the shape is another, a value is not finite, or ``fps`` or ``scale`` is not positive.
+    """
+    if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape:
+        raise DataError(f"a clip is [T, 3, H, W]; got shape {tuple(video.shape)}")
+    if not bool(torch.isfinite(video).all()):
+        raise DataError("the clip holds NaN or infinity and cannot be encoded")
+    if fps <= 0 or scale < 1 or scale != int(scale):
+        raise DataError(f"fps must be positive and scale a whole number from 1; got fps={fps}, scale={scale}")
+    import av
+
+    frames = video.detach().float().cpu().clamp(0, 1).repeat_interleave(int(scale), 2).repeat_interleave(int(scale), 3)
+    height, width = frames.shape[2:]
+    frames = functional.pad(frames, (0, width % 2, 0, height % 2), mode="replicate")
+    pixels = (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"
+        stream.options = {"crf": "17", "preset": "medium", "threads": "1"}
+        for frame in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def _even(size: int) -> int:
+    return size + size % 2
+
+
+def _is_number(cell: object) -> bool:
+    return isinstance(cell, (int, float)) and not isinstance(cell, bool)
+
+
+def _show(cell: Cell, decimals: int) -> str:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return "–"
+    if isinstance(cell, float):
+        return f"{cell:.{decimals}f}".replace("-", "\u2212") if math.isfinite(cell) else str(cell)
+    return str(cell)
+
+
+def _winner(cells: Sequence[Cell], way: Literal["max", "min"]) -> float | None:
+    numbers = [float(cell) for cell in cells if _is_number(cell) and not math.isnan(float(cell))]  # type: ignore[arg-type]
+    return (max if way == "max" else min)(numbers, default=None)
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    entries: list[tuple[str, str]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            entries += _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)):
+            entries.append((f"{prefix}{name}", ", ".join(map(str, value)) or "–"))
+        else:
+            entries.append((f"{prefix}{name}", str(value)))
+    return entries
+
+
+def _draw(title: str, series: Mapping[str, Series], x_label: str, y_label: str, *, prefix: str) -> object:
+    """Return the chart as SVG markup that takes its ink from the page, with ids that no other chart uses."""
+    import matplotlib
+    from markupsafe import Markup, escape
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "latent-rewards",
+        "text.parse_math": False,
+        "text.color": _INK,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": _INK,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(8, 4), layout="constrained")
+        axes = figure.add_subplot()
+        for i, (label, (x, y, *band)) in enumerate(series.items()):
+            xs, colour = [float(v) for v in x], PALETTE[i % len(PALETTE)]
+            (line,) = axes.plot(xs, [float(v) for v in y], color=colour, linestyle=_LINES[i % len(_LINES)], linewidth=2)
+            line.set_marker("o" if len(xs) <= 20 else "")
+            line.set_markersize(4)
+            # matplotlib leaves names that begin with an underscore out of the legend.
+            line.set_label(label if not label.startswith("_") else "\u200b" + label)
+            if band:
+                low, high = ([float(v) for v in edge] for edge in band)
+                axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.8)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        if all(float(v).is_integer() for x, *_ in series.values() for v in x):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        columns = max(1, min(4, len(series), 84 // (6 + max(map(len, series)))))
+        figure.legend(loc="outside upper left", ncols=columns, frameon=False, handlelength=2.6)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    for mark in ('id="', "url(#", 'href="#'):
+        svg = svg.replace(mark, mark + prefix)
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1))  # noqa: S704 (title escaped, matplotlib escapes the rest)

@@ -1,0 +1,191 @@
+"""The statistics of the digits benchmark, as pure functions of numbers: closeness, coverage, Fréchet, bootstrap.
+
+Weights count how often a clip is drawn in a bootstrap resample; all ones is the sample itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import wasserstein_distance
+from torch import Tensor
+
+from latent_rewards.contracts import DataError
+from latent_rewards.training.randomness import generator
+
+Weights = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference and its percentile bootstrap interval."""
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+
+def closeness(
+    values: ArrayLike,
+    real: ArrayLike,
+    noise: ArrayLike,
+    *,
+    weights: ArrayLike | None = None,
+    real_weights: ArrayLike | None = None,
+) -> float:
+    """Return ``100 (1 - W1(values, real) / W1(noise, real))`` clipped to 0-100; NaN values do not take part.
+
+    Raises:
+        DataError: no finite value is left, or noise is distributed like real.
+    """
+    real_kept, noise_kept = _kept(real, real_weights, "real"), _kept(noise, None, "noise")
+    scale = wasserstein_distance(noise_kept[0], real_kept[0], noise_kept[1], real_kept[1])
+    if scale == 0:
+        raise DataError("noise and real values have the same distribution: closeness has no zero; drop this metric")
+    kept = _kept(values, weights, "sample")
+    distance = wasserstein_distance(kept[0], real_kept[0], kept[1], real_kept[1])
+    return float(np.clip(100 * (1 - distance / scale), 0, 100))
+
+
+def within_neighbourhood(
+    real: Tensor,
+    samples: Tensor,
+    real_groups: Tensor | None = None,
+    sample_groups: Tensor | None = None,
+    *,
+    neighbours: int = 5,
+) -> Tensor:
+    """Return bool ``[R, N]``: is sample n nearer to real point r than r's k-th nearest real neighbour of its group?
+
+    Args:
+        real: points ``[R, D]``.
+        samples: points ``[N, D]``.
+        real_groups: int64 ``[R]``; a sample counts for real points of its own group only. Default: one group.
+        sample_groups: int64 ``[N]``.
+        neighbours: k, not counting the point itself.
+
+    Raises:
+        DataError: a group has fewer than k + 1 real points.
+    """
+    real, samples = real.double(), samples.double()
+    real_groups = torch.zeros(len(real), dtype=torch.int64) if real_groups is None else real_groups
+    sample_groups = torch.zeros(len(samples), dtype=torch.int64) if sample_groups is None else sample_groups
+    inside = torch.zeros(len(real), len(samples), dtype=torch.bool)
+    for group in real_groups.unique():
+        rows, columns = (real_groups == group).nonzero()[:, 0], (sample_groups == group).nonzero()[:, 0]
+        if len(rows) <= neighbours:
+            raise DataError(f"group {int(group)} has {len(rows)} real points; k = {neighbours} needs {neighbours + 1}")
+        points = real[rows]
+        radius = torch.cdist(points, points).kthvalue(neighbours + 1, dim=1).values
+        inside[rows[:, None], columns[None]] = torch.cdist(points, samples[columns]) < radius[:, None]
+    return inside
+
+
+def coverage(
+    real: Tensor,
+    samples: Tensor,
+    real_groups: Tensor | None = None,
+    sample_groups: Tensor | None = None,
+    *,
+    neighbours: int = 5,
+) -> float:
+    """Return the share in [0, 1] of real points whose neighbourhood holds a sample (Naeem et al. 2020, eq. 6).
+
+    Arguments and errors are those of :func:`within_neighbourhood`.
+    """
+    inside = within_neighbourhood(real, samples, real_groups, sample_groups, neighbours=neighbours)
+    return inside.any(dim=1).double().mean().item()
+
+
+def frechet_distance(
+    features: Tensor, real: Tensor, *, weights: ArrayLike | None = None, real_weights: ArrayLike | None = None
+) -> float:
+    """Return ``|m - m'|^2 + tr(S + S' - 2 (S S')^1/2)`` of the Gaussians fitted to ``[N, D]`` and ``[R, D]``.
+
+    The trace of the root is the sum of the roots of the eigenvalues of ``S^1/2 S' S^1/2``, which is symmetric: no
+    complex part can appear and singular covariances do no harm.
+    """
+    mean, covariance = _moments(features, weights)
+    real_mean, real_covariance = _moments(real, real_weights)
+    values, vectors = torch.linalg.eigh(real_covariance)
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    shared = torch.linalg.eigvalsh(root @ covariance @ root).clamp_min(0).sqrt().sum()
+    distance = (mean - real_mean).square().sum() + covariance.trace() + real_covariance.trace() - 2 * shared
+    return max(distance.item(), 0.0)
+
+
+def resample_weights(count: int, *, resamples: int, seed: int = 0) -> Weights:
+    """Return float64 ``[resamples, count]``: how often each of ``count`` groups is drawn in each resample."""
+    draws = torch.randint(count, (resamples, count), generator=generator(seed, "bootstrap", 0))
+    return (
+        torch.zeros(resamples, count, dtype=torch.float64)
+        .scatter_add_(1, draws, torch.ones(draws.shape).double())
+        .numpy()
+    )
+
+
+def paired_bootstrap(
+    a: ArrayLike,
+    b: ArrayLike,
+    groups: Sequence[object],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Return mean(b - a) over pairs, with an interval that resamples whole groups (the prompts).
+
+    Pairs with a NaN on either side do not take part.
+
+    Raises:
+        DataError: lengths differ, or no pair is left.
+    """
+    differences = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
+    if differences.ndim != 1 or len(differences) != len(groups):
+        raise DataError(f"a, b and groups must have one length; got {differences.shape} and {len(groups)} groups")
+    finite = np.isfinite(differences)
+    if not finite.any():
+        raise DataError("no pair of finite values to compare")
+    index = np.unique(np.asarray(groups)[finite], return_inverse=True)[1]
+    sums, counts = np.bincount(index, differences[finite]), np.bincount(index).astype(np.float64)
+    weights = resample_weights(len(sums), resamples=resamples, seed=seed)
+    return interval(differences[finite].mean(), weights @ sums / (weights @ counts), level=level)
+
+
+def interval(difference: float, resampled: ArrayLike, *, level: float = 0.95) -> Interval:
+    """Return ``difference`` with the central ``level`` of its resampled values."""
+    low, high = np.quantile(np.asarray(resampled), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(difference), float(low), float(high))
+
+
+def weighted_mean(values: ArrayLike, weights: ArrayLike) -> float:
+    """Return the weighted mean of the values that are not NaN; NaN when none has weight."""
+    values, weights = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    kept = ~np.isnan(values) & (weights > 0)
+    return float(np.average(values[kept], weights=weights[kept])) if kept.any() else float("nan")
+
+
+def _kept(values: ArrayLike, weights: ArrayLike | None, name: str) -> tuple[Weights, Weights]:
+    values = np.asarray(values, dtype=np.float64)
+    chosen = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    kept = ~np.isnan(values) & (chosen > 0)
+    if not kept.any() or np.isinf(values[kept]).any():
+        raise DataError(f"{name} values must be finite or NaN, and not all NaN; {int(kept.sum())} can be used")
+    return values[kept], chosen[kept]
+
+
+def _moments(features: Tensor, weights: ArrayLike | None) -> tuple[Tensor, Tensor]:
+    points = features.double()
+    counts = torch.ones(len(points)).double() if weights is None else torch.from_numpy(np.asarray(weights)).double()
+    mean = counts @ points / counts.sum()
+    centred = points - mean
+    return mean, (centred * counts[:, None]).T @ centred / (counts.sum() - 1)
