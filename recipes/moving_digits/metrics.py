@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from latent_rewards.metrics import register_metric
 from latent_rewards.metrics.motion import dis_flow
-from recipes.moving_digits.world import DIGIT_SIZE, DIRECTIONS, parse_prompt, scans
+from recipes.moving_digits.world import DIGIT_SIZE, DIRECTIONS, draw_specs, parse_prompt, render
 
 UNREADABLE = 10
 SAMPLED_FRAMES = (0, 4, 8, 12, 16)
@@ -50,39 +50,36 @@ def cut_digits(frames: Tensor) -> Tensor:
     return cuts / cuts.amax(dim=1, keepdim=True).clamp_min(0.2)
 
 
-def _training_cuts(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return what a classifier learns from: held-in scans as they look when cut from frames, and unreadable ones."""
-    images, labels = scans("train")
+def _training_cuts(seed: int, num_clips: int = 3000) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a classifier learns from: held-in clips, clean and noisy, and some unreadable ones."""
     source = torch.Generator().manual_seed(seed)
-    canvases = functional.pad(functional.interpolate(images[:, None], scale_factor=2, mode="bicubic"), (8, 8, 8, 8))
-    canvases = canvases.clamp(0, 1)
-    shuffled = canvases[torch.randperm(len(canvases), generator=source)]
-    blurred = functional.avg_pool2d(canvases, 7, stride=1, padding=3)
-    keep = (torch.rand(len(canvases), 1, 4, 4, generator=source) > 0.45).float()
-    erased = canvases * functional.interpolate(keep, scale_factor=8)
-    noise = torch.rand(400, 1, 4, 4, generator=source)
-    blots = functional.interpolate(noise, scale_factor=4, mode="bicubic").clamp(0, 1)
-    unreadable = torch.cat([0.5 * (canvases + shuffled), blurred, erased, functional.pad(blots, (8, 8, 8, 8))])
-    unreadable = unreadable[torch.randperm(len(unreadable), generator=source)[: len(canvases)]]
-    frames = torch.cat([canvases, unreadable])
-    noisy = (frames + 0.04 * torch.randn(frames.shape, generator=source)).clamp(0, 1)
-    cuts = cut_digits(torch.cat([frames, noisy]).expand(-1, 3, -1, -1))
-    classes = torch.cat([labels, torch.full((len(unreadable),), UNREADABLE)])
-    return cuts.numpy(), torch.cat([classes, classes]).numpy()
+    specs = draw_specs(num_clips, seed=seed + 100)
+    clips = render(specs, seed=seed + 100)
+    frames = clips[torch.arange(num_clips), torch.randint(clips.shape[1], (num_clips,), generator=source)]
+    noisy = (frames + 0.05 * torch.randn(frames.shape, generator=source)).clamp(0, 1)
+    share = num_clips // 10
+    blurred = functional.avg_pool2d(frames[:share], 7, stride=1, padding=3)
+    keep = (torch.rand(share, 1, 8, 8, generator=source) > 0.55).float()
+    erased = frames[share : 2 * share] * functional.interpolate(keep, scale_factor=4)
+    blots = functional.interpolate(torch.rand(share, 3, 8, 8, generator=source), scale_factor=4, mode="bicubic")
+    blots = functional.pad(blots[..., 8:24, 8:24], (8, 8, 8, 8)).clamp(0, 1)
+    cuts = cut_digits(torch.cat([frames, noisy, blurred, erased, blots]))
+    digits = torch.tensor([spec.digit for spec in specs])
+    return cuts.numpy(), torch.cat([digits, digits, torch.full((3 * share,), UNREADABLE)]).numpy()
 
 
 @cache
 def legibility_classifier() -> MLPClassifier:
     """Return the classifier behind ``digits.legibility``, fitted on held-in scans in about two seconds."""
     cuts, classes = _training_cuts(seed=0)
-    return MLPClassifier((64,), alpha=1e-2, max_iter=40, early_stopping=False, random_state=0).fit(cuts, classes)
+    return MLPClassifier((64,), alpha=1e-2, max_iter=30, random_state=0).fit(cuts, classes)
 
 
 @cache
 def holdout_classifier() -> ExtraTreesClassifier:
     """Return a classifier of another family, so that what fools the first need not fool this one."""
     cuts, classes = _training_cuts(seed=1)
-    return ExtraTreesClassifier(300, min_samples_leaf=2, random_state=1, n_jobs=1).fit(cuts, classes)
+    return ExtraTreesClassifier(200, min_samples_leaf=2, random_state=1, n_jobs=1).fit(cuts, classes)
 
 
 def _probability_of_named_digit(classifier: Any, videos: Tensor, prompts: Sequence[str]) -> Tensor:  # noqa: ANN401

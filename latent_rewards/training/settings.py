@@ -1,0 +1,81 @@
+"""YAML files whose sections are dataclasses: one stage, one dataclass, one section; unknown keys are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class SettingsError(ValueError):
+    """A settings file cannot be used; the message names file, section, key and the nearest known name."""
+
+
+def read_settings(path: str | Path, sections: Mapping[str, type]) -> dict[str, Any]:
+    """Read a YAML file with one mapping per section into dataclasses.
+
+    Args:
+        path: the file, read with ``safe_load``.
+        sections: section name -> dataclass. A section that the file leaves out gets its defaults.
+
+    Returns:
+        ``{section name: dataclass instance}``.
+
+    Raises:
+        SettingsError: the file is missing or no mapping, a section or key is unknown, or a value is refused.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise SettingsError(f"no settings file {file}; give the path of a YAML file")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{file} must hold sections ({', '.join(sections)}); got a {type(content).__name__}")
+    _refuse_unknown(str(file), "section", content, list(sections))
+    return {name: read_section(file, name, kind, content.get(name) or {}) for name, kind in sections.items()}
+
+
+def read_section(file: str | Path, name: str, kind: type, values: Any) -> Any:  # noqa: ANN401 - any dataclass
+    """Return ``kind(**values)``, checked.
+
+    Raises:
+        SettingsError: see :func:`read_settings`.
+    """
+    from trl import TrlParser
+
+    where = f"{file}, section {name!r}"
+    if not isinstance(values, dict):
+        raise SettingsError(f"{where} must be a mapping; got {values!r}")
+    _refuse_unknown(where, "key", values, [field.name for field in dataclasses.fields(kind)])
+    try:
+        (section,) = TrlParser(kind).parse_dict(_numbers(kind, values))
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"{where}: {error}") from error
+    return section
+
+
+def _refuse_unknown(where: str, what: str, found: Mapping[str, Any], known: list[str]) -> None:
+    for name in found:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            raise SettingsError(f"{where}: unknown {what} {name!r}; {hint}")
+
+
+def _numbers(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn texts such as ``1e-3``, which YAML 1.1 does not read as numbers, into floats where a float is expected."""
+    wanted = {field.name for field in dataclasses.fields(kind) if "float" in str(field.type).split("|")[0]}
+
+    def number(value: Any) -> Any:  # noqa: ANN401
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
+
+    return {name: number(value) if name in wanted else value for name, value in values.items()}

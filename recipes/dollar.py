@@ -1,0 +1,392 @@
+"""DOLLAR in one file: VSD, then CD, then latent reward optimisation (arXiv 2412.15689).
+
+    python -m recipes.dollar --config recipes/configs/moving_digits.yaml
+    accelerate launch -m recipes.dollar --config recipes/configs/wan2.1_1.3b.yaml
+
+A teacher becomes a student (VSD, CD); the student's samples are decoded once and scored by the true metrics; a proxy
+learns those scores from latents; the student is tuned on the proxy, which is refreshed while an anchor (VSD again) and
+a held-out metric keep watch. Every stage is kept in ``<output_dir>/<name>/`` and resumes where it was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+import distillation as ds
+import latent_rewards as lr
+from distillation.families import Teacher
+from distillation.families.export import load_student
+from distillation.vsd import VSDAnchor
+from latent_rewards.training.checkpoint import MANIFEST, commit_directory
+from latent_rewards.training.randomness import sample_noise
+from latent_rewards.training.settings import SettingsError, read_settings
+from recipes.page import write_report
+from recipes.prompted import Benchmark, PromptBenchmark, read_prompts
+
+TRAINERS = {"reinforce": lr.ReinforceTrainer, "differentiable": lr.DifferentiableRewardTrainer}
+
+
+@dataclass
+class RunConfig:
+    """What is tuned towards what, and where it is kept.
+
+    Attributes:
+        name: folder of the run below ``output_dir``.
+        teacher: folder or hub id of a diffusers video pipeline.
+        metrics: true metrics; what the student is tuned towards.
+        weights: factor of each metric in the reward; None is 1 for each.
+        holdout: metrics that are never optimised, for early stop and rollback.
+        world: "moving_digits" brings its own prompts, data and benchmark; "prompts" reads ``prompts_file``.
+        prompts_file: a text file with one prompt a line; the last ``num_eval_prompts`` are kept for evaluation.
+        num_prompts: training prompts drawn from the digits world.
+        num_latents: encoded training clips for CD; 0 distils without data. "prompts" has no data.
+        num_queries: student samples the true metrics score before the proxy is trained.
+        num_steps: sampling steps the student is tuned and scored at.
+        num_eval_prompts: prompts of the evaluation (four clips each in the digits world).
+        trainers: which of "reinforce" and "differentiable" tune the student.
+        num_frames: frames of a video; needed where the teacher's folder does not say.
+        height: pixels, likewise.
+        width: pixels, likewise.
+        batch_size: samples per call outside training.
+        output_dir: where runs are kept.
+        seed: root of all randomness.
+        device: torch device; None takes an accelerator if there is one.
+    """
+
+    name: str = "demo"
+    teacher: str = "recipes/moving_digits/weights/teacher"
+    metrics: list[str] = field(default_factory=lambda: ["digits.legibility"])
+    weights: list[float] | None = None
+    holdout: list[str] = field(default_factory=lambda: ["digits.legibility_holdout"])
+    world: Literal["moving_digits", "prompts"] = "moving_digits"
+    prompts_file: str | None = None
+    num_prompts: int = 2048
+    num_latents: int = 2048
+    num_queries: int = 1024
+    num_steps: int = 4
+    num_eval_prompts: int = 40
+    trainers: list[str] = field(default_factory=lambda: ["reinforce"])
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 32
+    output_dir: str = "runs"
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before any work."""
+        if self.weights is not None and len(self.weights) != len(self.metrics):
+            raise SettingsError(f"{len(self.weights)} weights for {len(self.metrics)} metrics; give one for each")
+        if unknown := [name for name in self.trainers if name not in TRAINERS]:
+            raise SettingsError(f"unknown trainers {unknown}; known: {', '.join(TRAINERS)}")
+        if self.world == "prompts" and not self.prompts_file:
+            raise SettingsError("world 'prompts' needs prompts_file, a text file with one prompt a line")
+
+
+@dataclass
+class AnchorConfig:
+    """The VSD anchor that holds the student during reward optimisation.
+
+    Attributes:
+        learning_rate: of its fake score.
+        fake_updates: fake score updates per policy update.
+        warmup: fake score updates before the first policy update, since it starts as a copy of the teacher.
+    """
+
+    learning_rate: float = 2e-4
+    fake_updates: int = 1
+    warmup: int = 50
+
+
+SECTIONS = {
+    "run": RunConfig,
+    "distillation": ds.DistillationConfig,
+    "proxy": lr.ProxyConfig,
+    "lro": lr.LROConfig,
+    "anchor": AnchorConfig,
+}
+
+
+class Dollar:
+    """The pipeline; :meth:`run` goes through all stages and returns the path of the report."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.config: RunConfig = settings["run"]
+        self.folder = Path(self.config.output_dir) / self.config.name
+        self.device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.teacher: Teacher = ds.load_teacher(
+            self.config.teacher,
+            device=self.device,
+            num_frames=self.config.num_frames,
+            height=self.config.height,
+            width=self.config.width,
+        )
+        self.codec = self.teacher.codec
+        if self.config.world == "moving_digits":
+            from recipes.moving_digits.benchmark import training_prompts
+
+            self.prompts, self.eval_prompts = training_prompts(self.config.num_prompts, seed=self.config.seed), []
+        else:
+            self.prompts, self.eval_prompts = read_prompts(str(self.config.prompts_file), self.config.num_eval_prompts)
+        self.oracle = lr.MetricOracle(self.codec, self.config.metrics)
+        self.holdout = lr.MetricOracle(self.codec, self.config.holdout) if self.config.holdout else None
+
+    def run(self) -> Path:
+        """Distil, collect, regress, tune, evaluate, report."""
+        remember_settings(self.folder, self.settings)
+        vsd = self.distil("student_vsd", cd_steps=0)
+        student = self.distil("student")
+        dataset = self.collect(student)
+        proxy = self.fit(dataset)
+        tuned = {name: self.tune(name, student, proxy, dataset) for name in self.config.trainers}
+        benchmark = self.evaluate(vsd, student, {name: policy for name, (policy, _) in tuned.items()})
+        curves = {name: result for name, (_, result) in tuned.items()}
+        histories = {name: read_history(self.folder / "distillation" / name) for name in ("vsd", "cd", "joint")}
+        return write_report(self.folder, self.settings, benchmark, proxy.report, histories, curves)
+
+    def distil(self, name: str, **overrides: Any) -> ds.FewStepStudent:  # noqa: ANN401 - distillation settings
+        """Stage 1 and 2: train (or load) a student; ``cd_steps=0`` stops after VSD."""
+        section = self.section("distillation", "distillation", device=self.device, **overrides)
+
+        def train() -> ds.FewStepStudent:
+            student = ds.FewStepStudent(
+                copy.deepcopy(self.teacher.denoiser),
+                encode=self.teacher.encode,
+                latent_shape=self.teacher.latent_shape,
+                exporter=self.teacher.exporter,
+            )
+            ds.DistillationTrainer(self.teacher, student, self.distillation_data(), section).train()
+            return student
+
+        return self.cached(name, train, lambda s, path: s.save_pretrained(path), self.load_student)
+
+    def distillation_data(self) -> Any:  # noqa: ANN401 - what DistillationTrainer takes
+        """Return encoded clips and their prompts where the world has data, else the prompts alone."""
+        if self.config.world != "moving_digits" or not self.config.num_latents:
+            return self.prompts
+        from recipes.moving_digits.benchmark import training_latents
+
+        count, seed = self.config.num_latents, self.config.seed
+        stored = self.cached(
+            "latents",
+            lambda: lr.RewardDataset.from_tensors(*training_latents(self.codec, count, seed=seed), {}),
+            lambda dataset, path: dataset.save(path),
+            lr.RewardDataset.load,
+        )
+        return stored.latents(), stored.prompts
+
+    def collect(self, student: ds.FewStepStudent) -> lr.RewardDataset:
+        """Stage 3a: score the student's samples with the true metrics; the only time everything is decoded."""
+        return lr.collect_rewards(
+            student,
+            self.prompts,
+            self.oracle,
+            num_samples=self.config.num_queries,
+            output_dir=self.folder / "rewards",
+            seed=self.config.seed,
+            num_steps=self.config.num_steps,
+            batch_size=self.config.batch_size,
+        )
+
+    def fit(self, dataset: lr.RewardDataset) -> lr.RewardProxy:
+        """Stage 3b: regress the proxy on latents."""
+        section = self.section("proxy", device=self.device)
+        return self.cached(
+            "proxy",
+            lambda: lr.train_proxy(dataset, config=section),
+            lambda proxy, path: proxy.save_pretrained(path),
+            lr.RewardProxy.from_pretrained,
+        )
+
+    def tune(
+        self, name: str, student: ds.FewStepStudent, proxy: lr.RewardProxy, dataset: lr.RewardDataset
+    ) -> tuple[ds.FewStepStudent, dict[str, Any]]:
+        """Stage 3c: optimise a copy of the student against a copy of the proxy; returns it and its curves."""
+        curves = self.folder / f"lro_{name}" / "result.json"
+
+        def train() -> ds.FewStepStudent:
+            policy = copy.deepcopy(student)
+            section = self.section("lro", f"lro_{name}", device=self.device)
+            trainer = TRAINERS[name](
+                policy,
+                copy.deepcopy(proxy),
+                self.prompts,
+                config=section,
+                reward=self.reward(),
+                oracle=self.oracle,
+                dataset=dataset,
+                holdout=self.holdout,
+                anchor=self.anchor(student) if section.anchor_weight else None,
+            )
+            result = trainer.train()
+            curves.write_text(json.dumps(dataclasses.asdict(result)))
+            return policy
+
+        policy = self.cached(f"student_{name}", train, lambda s, path: s.save_pretrained(path), self.load_student)
+        return policy, json.loads(curves.read_text())
+
+    def reward(self) -> lr.WeightedSum | None:
+        """Return the weighted sum of several metrics, or None for a single one."""
+        if len(self.config.metrics) == 1:
+            return None
+        weights = self.config.weights or [1.0] * len(self.config.metrics)
+        return lr.WeightedSum(dict(zip(self.config.metrics, weights, strict=True)), normalize="zscore")
+
+    def anchor(self, student: ds.FewStepStudent) -> VSDAnchor:
+        """Return a VSD anchor whose fake score has seen the student's samples."""
+        section, seed = self.settings["anchor"], self.config.seed
+        anchor = VSDAnchor(
+            self.teacher.denoiser,
+            copy.deepcopy(self.teacher.denoiser),
+            guidance_scale=self.settings["distillation"].guidance_scale,
+            encode=self.teacher.encode,
+            learning_rate=section.learning_rate,
+            fake_updates=section.fake_updates,
+            seed=seed,
+        )
+        size = self.config.batch_size
+        for step in range(section.warmup):
+            prompts = [self.prompts[(step * size + row) % len(self.prompts)] for row in range(size)]
+            stack = [
+                sample_noise(seed, f"warmup/{k}", step, range(size), self.teacher.latent_shape, device=self.device)
+                for k in range(self.config.num_steps)
+            ]
+            with torch.no_grad():
+                anchor.loss(student, student.encode(prompts).to(self.device), torch.stack(stack))
+            anchor.after_step()
+        return anchor
+
+    def evaluate(
+        self, vsd: ds.FewStepStudent, student: ds.FewStepStudent, tuned: dict[str, ds.FewStepStudent]
+    ) -> Benchmark:
+        """Score every model on prompts and noise that are the same for all."""
+        benchmark = self.benchmark()
+        guidance = self.settings["distillation"].guidance_scale
+        for steps in (50, 4, 1):
+            calls = steps * (1 if guidance == 1 else 2)
+            sampler = self.teacher_sampler(steps, guidance)
+            benchmark.add(f"teacher, {steps} steps", sampler, num_steps=1, network_evaluations=calls)
+        rows = {"VSD": vsd, "VSD→CD": student, **{f"VSD→CD→LRO ({name})": model for name, model in tuned.items()}}
+        for label, model in rows.items():
+            for steps in sorted({1, self.config.num_steps}, reverse=True):
+                sampler = self.student_sampler(model, steps)
+                benchmark.add(f"{label}, {steps} steps", sampler, num_steps=steps, network_evaluations=steps)
+        return benchmark
+
+    def benchmark(self) -> Benchmark:
+        """Return the evaluation of the run's world."""
+        if self.config.world == "prompts":
+            metrics = [*self.config.metrics, *self.config.holdout]
+            return PromptBenchmark(self.codec, self.teacher.latent_shape, self.eval_prompts, metrics, self.config.seed)
+        from recipes.moving_digits.benchmark import DigitsBenchmark
+
+        benchmark = DigitsBenchmark(
+            self.codec,
+            self.teacher.latent_shape,
+            self.folder / "evaluation",
+            num_prompts=self.config.num_eval_prompts,
+        )
+        benchmark.add_ceilings()
+        return benchmark
+
+    def teacher_sampler(self, num_steps: int, guidance_scale: float) -> Callable[[list[str], Tensor], Tensor]:
+        """Return a function (prompts, noise stack) -> latents that samples the teacher from ``noise[0]``."""
+        encode, denoiser = self.teacher.encode, self.teacher.denoiser
+
+        def sample(prompts: list[str], noise: Tensor) -> Tensor:
+            negative = encode([""] * len(prompts)) if guidance_scale != 1 else None
+            return ds.sample_teacher(
+                denoiser,
+                encode(prompts),
+                noise[0].to(self.device),
+                num_steps=num_steps,
+                guidance_scale=guidance_scale,
+                negative=negative,
+            )
+
+        return sample
+
+    def student_sampler(self, student: ds.FewStepStudent, num_steps: int) -> Callable[[list[str], Tensor], Tensor]:
+        """Return a function (prompts, noise stack) -> latents that samples a student."""
+        return lambda prompts, noise: student.sample(student.encode(prompts), noise.to(self.device), num_steps)
+
+    def section(self, name: str, folder: str | None = None, **overrides: Any) -> Any:  # noqa: ANN401
+        """Return a section with the run's seed and, if ``folder`` is given, its place on disk."""
+        if folder:
+            overrides["output_dir"] = str(self.folder / folder)
+        return dataclasses.replace(self.settings[name], seed=self.config.seed, **overrides)
+
+    def load_student(self, path: Path) -> ds.FewStepStudent:
+        """Load a student of this run onto the run's device."""
+        return load_student(path, device=self.device)
+
+    def cached(
+        self, name: str, make: Callable[[], Any], save: Callable[[Any, Path], None], load: Callable[[Path], Any]
+    ) -> Any:  # noqa: ANN401 - what ``load`` returns
+        """Return what ``folder/name`` holds, making it first if it is not there; rank 0 writes."""
+        path = self.folder / name
+        if not (path / MANIFEST).is_file():
+            made = make()
+            if PartialState().is_main_process:
+                save(made, path)
+            PartialState().wait_for_everyone()
+        return load(path)
+
+
+def remember_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Keep the settings of a run in its folder, and refuse to continue it with others.
+
+    Raises:
+        SettingsError: the folder was begun with other settings; the message names the first that differs.
+    """
+    current = json.loads(json.dumps({name: dataclasses.asdict(section) for name, section in settings.items()}))
+    stored = folder / "settings" / "settings.json"
+    if stored.is_file():
+        before = json.loads(stored.read_text())
+        for section, values in current.items():
+            for key, value in values.items():
+                if before.get(section, {}).get(key) != value:
+                    was = before.get(section, {}).get(key)
+                    raise SettingsError(
+                        f"{folder} was begun with {section}.{key} = {was!r}, now {value!r}; restore it, or run under "
+                        "another name"
+                    )
+    elif PartialState().is_main_process:
+        with commit_directory(stored.parent) as temporary:
+            (temporary / stored.name).write_text(json.dumps(current, indent=1))
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Return the logged updates of a stage, empty if it did not run."""
+    file = folder / "history.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file with the sections " + ", ".join(SECTIONS))
+    parser.add_argument("--name", help="name of the run, instead of the file's")
+    parser.add_argument("--seed", type=int, help="seed of the run, instead of the file's")
+    options = parser.parse_args(arguments)
+    settings = read_settings(options.config, SECTIONS)
+    changed = {key: value for key, value in (("name", options.name), ("seed", options.seed)) if value is not None}
+    settings["run"] = dataclasses.replace(settings["run"], **changed)
+    print(f"report: {Dollar(settings).run()}")
+
+
+if __name__ == "__main__":
+    main()

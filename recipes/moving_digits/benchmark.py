@@ -1,0 +1,169 @@
+"""The digits benchmark as rows of a table: sample, decode, time, score and keep, one method at a time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from latent_rewards.contracts import Codec
+from latent_rewards.metrics import create_metric
+from latent_rewards.training.checkpoint import MANIFEST, commit_directory
+from recipes.moving_digits import metrics as _register  # noqa: F401 - registers digits.*
+from recipes.moving_digits.evaluation import (
+    Evaluation,
+    Reference,
+    build_reference,
+    clip_prompts,
+    evaluate,
+    evaluation_prompts,
+    generate_clips,
+    noise_clips,
+    real_clips,
+)
+from recipes.moving_digits.judge import Judge
+from recipes.moving_digits.world import draw_specs, render, write_prompt
+
+TUNED = "digits.legibility"
+SHOWN = (TUNED, "digits.legibility_holdout", "digits.direction")
+"""Values reported beside the benchmark's dimensions."""
+
+Sampler = Callable[[list[str], Tensor], Tensor]
+"""Prompts and a noise stack ``[num_steps, B, C, F, H, W]`` -> latents."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's result.
+
+    Attributes:
+        label: name in tables.
+        evaluation: scores and per-clip values.
+        seconds: wall time per video, sampling and decoding, in batches of 40; NaN for clips that are not sampled.
+        network_evaluations: calls of the network per video; a guided teacher makes two per step.
+        shown: the first clips of the first prompts ``[M, T, 3, H, W]``, for the report.
+    """
+
+    label: str
+    evaluation: Evaluation
+    seconds: float
+    network_evaluations: int
+    shown: Tensor
+
+
+class DigitsBenchmark:
+    """Scores methods on fixed prompts and noise; rows are kept in ``folder`` and not computed twice.
+
+    Args:
+        codec: of the teacher.
+        latent_shape: (C, F, H, W).
+        folder: where rows and the real reference are kept.
+        num_prompts: the first so many of the 200 evaluation prompts, four clips each.
+        num_shown: prompts whose first clip the report shows.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        latent_shape: Sequence[int],
+        folder: str | Path,
+        *,
+        num_prompts: int = 200,
+        num_shown: int = 6,
+    ) -> None:
+        self.codec, self.latent_shape, self.folder = codec, tuple(latent_shape), Path(folder)
+        self.prompts = evaluation_prompts(num_prompts)
+        self.shown_prompts = self.prompts[:num_shown]
+        self.judge = Judge.load()
+        self.rows: dict[str, Row] = {}
+        stored = self.folder / "reference.safetensors"
+        if stored.is_file():
+            self.reference = Reference.load(stored)
+        else:
+            self.reference = build_reference(self.prompts, self.judge, noise_clips(codec, self.latent_shape))
+            self.reference.save(stored)
+
+    def add_ceilings(self) -> None:
+        """Add real held-out clips, and their reconstruction by the VAE."""
+        self._add("real clips", lambda: (real_clips(self.prompts), float("nan")), 0)
+        self._add("VAE reconstruction", lambda: (self._reconstruct(real_clips(self.prompts)), float("nan")), 0)
+
+    def add(self, label: str, sample: Sampler, *, num_steps: int, network_evaluations: int) -> Row:
+        """Score a sampler on the fixed prompts and noise; returns its row."""
+
+        def make() -> tuple[Tensor, float]:
+            begun = time.perf_counter()
+            clips = generate_clips(
+                lambda prompts, noise: self.codec.decode(sample(prompts, noise)),
+                self.prompts,
+                self.latent_shape,
+                num_steps=num_steps,
+            )
+            return clips, (time.perf_counter() - begun) / len(clips)
+
+        return self._add(label, make, network_evaluations)
+
+    def _add(self, label: str, make: Callable[[], tuple[Tensor, float]], network_evaluations: int) -> Row:
+        folder = self.folder / label.replace(" ", "_").replace("/", "-")
+        if not (folder / MANIFEST).is_file():
+            clips, seconds = make()
+            texts = clip_prompts(self.prompts)
+            values = {name: create_metric(name)(clips, texts) for name in SHOWN}
+            evaluation = evaluate(clips, self.prompts, self.reference, self.judge, extra=values)
+            every = len(clips) // len(self.prompts)
+            with commit_directory(folder) as temporary:
+                evaluation.save(temporary / "evaluation.safetensors")
+                shown = clips[: every * len(self.shown_prompts) : every].contiguous()
+                save_file({"clips": shown}, temporary / "clips.safetensors")
+                facts = {"seconds": seconds, "network_evaluations": network_evaluations}
+                (temporary / "row.json").write_text(json.dumps({"label": label, **facts, "scores": evaluation.scores}))
+        facts = json.loads((folder / "row.json").read_text())
+        evaluation = Evaluation.load(folder / "evaluation.safetensors")
+        shown = load_file(folder / "clips.safetensors")["clips"]
+        self.rows[label] = Row(label, evaluation, facts["seconds"], facts["network_evaluations"], shown)
+        return self.rows[label]
+
+    @torch.no_grad()
+    def _reconstruct(self, clips: Tensor) -> Tensor:
+        return torch.cat([self.codec.decode(self.codec.encode(part)).cpu() for part in clips.split(40)])
+
+    def videos(self) -> dict[str, Tensor]:
+        """Return the shown clips of every row."""
+        return {label: row.shown for label, row in self.rows.items()}
+
+    def table(self) -> tuple[list[str], list[list[str | float | int]]]:
+        """Return headers and rows: dimensions, the tuned metric (0-100), network evaluations, seconds and speed-up."""
+        headers = ["method", "total", "quality", "semantic", "diversity", "Fréchet", "legibility", "evaluations"]
+        teacher = next((row.seconds for row in self.rows.values() if row.label.startswith("teacher, 50")), float("nan"))
+        rows: list[list[str | float | int]] = []
+        for row in self.rows.values():
+            scores = row.evaluation.scores
+            cells = [scores[name] for name in ("total", "quality", "semantic", "diversity", "frechet")]
+            rows.append(
+                [row.label, *cells, 100 * scores[TUNED], row.network_evaluations, row.seconds, teacher / row.seconds]
+            )
+        return [*headers, "s / video", "speed-up"], rows
+
+
+def training_prompts(count: int, *, seed: int) -> list[str]:
+    """Return ``count`` training prompts: held-in combinations in training phrasings."""
+    return [write_prompt(spec, seed=seed, index=i) for i, spec in enumerate(draw_specs(count, seed=seed))]
+
+
+@torch.no_grad()
+def training_latents(codec: Codec, count: int, *, seed: int, batch_size: int = 32) -> tuple[Tensor, list[str]]:
+    """Render and encode ``count`` training clips; returns latents ``[count, C, F, H, W]`` and their prompts."""
+    from tqdm import tqdm
+
+    specs = draw_specs(count, seed=seed)
+    chunks = [
+        codec.encode(render(specs[first : first + batch_size], seed=seed, start_index=first)).cpu()
+        for first in tqdm(range(0, count, batch_size), desc="encode clips", dynamic_ncols=True)
+    ]
+    return torch.cat(chunks), training_prompts(count, seed=seed)

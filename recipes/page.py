@@ -1,0 +1,129 @@
+"""The report of a DOLLAR run: clips side by side, curves, the table, settings and versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from latent_rewards.report import Report
+from recipes.prompted import Benchmark
+
+PACKAGES = ("latent-rewards", "torch", "diffusers", "transformers", "accelerate", "scikit-learn")
+CEILINGS = ("real clips", "VAE reconstruction")
+
+INTRODUCTION = """A teacher that needs 50 steps was distilled into a student of 1 to 4 steps by variational score \
+distillation (VSD) and consistency distillation (CD). A small proxy then learned to predict a black-box metric from \
+latents, and the student was tuned on the proxy (LRO), which was refreshed with true scores as the student changed."""
+
+
+def write_report(
+    folder: Path,
+    settings: Mapping[str, Any],
+    benchmark: Benchmark,
+    proxy_report: Mapping[str, Any],
+    distillation: Mapping[str, Sequence[Mapping[str, Any]]],
+    tuning: Mapping[str, Mapping[str, Any]],
+) -> Path:
+    """Write ``report.html`` into ``folder`` and return its path.
+
+    Args:
+        folder: of the run.
+        settings: section name -> dataclass.
+        benchmark: the evaluated rows.
+        proxy_report: ``proxy.report``.
+        distillation: stage -> logged updates.
+        tuning: trainer -> what its ``TrainResult`` held.
+    """
+    report = Report(f"DOLLAR: {settings['run'].name}").add_text(INTRODUCTION)
+    report.add_videos("Side by side", benchmark.videos(), benchmark.shown_prompts)
+    headers, rows = benchmark.table()
+    highest = [h for h in headers[1:] if h not in ("evaluations", "s / video", "Fréchet", "speed-up")]
+    report.add_table(
+        headers,
+        rows,
+        "All methods on the same prompts and noise. Evaluations: network calls per video (a guided teacher makes two a "
+        "step); seconds include decoding.",
+        best={**dict.fromkeys(highest, "max"), **({"Fréchet": "min"} if "Fréchet" in headers else {})},
+        unranked=CEILINGS,
+    )
+    for name, result in tuning.items():
+        _add_tuning(report, name, result)
+    _add_proxy(report, proxy_report)
+    for stage, history in distillation.items():
+        _add_losses(report, stage, history)
+    report.add_settings({name: dataclasses.asdict(section) for name, section in settings.items()})
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    report.add_settings({**versions, "python": platform.python_version(), "machine": platform.machine()}, "Versions")
+    return report.save(folder / "report.html")
+
+
+def _add_tuning(report: Report, name: str, result: Mapping[str, Any]) -> None:
+    """Draw proxy, true and held-out metrics against updates, and the first two against KL."""
+    history = result["history"]
+    series: dict[str, Any] = {}
+    against_kl: dict[str, Any] = {}
+    kl = {entry["step"]: entry.get("kl", math.nan) for entry in history}
+    for metric in result["true_curve"][0]["true"] if result["true_curve"] else []:
+        steps = [point["step"] for point in result["true_curve"]]
+        for kind in ("proxy", "true"):
+            values = [point[kind][metric] for point in result["true_curve"]]
+            series[f"{kind} {metric}"] = (steps, values)
+            reached = sorted((kl.get(step, math.nan), value) for step, value in zip(steps, values, strict=True))
+            against_kl[f"{kind} {metric}"] = tuple(zip(*reached, strict=True))
+    for metric in result["holdout_curve"][0]["values"] if result["holdout_curve"] else []:
+        points = [(point["step"], point["values"][metric]) for point in result["holdout_curve"]]
+        series[f"held-out {metric}"] = tuple(zip(*points, strict=True))
+    steps = [entry["step"] for entry in history]
+    series["reward (pessimistic proxy)"] = (steps, _smooth([entry["reward"] for entry in history]))
+    best = f" The student of update {result['best_step']} was kept." if result["best_step"] is not None else ""
+    report.add_curves(
+        f"LRO, {name}: metrics while tuning",
+        series,
+        "updates",
+        "metric",
+        f"Proxy and true values on the same fresh samples, before each refresh; {result['num_queries']} true queries "
+        f"in all refreshes.{best}",
+    )
+    if against_kl:
+        report.add_curves(f"LRO, {name}: against KL", against_kl, "KL, nats per latent dimension", "metric")
+
+
+def _add_proxy(report: Report, proxy_report: Mapping[str, Any]) -> None:
+    headers = ["reward", "Spearman", "ridge's", "R²", "ridge's", "MAE", "90 % coverage", "training", "held out"]
+    rows = [
+        [
+            name,
+            values["spearman"],
+            values["ridge"]["spearman"],
+            values["r2"],
+            values["ridge"]["r2"],
+            values["mae"],
+            values["coverage"],
+            values["num_train"],
+            values["num_holdout"],
+        ]
+        for name, values in proxy_report.items()
+    ]
+    report.add_table(headers, rows, "The proxy on samples it was not trained on, before tuning.", decimals=3)
+
+
+def _add_losses(report: Report, stage: str, history: Sequence[Mapping[str, Any]]) -> None:
+    names = [name for name in ("vsd_loss", "cd_loss", "fake_loss") if any(name in entry for entry in history)]
+    series = {}
+    for name in names:
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        series[name] = ([step for step, _ in points], _smooth([value for _, value in points]))
+    if series:
+        report.add_curves(f"Distillation, {stage}: losses", series, "updates", "loss (moving average)")
+
+
+def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
+    smoothed: list[float] = []
+    for value in values:
+        smoothed.append(value if not smoothed else decay * smoothed[-1] + (1 - decay) * value)
+    return smoothed

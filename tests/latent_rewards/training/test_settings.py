@@ -1,0 +1,51 @@
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from latent_rewards.training.settings import SettingsError, read_settings
+
+
+@dataclass
+class Tuning:
+    learning_rate: float = 1e-3
+    limit: float | None = None
+    steps: list[int] = field(default_factory=lambda: [4])
+    mode: Literal["a", "b"] = "a"
+    enabled: bool = False
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
+
+
+def read(tmp_path, text):
+    (tmp_path / "s.yaml").write_text(text)
+    return read_settings(tmp_path / "s.yaml", {"tuning": Tuning, "other": Tuning})
+
+
+def test_values_types_and_defaults(tmp_path):
+    found = read(tmp_path, "tuning: {learning_rate: 1e-4, limit: 2e-1, steps: [1, 2], mode: b, enabled: true}\n")
+    assert found["tuning"] == Tuning(1e-4, 0.2, [1, 2], "b", True)
+    assert found["other"] == Tuning()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tuning: {learning_rat: 1}", "did you mean 'learning_rate'"),
+        ("tunning: {}", "did you mean 'tuning'"),
+        ("tuning: {learning_rate: -1}", "must be positive; got -1"),
+        ("tuning: [1]", "must be a mapping"),
+        ("[1, 2]", "must hold sections"),
+        ("tuning: {a: [}", "not valid YAML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message):
+    with pytest.raises(SettingsError, match=message):
+        read(tmp_path, text)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(SettingsError, match="nowhere.yaml"):
+        read_settings(tmp_path / "nowhere.yaml", {"tuning": Tuning})
