@@ -1,1 +1,73 @@
-"""Distil a many-step video diffusion teacher into a 1-4-step student."""
+"""Distil a many-step video diffusion teacher into a 1-4-step student.
+
+The public names are imported when they are first used, so ``import distillation`` is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distillation.condition import TextCondition as TextCondition
+    from distillation.config import DistillationConfig as DistillationConfig
+    from distillation.consistency import consistency_function as consistency_function
+    from distillation.consistency import consistency_loss as consistency_loss
+    from distillation.consistency import time_grid as time_grid
+    from distillation.denoiser import Denoiser as Denoiser
+    from distillation.denoiser import GaussianDenoiser as GaussianDenoiser
+    from distillation.denoiser import Prediction as Prediction
+    from distillation.denoiser import guided as guided
+    from distillation.errors import DistillationError as DistillationError
+    from distillation.families import Teacher as Teacher
+    from distillation.families import load_teacher as load_teacher
+    from distillation.sampler import ode_step as ode_step
+    from distillation.sampler import sample_teacher as sample_teacher
+    from distillation.sampler import transition as transition
+    from distillation.schedule import RectifiedFlow as RectifiedFlow
+    from distillation.schedule import VariancePreserving as VariancePreserving
+    from distillation.schedule import check_timesteps as check_timesteps
+    from distillation.student import FewStepStudent as FewStepStudent
+    from distillation.temporal import frame_differences as frame_differences
+    from distillation.temporal import temporal_consistency_loss as temporal_consistency_loss
+    from distillation.temporal import temporal_vsd_loss as temporal_vsd_loss
+    from distillation.trainer import DistillationResult as DistillationResult
+    from distillation.trainer import DistillationTrainer as DistillationTrainer
+    from distillation.vsd import VSDAnchor as VSDAnchor
+    from distillation.vsd import backward_simulation as backward_simulation
+    from distillation.vsd import fake_score_loss as fake_score_loss
+    from distillation.vsd import sample_times as sample_times
+    from distillation.vsd import vsd_gradient as vsd_gradient
+    from distillation.vsd import vsd_loss as vsd_loss
+
+_HOME = {
+    "condition": ("TextCondition",),
+    "config": ("DistillationConfig",),
+    "consistency": ("consistency_function", "consistency_loss", "time_grid"),
+    "denoiser": ("Denoiser", "GaussianDenoiser", "Prediction", "guided"),
+    "errors": ("DistillationError",),
+    "families": ("Teacher", "load_teacher"),
+    "sampler": ("ode_step", "sample_teacher", "transition"),
+    "schedule": ("RectifiedFlow", "VariancePreserving", "check_timesteps"),
+    "student": ("FewStepStudent",),
+    "temporal": ("frame_differences", "temporal_consistency_loss", "temporal_vsd_loss"),
+    "trainer": ("DistillationResult", "DistillationTrainer"),
+    "vsd": ("VSDAnchor", "backward_simulation", "fake_score_loss", "sample_times", "vsd_gradient", "vsd_loss"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+    """Import a public name on first use."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'distillation' has no attribute {name!r}")
+    value = getattr(import_module(f"distillation.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return sorted([*globals(), *_MODULE_OF])

@@ -180,13 +180,7 @@ class Dollar:
         from recipes.moving_digits.benchmark import training_latents
 
         count, seed = self.config.num_latents, self.config.seed
-        stored = self.cached(
-            "latents",
-            lambda: lr.RewardDataset.from_tensors(*training_latents(self.codec, count, seed=seed), {}),
-            lambda dataset, path: dataset.save(path),
-            lr.RewardDataset.load,
-        )
-        return stored.latents(), stored.prompts
+        return training_latents(self.codec, count, seed=seed, folder=self.folder / "latents")
 
     def collect(self, student: ds.FewStepStudent) -> lr.RewardDataset:
         """Stage 3a: score the student's samples with the true metrics; the only time everything is decoded."""
@@ -204,12 +198,14 @@ class Dollar:
     def fit(self, dataset: lr.RewardDataset) -> lr.RewardProxy:
         """Stage 3b: regress the proxy on latents."""
         section = self.section("proxy", device=self.device)
-        return self.cached(
+        proxy = self.cached(
             "proxy",
             lambda: lr.train_proxy(dataset, config=section),
             lambda proxy, path: proxy.save_pretrained(path),
             lr.RewardProxy.from_pretrained,
         )
+        (self.folder / "proxy_report.json").write_text(json.dumps(proxy.report, indent=1))
+        return proxy
 
     def tune(
         self, name: str, student: ds.FewStepStudent, proxy: lr.RewardProxy, dataset: lr.RewardDataset

@@ -47,7 +47,7 @@ class LoopConfig:
         log_every: updates between entries sent to the trackers.
         log_with: an accelerate tracker name ("tensorboard", "wandb", "trackio"), or None.
         max_grad_norm: gradient norm above which gradients are scaled down; 0 does not clip.
-        mixed_precision: "no", "bf16" or "fp16".
+        mixed_precision: "no" or "bf16".
         device: torch device; None leaves the choice to accelerate.
         progress: draw a progress bar.
     """
@@ -68,6 +68,8 @@ class LoopConfig:
         for name in ("num_steps", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f"mixed_precision must be 'no' or 'bf16'; got {self.mixed_precision!r}")
         if self.max_grad_norm < 0:
             raise ValueError(f"max_grad_norm must not be negative; got {self.max_grad_norm}")
 

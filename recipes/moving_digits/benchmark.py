@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from latent_rewards.contracts import Codec
 from latent_rewards.metrics import create_metric
@@ -123,11 +124,20 @@ class DigitsBenchmark:
                 save_file({"clips": shown}, temporary / "clips.safetensors")
                 facts = {"seconds": seconds, "network_evaluations": network_evaluations}
                 (temporary / "row.json").write_text(json.dumps({"label": label, **facts, "scores": evaluation.scores}))
+        return self._load(folder)
+
+    def _load(self, folder: Path) -> Row:
         facts = json.loads((folder / "row.json").read_text())
         evaluation = Evaluation.load(folder / "evaluation.safetensors")
         shown = load_file(folder / "clips.safetensors")["clips"]
-        self.rows[label] = Row(label, evaluation, facts["seconds"], facts["network_evaluations"], shown)
-        return self.rows[label]
+        row = Row(facts["label"], evaluation, facts["seconds"], facts["network_evaluations"], shown)
+        self.rows[row.label] = row
+        return row
+
+    def load_rows(self) -> None:
+        """Load every row that ``folder`` holds, oldest first."""
+        for file in sorted(self.folder.glob("*/row.json"), key=lambda file: file.stat().st_mtime):
+            self._load(file.parent)
 
     @torch.no_grad()
     def _reconstruct(self, clips: Tensor) -> Tensor:
@@ -157,13 +167,16 @@ def training_prompts(count: int, *, seed: int) -> list[str]:
 
 
 @torch.no_grad()
-def training_latents(codec: Codec, count: int, *, seed: int, batch_size: int = 32) -> tuple[Tensor, list[str]]:
-    """Render and encode ``count`` training clips; returns latents ``[count, C, F, H, W]`` and their prompts."""
-    from tqdm import tqdm
-
-    specs = draw_specs(count, seed=seed)
-    chunks = [
-        codec.encode(render(specs[first : first + batch_size], seed=seed, start_index=first)).cpu()
-        for first in tqdm(range(0, count, batch_size), desc="encode clips", dynamic_ncols=True)
-    ]
-    return torch.cat(chunks), training_prompts(count, seed=seed)
+def training_latents(
+    codec: Codec, count: int, *, seed: int, folder: Path, batch_size: int = 32
+) -> tuple[Tensor, list[str]]:
+    """Return latents ``[count, C, F, H, W]`` of training clips and their prompts, encoded once."""
+    if not (folder / MANIFEST).is_file():
+        specs = draw_specs(count, seed=seed)
+        chunks = [
+            codec.encode(render(specs[first : first + batch_size], seed=seed, start_index=first)).cpu()
+            for first in tqdm(range(0, count, batch_size), desc="encode clips", dynamic_ncols=True)
+        ]
+        with commit_directory(folder) as temporary:
+            save_file({"latents": torch.cat(chunks)}, temporary / "latents.safetensors")
+    return load_file(folder / "latents.safetensors")["latents"], training_prompts(count, seed=seed)

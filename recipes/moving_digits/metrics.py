@@ -102,7 +102,7 @@ def legibility_holdout(videos: Tensor, *, prompts: Sequence[str]) -> Tensor:
     return _probability_of_named_digit(holdout_classifier(), videos.cpu(), prompts)
 
 
-@register_metric("digits.direction", version="1", value_range=(0, 1), needs_prompt=True)
+@register_metric("digits.direction", version="1", value_range=(0, 1), needs_prompt=True, minimum_frames=5)
 def direction(videos: Tensor, *, prompts: Sequence[str]) -> Tensor:
     """Half of one plus the cosine between the prompt's direction and the brightness-weighted mean DIS flow."""
     scores = []

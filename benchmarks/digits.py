@@ -1,0 +1,116 @@
+"""The digits benchmark: the pipeline for several training seeds, evaluated in full; ``python -m benchmarks.digits``.
+
+Each seed is a resumable run below ``runs/`` and ends in ``results/digits/seed<k>.json``; ``--summary`` alone aggregates
+what is there into ``results/digits/summary.json`` and ``summary.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import provenance
+from latent_rewards.training.settings import read_settings
+from recipes.dollar import SECTIONS, Dollar
+from recipes.moving_digits.benchmark import TUNED, DigitsBenchmark
+from recipes.moving_digits.evaluation import compare
+
+RESULTS = Path(__file__).parent / "results" / "digits"
+CONFIG = "recipes/configs/moving_digits_full.yaml"
+TEACHER, STUDENT = "teacher, 50 steps", "VSD→CD, 4 steps"
+SCORES = ("total", "quality", "semantic", "diversity", "frechet", "accuracy/digit", TUNED)
+
+
+def run_seed(seed: int, config: str) -> dict[str, Any]:
+    """Run (or resume) the pipeline with ``seed`` and return rows, paired differences and the facts of tuning."""
+    settings = read_settings(config, SECTIONS)
+    settings["run"] = dataclasses.replace(settings["run"], name=f"digits-seed{seed}", seed=seed)
+    pipeline = Dollar(settings)
+    pipeline.run()
+    benchmark = pipeline.benchmark()
+    assert isinstance(benchmark, DigitsBenchmark)  # noqa: S101 - the configuration's world
+    benchmark.load_rows()
+    rows = {
+        label: {
+            "scores": row.evaluation.scores,
+            "seconds": row.seconds,
+            "network_evaluations": row.network_evaluations,
+        }
+        for label, row in benchmark.rows.items()
+    }
+    differences = {
+        f"{label} minus {base}": paired(benchmark, base, label)
+        for base in (TEACHER, STUDENT)
+        for label in benchmark.rows
+        if label != base and label.startswith("VSD")
+    }
+    return {
+        "seed": seed,
+        "rows": rows,
+        "differences": differences,
+        "proxy": json.loads((pipeline.folder / "proxy_report.json").read_text()),
+        "tuning": {name: tuning_facts(pipeline.folder, name) for name in settings["run"].trainers},
+        **provenance(),
+    }
+
+
+def paired(benchmark: DigitsBenchmark, base: str, label: str) -> dict[str, dict[str, float]]:
+    """Return ``label`` minus ``base`` for the main scores, with 95 % intervals over prompts."""
+    intervals = compare(benchmark.rows[base].evaluation, benchmark.rows[label].evaluation, benchmark.reference)
+    return {name: dataclasses.asdict(intervals[name]) for name in SCORES}
+
+
+def tuning_facts(folder: Path, name: str) -> dict[str, Any]:
+    """Return queries, best update and the proxy-true gaps of a tuning run."""
+    result = json.loads((folder / f"lro_{name}" / "result.json").read_text())
+    return {key: result[key] for key in ("num_queries", "best_step", "stopped_early", "true_curve", "holdout_curve")}
+
+
+def summarise(results: list[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
+    """Return mean and standard deviation over seeds of every row, and the same as a Markdown table."""
+    labels = list(results[0]["rows"])
+    table: dict[str, Any] = {}
+    lines = [
+        "| method | total | quality | semantic | diversity | Fréchet | legibility |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for label in labels:
+        values = {s: [result["rows"][label]["scores"][s] for result in results] for s in SCORES}
+        table[label] = {
+            s: {"mean": statistics.fmean(v), "std": statistics.stdev(v) if len(v) > 1 else 0.0}
+            for s, v in values.items()
+        }
+        cells = []
+        for name in ("total", "quality", "semantic", "diversity", "frechet", TUNED):
+            scale = 100 if name == TUNED else 1
+            mean, std = (scale * table[label][name][key] for key in ("mean", "std"))
+            cells.append(f"{mean:.1f}" if std == 0 else f"{mean:.1f} ± {std:.1f}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return {"seeds": [result["seed"] for result in results], "rows": table, **provenance()}, "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Read the command line, run the seeds, aggregate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="training seeds (default: 0 1 2)")
+    parser.add_argument("--config", default=CONFIG, help="settings of each run (default: %(default)s)")
+    parser.add_argument("--summary", action="store_true", help="only aggregate the results that are there")
+    options = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in [] if options.summary else options.seeds:
+        result = run_seed(seed, options.config)
+        (RESULTS / f"seed{seed}.json").write_text(json.dumps(result, indent=1))
+    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("seed*.json"))]
+    summary, markdown = summarise(results)
+    (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1))
+    (RESULTS / "summary.md").write_text(markdown)
+    print(markdown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Settings of a distillation, and the check that a resumed stage still has those it was started with."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from distillation.errors import DistillationConfigError
+
+_OUTSIDE = frozenset(
+    "output_dir log_with log_every checkpoint_every progress device schedule cd_steps".split()
+)  # they change no weights, or only how far a stage goes
+_FREE = {
+    "vsd": _OUTSIDE | {"vsd_steps", "num_timesteps", "huber_c", "cd_weight"},
+    "cd": _OUTSIDE | {"cd_weight"},
+    "joint": _OUTSIDE | {"vsd_steps"},
+}
+
+
+@dataclass
+class DistillationConfig:
+    """Settings of :class:`~distillation.trainer.DistillationTrainer`.
+
+    Attributes:
+        schedule: "sequential" (VSD, then CD) or "joint" (one stage of ``vsd_steps`` updates; ``cd_steps`` is not read).
+        vsd_steps: student updates by VSD; 0 leaves the stage out.
+        cd_steps: student updates by CD; 0 leaves the stage out.
+        batch_size: samples per update and rank.
+        step_counts: step counts the student is trained for; VSD draws one per update.
+        guidance_scale: of the teacher, w in ``u + w (c - u)``; 1 is none.
+        learning_rate: of the student (AdamW; beta1 = 0 with VSD, 0.9 for CD alone).
+        fake_learning_rate: of the fake score (AdamW, beta1 = 0).
+        fake_updates: fake score updates per student update.
+        num_timesteps: intervals of the CD grid.
+        ema_decay: weight of the past in the student's average, which is also the CD target; in [0, 1).
+        temporal_weight: weight of the frame-difference terms; 0 is none.
+        cd_weight: weight of CD in the joint schedule.
+        huber_c: width of the quadratic part of the CD loss, in latent units.
+        time_shift: shift of the VSD times towards noise, on top of the schedule's own.
+        causal_first_frame: the VAE is causal, so temporal terms skip the first difference.
+        max_grad_norm: gradient norm above which gradients are scaled down; 0 does not clip.
+        seed: root of all randomness.
+        output_dir: folder of the stages' checkpoints and histories; None keeps nothing and cannot resume.
+        log_with: an accelerate tracker name, or None.
+        log_every: updates between entries sent to the tracker.
+        checkpoint_every: updates between checkpoints.
+        progress: draw progress bars.
+        mixed_precision: "no" or "bf16".
+        device: torch device; None leaves the choice to accelerate.
+
+    Raises:
+        DistillationConfigError: a value is out of range.
+    """
+
+    schedule: Literal["sequential", "joint"] = "sequential"
+    vsd_steps: int = 1000
+    cd_steps: int = 1000
+    batch_size: int = 8
+    step_counts: list[int] = field(default_factory=lambda: [1, 2, 4])
+    guidance_scale: float = 5.0
+    learning_rate: float = 1e-5
+    fake_learning_rate: float = 1e-5
+    fake_updates: int = 5
+    num_timesteps: int = 50
+    ema_decay: float = 0.99
+    temporal_weight: float = 0.0
+    cd_weight: float = 1.0
+    huber_c: float = 1e-3
+    time_shift: float = 1.0
+    causal_first_frame: bool = False
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    output_dir: str | None = None
+    log_with: str | None = None
+    log_every: int = 10
+    checkpoint_every: int = 100
+    progress: bool = True
+    mixed_precision: str = "no"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        self.step_counts = list(self.step_counts)
+        if self.schedule not in ("sequential", "joint"):
+            raise DistillationConfigError(f"schedule must be 'sequential' or 'joint'; got {self.schedule!r}")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise DistillationConfigError(f"mixed_precision must be no or bf16; got {self.mixed_precision!r}")
+        lowest = dict.fromkeys(("batch_size", "fake_updates", "num_timesteps", "checkpoint_every", "log_every"), 1)
+        lowest |= dict.fromkeys(("vsd_steps", "cd_steps", "temporal_weight", "cd_weight", "max_grad_norm"), 0)
+        for name, least in lowest.items():
+            if not getattr(self, name) >= least:
+                raise DistillationConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        for name in ("learning_rate", "fake_learning_rate", "huber_c", "time_shift"):
+            if not getattr(self, name) > 0:
+                raise DistillationConfigError(f"{name} must be positive; got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise DistillationConfigError(f"ema_decay must lie in [0, 1); got {self.ema_decay}")
+        if not self.step_counts:
+            raise DistillationConfigError("step_counts is empty; give at least one of the student's step counts")
+        if not self.stages:
+            raise DistillationConfigError(
+                f"nothing to train: schedule = {self.schedule!r}, vsd_steps = {self.vsd_steps}, "
+                f"cd_steps = {self.cd_steps}; joint reads vsd_steps only"
+            )
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """The stages in their order, and the student updates of each."""
+        if self.schedule == "joint":
+            return {"joint": self.vsd_steps} if self.vsd_steps else {}
+        return {name: steps for name, steps in (("vsd", self.vsd_steps), ("cd", self.cd_steps)) if steps}
+
+
+class SettingsGuard:
+    """A part of a stage's checkpoint that refuses to continue under settings that would have given other weights.
+
+    Args:
+        config: the settings of this run.
+        stage: "vsd", "cd" or "joint"; settings it does not depend on are left out. CD starts where VSD ended, so it
+            depends on those of VSD too.
+    """
+
+    def __init__(self, config: DistillationConfig, stage: str) -> None:
+        self.settings = {name: value for name, value in asdict(config).items() if name not in _FREE[stage]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the settings."""
+        return self.settings
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare with the stored settings.
+
+        Raises:
+            DistillationConfigError: one differs; the message names it and both values.
+        """
+        for name, value in self.settings.items():
+            if state.get(name) != value:
+                raise DistillationConfigError(
+                    f"the checkpoint was trained with {name} = {state.get(name)}, this run has {value}; "
+                    "restore the setting or use another output_dir"
+                )

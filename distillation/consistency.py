@@ -1,0 +1,139 @@
+"""Consistency distillation: one network that maps every point of a teacher's ODE path to the path's end.
+
+``f(x_t, t) = c_skip x_t + c_out x0(x_t, t)`` is trained to agree with a slowly moving copy of itself one teacher step
+closer to the data (Song et al. 2023; latent video: Luo et al. 2023, Wang et al. 2024). Everything is written in alpha
+and sigma, so a shifted flow is stepped in sigma and not in t. The fixed point is the teacher's own discrete sampler on
+the same grid, not the exact ODE.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distillation.denoiser import Prediction, guided
+from distillation.errors import DistillationConfigError
+from distillation.sampler import ode_step
+from distillation.schedule import add_noise, coefficients, expand
+
+
+def time_grid(num_timesteps: int) -> Tensor:
+    """Return the ``num_timesteps + 1`` times 0 = t_0 < ... < t_n = 1 (float64, uniform); training pairs are neighbours.
+
+    Raises:
+        DistillationConfigError: fewer than one interval.
+    """
+    if num_timesteps < 1:
+        raise DistillationConfigError(f"num_timesteps must be at least 1; got {num_timesteps}")
+    return torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+
+
+def consistency_function(
+    denoiser: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    condition: Any = None,  # noqa: ANN401 - any Condition
+) -> Tensor:
+    """Return ``c_skip x_t + c_out x0``, equal to x_t at t = 0.
+
+    Rectified flow meets the boundary by itself (``x0 = x_t - sigma v``); variance-preserving schedules use the
+    coefficients of latent consistency models.
+
+    Args:
+        denoiser: a :class:`~distillation.denoiser.Denoiser`.
+        x_t: [B, ...].
+        t: [] or [B].
+        condition: of length B, or None.
+    """
+    prediction: Prediction = denoiser(x_t, t, condition)
+    schedule: Any = denoiser.schedule
+    c_skip, c_out = (expand(c, x_t) for c in schedule.boundary(t))
+    return c_skip * prediction.x_t + c_out * prediction.x0
+
+
+def consistency_pair(
+    student: nn.Module,
+    target: nn.Module,
+    teacher: nn.Module,
+    x0: Tensor,
+    condition: Any,  # noqa: ANN401 - any Condition
+    noise: Tensor,
+    t: Tensor,
+    s: Tensor,
+    *,
+    guidance_scale: float | Tensor = 1.0,
+    negative: Any = None,  # noqa: ANN401 - any Condition
+) -> tuple[Tensor, Tensor]:
+    """Return ``f_theta(x_t, t)`` with its gradient, and ``f_ema(x_s, s)`` without.
+
+    Args:
+        student: the denoiser that is trained.
+        target: its slow copy.
+        teacher: the denoiser whose guided ODE step leads from x_t to x_s.
+        x0: data [B, C, F, H, W].
+        condition: of length B, or None.
+        noise: standard normal, like ``x0``.
+        t: [] or [B], in (0, 1].
+        s: like t, smaller; 0 is data.
+        guidance_scale: w in ``u + w (c - u)``, a number or [B].
+        negative: the condition u; needed unless ``guidance_scale`` is 1.
+    """
+    schedule: Any = teacher.schedule
+    with torch.no_grad():
+        x_t = add_noise(schedule, x0, noise, t)
+        prediction = guided(teacher, x_t, t, condition, negative, guidance_scale)
+        x_s = ode_step(x_t, prediction, *coefficients(schedule, s, x_t))
+        aim = consistency_function(target, x_s, s, condition)
+    return consistency_function(student, x_t, t, condition), aim
+
+
+def pseudo_huber(prediction: Tensor, target: Tensor, huber_c: float) -> Tensor:
+    """Return the mean over elements of ``sqrt(d^2 + c^2) - c``, d = prediction - target; the target gets no gradient.
+
+    The elementwise form of latent consistency models (Luo et al. 2023).
+
+    Raises:
+        DistillationConfigError: ``huber_c`` is not positive.
+    """
+    if not huber_c > 0:
+        raise DistillationConfigError(f"huber_c must be positive; got {huber_c}")
+    squared = (prediction - target.detach()) ** 2
+    # The same number as sqrt(d^2 + c^2) - c, without its cancellation where d is small.
+    return torch.mean(squared / (torch.sqrt(squared + huber_c**2) + huber_c))
+
+
+def consistency_loss(
+    student: nn.Module,
+    target: nn.Module,
+    teacher: nn.Module,
+    x0: Tensor,
+    condition: Any,  # noqa: ANN401 - any Condition
+    noise: Tensor,
+    t: Tensor,
+    s: Tensor,
+    *,
+    guidance_scale: float | Tensor = 1.0,
+    negative: Any = None,  # noqa: ANN401 - any Condition
+    huber_c: float = 1e-3,
+) -> Tensor:
+    """Return the discrete consistency distillation loss, a scalar.
+
+    Args:
+        student: see :func:`consistency_pair`, as all that follow.
+        target: the slow copy.
+        teacher: the teacher.
+        x0: data [B, C, F, H, W].
+        condition: of length B, or None.
+        noise: like ``x0``.
+        t: [] or [B].
+        s: like t, smaller.
+        guidance_scale: w.
+        negative: u.
+        huber_c: width of the quadratic part of the loss, in latent units.
+    """
+    prediction, aim = consistency_pair(
+        student, target, teacher, x0, condition, noise, t, s, guidance_scale=guidance_scale, negative=negative
+    )
+    return pseudo_huber(prediction, aim, huber_c)

@@ -1,0 +1,18 @@
+"""Metrics: pixel video -> reward. The contract, the registry, the checks, isolation, and the built-in metrics."""
+
+from latent_rewards.metrics.checks import check_metric
+from latent_rewards.metrics.isolation import isolate
+from latent_rewards.metrics.metric import Metric, MetricInfo
+from latent_rewards.metrics.motion import dis_flow
+from latent_rewards.metrics.registry import create_metric, list_metrics, register_metric
+
+__all__ = [
+    "Metric",
+    "MetricInfo",
+    "check_metric",
+    "create_metric",
+    "dis_flow",
+    "isolate",
+    "list_metrics",
+    "register_metric",
+]

@@ -1,0 +1,48 @@
+import pytest
+
+from distillation.config import DistillationConfig, SettingsGuard
+from distillation.errors import DistillationConfigError
+
+
+def test_stages_follow_the_schedule():
+    assert DistillationConfig(vsd_steps=3, cd_steps=4).stages == {"vsd": 3, "cd": 4}
+    assert DistillationConfig(vsd_steps=0, cd_steps=4).stages == {"cd": 4}
+    assert DistillationConfig(schedule="joint", vsd_steps=3, cd_steps=4).stages == {"joint": 3}
+
+
+def test_step_counts_may_be_a_tuple():
+    assert DistillationConfig(step_counts=(1, 4)).step_counts == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"schedule": "both"},
+        {"mixed_precision": "int8"},
+        {"vsd_steps": 0, "cd_steps": 0},
+        {"schedule": "joint", "vsd_steps": 0},
+        {"batch_size": 0},
+        {"fake_updates": 0},
+        {"num_timesteps": 0},
+        {"checkpoint_every": 0},
+        {"cd_weight": -1.0},
+        {"temporal_weight": float("nan")},
+        {"learning_rate": 0.0},
+        {"huber_c": 0.0},
+        {"ema_decay": 1.0},
+        {"step_counts": ()},
+    ],
+)
+def test_values_out_of_range_are_named(wrong):
+    with pytest.raises(DistillationConfigError, match=next(iter(wrong))):
+        DistillationConfig(**wrong)
+
+
+def test_guard_refuses_what_would_change_the_weights_and_nothing_else():
+    stored = SettingsGuard(DistillationConfig(), "vsd").state_dict()
+    SettingsGuard(DistillationConfig(vsd_steps=5000, huber_c=0.1, log_every=1), "vsd").load_state_dict(stored)
+    with pytest.raises(DistillationConfigError, match=r"guidance_scale = 5\.0, this run has 2\.0"):
+        SettingsGuard(DistillationConfig(guidance_scale=2.0), "vsd").load_state_dict(stored)
+    after_vsd = SettingsGuard(DistillationConfig(), "cd").state_dict()
+    with pytest.raises(DistillationConfigError, match="vsd_steps"):
+        SettingsGuard(DistillationConfig(vsd_steps=5000), "cd").load_state_dict(after_vsd)

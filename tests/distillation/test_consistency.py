@@ -1,0 +1,166 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from distillation.consistency import consistency_function, consistency_loss, pseudo_huber, time_grid
+from distillation.denoiser import Denoiser, GaussianDenoiser, Prediction
+from distillation.errors import DistillationConfigError
+from distillation.schedule import RectifiedFlow, VariancePreserving, coefficients, expand
+
+M, S = 0.3, 0.7
+SCHEDULES = [RectifiedFlow(), RectifiedFlow(shift=3.0), VariancePreserving(), VariancePreserving("linear")]
+
+
+def spread(schedule, t):
+    alpha, sigma = schedule(t)
+    return torch.sqrt(alpha**2 * S**2 + sigma**2)
+
+
+class IdealMap(Denoiser):
+    """x0 such that the consistency function is m + (s / sqrt v_t)(x_t - alpha m)."""
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule = schedule
+
+    def forward(self, x_t, t, condition=None):
+        alpha, _ = coefficients(self.schedule, t, x_t)
+        ideal = M + S / expand(spread(self.schedule, t), x_t) * (x_t - alpha * M)
+        c_skip, c_out = (expand(c, x_t) for c in self.schedule.boundary(t))
+        return Prediction(x_t, t, self.schedule, x0=(ideal - c_skip * x_t) / c_out.clamp(min=1e-30))
+
+
+class ExactStep(Denoiser):
+    """The velocity whose single step from t to s lands on the exact probability-flow map."""
+
+    def __init__(self, schedule, s):
+        super().__init__()
+        self.schedule, self.s = schedule, s
+
+    def forward(self, x_t, t, condition=None):
+        (alpha, sigma), (alpha_s, sigma_s) = (
+            coefficients(self.schedule, t, x_t),
+            coefficients(self.schedule, self.s, x_t),
+        )
+        ratio = expand(spread(self.schedule, self.s) / spread(self.schedule, t), x_t)
+        x_s = alpha_s * M + ratio * (x_t - alpha * M)
+        x0 = (sigma * x_s - sigma_s * x_t) / (alpha_s * sigma - alpha * sigma_s)
+        return Prediction(x_t, t, self.schedule, x0=x0)
+
+
+class Table(Denoiser):
+    """f(x, t_k) = gain_k x + shift_k on the grid k / n; free at every level but data."""
+
+    def __init__(self, schedule, n):
+        super().__init__()
+        self.schedule, self.n = schedule, n
+        self.gains = nn.Parameter(torch.full((n + 1,), 0.1, dtype=torch.float64))
+        self.shifts = nn.Parameter(torch.zeros(n + 1, dtype=torch.float64))
+
+    def forward(self, x_t, t, condition=None):
+        k = (t * self.n).round().long()
+        x0 = expand(self.gains[k], x_t) * x_t + expand(self.shifts[k], x_t)
+        return Prediction(x_t, t, self.schedule, x0=x0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_boundary_holds_for_any_network(schedule, affine, learnable_gaussian, randn):
+    # Row 3: f(x, 0) = x, whatever the network puts out.
+    x, zero = randn(3, 1, 2, 1, 1), torch.tensor(0.0, dtype=torch.float64)
+    for network in (affine(schedule, 3.0, 2.0), learnable_gaussian(schedule, 5.0, 2.0)):
+        assert torch.allclose(consistency_function(network, x, zero), x, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("k", [1, 5, 9])
+def test_ideal_map_and_exact_step_have_no_loss(schedule, k, randn):
+    t, s = time_grid(10)[k], time_grid(10)[k - 1]
+    student = IdealMap(schedule)
+    x0, noise = M + S * randn(64, 1, 1, 1, 1), randn(64, 1, 1, 1, 1, seed=1)
+    loss = consistency_loss(student, student, ExactStep(schedule, s), x0, None, noise, t, s)
+    assert float(loss) <= 1e-24
+    # The guard can fail: one DDIM step of the teacher is not the exact map.
+    discrete = consistency_loss(student, student, GaussianDenoiser(M, S, schedule), x0, None, noise, t, s)
+    assert float(discrete) > 1e-6
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[:3])
+def test_fixed_point_is_the_teachers_discrete_sampler(schedule, randn):
+    # Row 5: trained with the public loss on a grid of 4, the gain at noise is the DDIM product, not s.
+    n, teacher = 4, GaussianDenoiser(M, S, schedule)
+    student, target, grid = Table(schedule, n), Table(schedule, n), time_grid(n)
+    x0, noise = M + S * randn(8, 1, 1, 1, 1), randn(8, 1, 1, 1, 1, seed=1)
+    for k in range(1, n + 1):
+        optimizer = torch.optim.LBFGS(student.parameters(), max_iter=60, tolerance_grad=1e-14, tolerance_change=0)
+
+        def closure(k=k, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = consistency_loss(student, target, teacher, x0, None, noise, grid[k], grid[k - 1], huber_c=1.0)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        target.load_state_dict(student.state_dict())
+    alpha, sigma = schedule(grid)
+    variance = alpha**2 * S**2 + sigma**2
+    kappa = (alpha[:-1] * alpha[1:] * S**2 + sigma[:-1] * sigma[1:]) / variance[1:]
+    one = torch.ones(2, 1, 1, 1, 1, dtype=torch.float64) * torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1)
+    low, high = consistency_function(student, one, grid[-1]).detach().flatten().tolist()
+    assert high - low == pytest.approx(float(kappa.prod()), abs=1e-6)
+    if isinstance(schedule, RectifiedFlow) and schedule.shift == 1:
+        assert high - low == pytest.approx(0.4969, abs=5e-5)
+
+
+def test_the_step_is_taken_in_sigma_and_not_in_t(randn):
+    # With shift 3 from t = 1 to 0.5 sigma falls by 0.25: x_s = x_t - 0.25 v, and f(x, 0.5) = 0 is the target here.
+    schedule, seen = RectifiedFlow(shift=3.0), []
+
+    class Recorder(Denoiser):
+        def __init__(self):
+            super().__init__()
+            self.schedule = schedule
+
+        def forward(self, x_t, t, condition=None):
+            seen.append(x_t)
+            return Prediction(x_t, t, schedule, v=torch.ones_like(x_t))
+
+    x0, noise = randn(2, 1, 1, 1, 1), randn(2, 1, 1, 1, 1, seed=1)
+    one, half = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    consistency_loss(Recorder(), Recorder(), Recorder(), x0, None, noise, one, half)
+    teacher_saw, target_saw, student_saw = seen
+    assert torch.equal(teacher_saw, student_saw)
+    assert torch.allclose(target_saw, noise - 0.25, rtol=0, atol=1e-15)
+
+
+def test_only_the_student_gets_a_gradient_and_guidance_moves_the_target(affine, learnable_gaussian, numbers, randn):
+    schedule = RectifiedFlow()
+    student, target = affine(schedule), affine(schedule)
+    teacher = learnable_gaussian(schedule, 0.0, 0.7, reach=1.0)
+    x0, noise = randn(3, 1, 1, 1, 1), randn(3, 1, 1, 1, 1, seed=1)
+    t = torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)
+    ask, avoid = numbers(torch.ones(3)), numbers(torch.zeros(3))
+    plain = consistency_loss(student, target, teacher, x0, ask, noise, t, t - 0.1)
+    guided = consistency_loss(student, target, teacher, x0, ask, noise, t, t - 0.1, guidance_scale=5.0, negative=avoid)
+    guided.backward()
+    assert student.gain.grad is not None
+    assert target.gain.grad is None
+    assert teacher.mean.grad is None
+    assert float(plain.detach()) != float(guided.detach())
+
+
+def test_pseudo_huber_has_its_exact_value():
+    prediction, target = torch.tensor([3.0, 0.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    assert float(pseudo_huber(prediction, target, 4.0)) == pytest.approx((math.sqrt(9 + 16) - 4) / 2, abs=1e-15)
+    # float32: sqrt(0.01 + 1e-10) - 0.1 would be 0 there.
+    small = pseudo_huber(torch.tensor([1e-5]), torch.zeros(1), 0.1)
+    assert float(small) == pytest.approx(1e-10 / 0.2, rel=1e-5)
+    with pytest.raises(DistillationConfigError, match="huber_c"):
+        pseudo_huber(prediction, target, 0.0)
+
+
+def test_time_grid_is_uniform_and_holds_both_ends():
+    assert time_grid(4).tolist() == [0, 0.25, 0.5, 0.75, 1]
+    with pytest.raises(DistillationConfigError, match="num_timesteps"):
+        time_grid(0)

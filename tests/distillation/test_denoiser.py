@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+from distillation.denoiser import GaussianDenoiser, Prediction, guided
+from distillation.errors import ConditionError, PredictionError
+from distillation.schedule import RectifiedFlow, VariancePreserving
+
+SCHEDULES = [RectifiedFlow(), RectifiedFlow(shift=3.0), VariancePreserving(), VariancePreserving(zero_snr=True)]
+T = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+
+
+def column(values):
+    return values.view(-1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_each_prediction_determines_the_others(schedule, randn):
+    x0, eps = randn(3, 2, 2, 2, 2), randn(3, 2, 2, 2, 2, seed=1)
+    alpha, sigma = (column(c) for c in schedule(T))
+    x_t = alpha * x0 + sigma * eps
+    v = eps - x0 if isinstance(schedule, RectifiedFlow) else alpha * eps - sigma * x0
+    for native in ({"x0": x0}, {"eps": eps}, {"v": v}):
+        prediction = Prediction(x_t, T, schedule, **native)
+        for name, expected in (("x0", x0), ("eps", eps), ("v", v)):
+            assert torch.allclose(getattr(prediction, name), expected, rtol=0, atol=1e-12), (native.keys(), name)
+        assert torch.allclose(prediction.native_target(x0, eps), prediction.value, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_gaussian_teacher_is_exact(schedule, randn):
+    # Row 1: D = m + (alpha s^2 / v)(x_t - alpha m), score = -(x_t - alpha m) / v = -eps / sigma.
+    m, s = 0.3, 0.7
+    x_t = randn(3, 1, 2, 2, 2)
+    alpha, sigma = (column(c) for c in schedule(T))
+    variance = alpha**2 * s**2 + sigma**2
+    prediction = GaussianDenoiser(m, s, schedule)(x_t, T)
+    assert torch.allclose(prediction.x0, m + alpha * s**2 / variance * (x_t - alpha * m), rtol=0, atol=1e-12)
+    assert torch.allclose(-prediction.eps / sigma, -(x_t - alpha * m) / variance, rtol=0, atol=1e-12)
+    again = Prediction(x_t, T, schedule, eps=prediction.eps)
+    assert torch.allclose(again.x0, prediction.x0, rtol=0, atol=1e-12)
+    assert torch.allclose(again.v, prediction.v, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_gaussian_teacher_holds_at_both_ends(schedule, randn):
+    x = randn(2, 1, 2, 2, 2)
+    denoiser = GaussianDenoiser(0.3, 0.7, schedule)
+    assert torch.allclose(denoiser(x, torch.tensor(0.0, dtype=torch.float64)).x0, x, rtol=0, atol=1e-14)
+    if float(schedule(1.0)[0]) == 0:
+        at_noise = denoiser(x, torch.tensor(1.0, dtype=torch.float64))
+        assert torch.allclose(at_noise.x0, torch.full_like(x, 0.3), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_correlated_frames_have_the_matrix_posterior(schedule, randn):
+    frames = torch.arange(4, dtype=torch.float64)
+    covariance = 0.49 * 0.8 ** (frames[:, None] - frames[None]).abs()
+    x_t = randn(3, 2, 4, 1, 2)
+    x0 = GaussianDenoiser(0.3, 0.7, schedule, frame_covariance=covariance / 0.49)(x_t, T).x0
+    for row, (alpha, sigma) in enumerate(zip(*schedule(T), strict=True)):
+        gain = alpha * covariance @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(4).double())
+        expected = 0.3 + torch.einsum("fg,cghw->cfhw", gain, x_t[row] - alpha * 0.3)
+        assert torch.allclose(x0[row], expected, rtol=0, atol=1e-12)
+
+
+def test_half_precision_is_read_in_float32():
+    half = torch.ones(1, 1, 1, 1, 1, dtype=torch.bfloat16)
+    prediction = Prediction(half, torch.tensor(0.3), RectifiedFlow(), v=half)
+    assert prediction.x0.dtype == prediction.eps.dtype == torch.float32
+    assert float(prediction.x0) == pytest.approx(0.7, abs=1e-6)
+
+
+def test_noise_prediction_at_zero_snr_is_a_clear_error(randn):
+    x = randn(1, 1, 1, 1, 1)
+    prediction = Prediction(x, torch.tensor(1.0), VariancePreserving(zero_snr=True), eps=x)
+    with pytest.raises(PredictionError, match="zero terminal SNR"):
+        _ = prediction.x0
+
+
+def test_x0_prediction_at_data_has_no_noise(randn):
+    x = randn(1, 1, 1, 1, 1)
+    with pytest.raises(PredictionError, match="sigma is 0"):
+        _ = Prediction(x, torch.tensor(0.0), RectifiedFlow(), x0=x).eps
+
+
+def test_exactly_one_form_is_given(randn):
+    x = randn(1, 1, 1, 1, 1)
+    for given in ({}, {"x0": x, "eps": x}):
+        with pytest.raises(PredictionError, match="exactly one"):
+            Prediction(x, torch.tensor(0.5), RectifiedFlow(), **given)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_guidance_extrapolates_every_form(schedule, learnable_gaussian, numbers, randn):
+    denoiser, x_t = learnable_gaussian(schedule, 0.1, 0.7, reach=2.0), randn(3, 1, 1, 1, 1)
+    ask, avoid = numbers(torch.tensor([1.0, 2.0, 3.0])), numbers(torch.zeros(3))
+    c, u, blend = denoiser(x_t, T, ask), denoiser(x_t, T, avoid), guided(denoiser, x_t, T, ask, avoid, 4.0)
+    for name in ("x0", "eps", "v"):
+        expected = getattr(u, name) + 4.0 * (getattr(c, name) - getattr(u, name))
+        assert torch.allclose(getattr(blend, name), expected, rtol=0, atol=1e-12)
+    per_sample = guided(denoiser, x_t, T, ask, avoid, torch.tensor([0.0, 1.0, 4.0]))
+    assert torch.allclose(per_sample.x0[:2], torch.stack([u.x0[0], c.x0[1]]), rtol=0, atol=1e-12)
+    assert torch.allclose(per_sample.x0[2], blend.x0[2], rtol=0, atol=1e-12)
+
+
+def test_no_guidance_is_one_call_and_guidance_needs_a_negative(affine, randn):
+    denoiser, x_t = affine(RectifiedFlow()), randn(3, 1, 1, 1, 1)
+    guided(denoiser, x_t, T, None)
+    assert len(denoiser.times) == 1
+    with pytest.raises(ConditionError, match="guidance_scale = 5"):
+        guided(denoiser, x_t, T, None, guidance_scale=5.0)

@@ -1,0 +1,215 @@
+import copy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import distillation
+from distillation.config import DistillationConfig
+from distillation.errors import DistillationConfigError, MissingPartError, StepCountError
+from distillation.schedule import RectifiedFlow, VariancePreserving
+from distillation.student import FewStepStudent
+from distillation.trainer import DistillationTrainer
+
+M, S = 0.3, 0.7
+SHAPE = (1, 3, 3, 3)
+PROMPTS = ["one", "two"]
+
+
+@pytest.fixture
+def world(affine, learnable_gaussian, numbers):
+    """A teacher N(M, S^2) and a student far from it, as (teacher, student)."""
+
+    def build(gain=1.2, shift=-0.3, schedule=None, **options):
+        schedule = schedule or RectifiedFlow()
+        teacher = SimpleNamespace(
+            denoiser=learnable_gaussian(schedule, M, S), encode=lambda prompts: numbers(torch.zeros(len(prompts)))
+        )
+        return teacher, FewStepStudent(affine(schedule, gain, shift), latent_shape=SHAPE, **options)
+
+    return build
+
+
+def settings(**changes):
+    base = {
+        "vsd_steps": 4,
+        "cd_steps": 4,
+        "batch_size": 4,
+        "guidance_scale": 1.0,
+        "learning_rate": 0.01,
+        "fake_learning_rate": 0.01,
+        "fake_updates": 2,
+        "num_timesteps": 10,
+        "ema_decay": 0.5,
+        "progress": False,
+        "device": "cpu",
+    }
+    return DistillationConfig(**(base | changes))
+
+
+def train(world, config, data=PROMPTS, **options):
+    teacher, student = world(**options)
+    before = copy.deepcopy(teacher.denoiser.state_dict())
+    result = DistillationTrainer(teacher, student, data, config).train()
+    assert all(torch.equal(before[name], value) for name, value in teacher.denoiser.state_dict().items())
+    return result
+
+
+def weights(student):
+    return torch.stack([parameter.detach() for parameter in student.parameters()])
+
+
+def test_vsd_brings_a_one_step_student_to_the_data(world):
+    config = settings(
+        vsd_steps=150, cd_steps=0, step_counts=[1], learning_rate=0.01, fake_learning_rate=0.02, ema_decay=0.95
+    )
+    student = train(world, config).student
+    network = student.denoiser
+    assert float((network.gain + network.slope).detach()) == pytest.approx(S, abs=0.05)
+    assert float(network.shift.detach()) == pytest.approx(M, abs=0.05)
+
+
+def test_cd_brings_the_student_to_the_teachers_sampler(world, randn):
+    # One interval: f(x, 1) is trained towards the teacher's single step, whose gain is 0 and whose value is M.
+    config = settings(vsd_steps=0, cd_steps=150, num_timesteps=1, learning_rate=0.02, huber_c=0.1)
+    data = (M + S * randn(6, *SHAPE), PROMPTS * 3)
+    result = train(world, config, data, gain=0.5)
+    network = result.student.denoiser
+    assert float((network.gain + network.slope).detach()) == pytest.approx(0, abs=0.05)
+    assert float(network.shift.detach()) == pytest.approx(M, abs=0.05)
+    assert result.history["cd"][-1]["cd_loss"] < 0.05 * result.history["cd"][0]["cd_loss"]
+
+
+@pytest.mark.parametrize("schedule", [RectifiedFlow(shift=3.0), VariancePreserving()])
+@pytest.mark.parametrize("name", ["sequential", "joint"])
+@pytest.mark.parametrize("with_latents", [True, False])
+def test_every_schedule_and_kind_of_data_trains(world, randn, schedule, name, with_latents):
+    config = settings(schedule=name, vsd_steps=2, cd_steps=2, temporal_weight=0.5, causal_first_frame=True)
+    data = (randn(2, *SHAPE), PROMPTS) if with_latents else PROMPTS
+    result = train(world, config, data, schedule=schedule)
+    assert list(result.history) == (["joint"] if name == "joint" else ["vsd", "cd"])
+    first = next(iter(result.history.values()))[0]
+    expected = {"vsd_loss", "fake_loss", "temporal_loss", "grad_norm", "fake_grad_norm", "num_steps", "x_std"}
+    assert expected <= set(first)
+    assert ("cd_loss" in first) is (name == "joint")
+    assert bool(torch.isfinite(weights(result.student)).all())
+
+
+def test_guidance_reaches_the_student(world, numbers):
+    # The teacher's mean is M + 1 for the prompts and M for the empty one: guidance 3 pulls the student's mean to M + 3.
+    def run(scale):
+        teacher, student = world(gain=S, shift=M + 1)
+        teacher.denoiser.reach = 1.0
+        teacher.encode = lambda prompts: numbers(torch.tensor([float(bool(text)) for text in prompts]))
+        config = settings(vsd_steps=10, cd_steps=0, guidance_scale=scale, ema_decay=0.0, learning_rate=0.02)
+        return float(DistillationTrainer(teacher, student, PROMPTS, config).train().student.denoiser.shift.detach())
+
+    assert run(3.0) > M + 1.1
+    assert run(1.0) < M + 1.05
+
+
+def test_student_ends_on_the_average_of_its_weights(world):
+    def run(decay):
+        return weights(train(world, settings(vsd_steps=2, cd_steps=0, ema_decay=decay)).student)
+
+    # The first update is empty: the fake score starts as the teacher, so the two agree. Then the average moves once.
+    start, raw = weights(world()[1]), run(0.0)
+    assert torch.allclose(run(0.75), 0.75 * start + 0.25 * raw, rtol=0, atol=1e-14)
+    assert not torch.equal(raw, start)
+
+
+def test_fake_score_sees_the_students_samples_and_then_fresh_ones(world, monkeypatch):
+    from distillation import trainer as module
+
+    steered, seen = [], []
+    gradient, loss = module.vsd_gradient, module.fake_score_loss
+    monkeypatch.setattr(module, "vsd_gradient", lambda x, *rest: (steered.append(x.detach()), gradient(x, *rest))[1])
+    monkeypatch.setattr(module, "fake_score_loss", lambda x, *rest: (seen.append(x), loss(x, *rest))[1])
+    train(world, settings(vsd_steps=2, cd_steps=0, fake_updates=3))
+    assert len(steered) == 2
+    assert len(seen) == 6
+    assert torch.equal(seen[0], steered[0])
+    assert torch.equal(seen[3], steered[1])
+    assert not any(torch.equal(seen[i], seen[j]) for i in range(6) for j in range(i))
+    assert not any(x.requires_grad for x in seen)
+
+
+def test_cd_target_is_the_average_and_not_the_student(world, monkeypatch):
+    from distillation import trainer as module
+
+    distances = []
+    pair = module.consistency_pair
+
+    def recorded(student, target, *rest, **options):
+        distances.append(float((student.gain - target.gain).detach().abs()))
+        return pair(student, target, *rest, **options)
+
+    monkeypatch.setattr(module, "consistency_pair", recorded)
+    train(world, settings(vsd_steps=0, cd_steps=3))
+    assert distances[0] == 0
+    assert all(distance > 0 for distance in distances[1:])
+
+
+def test_same_seed_gives_the_same_weights_and_another_seed_others(world):
+    once, again = (weights(train(world, settings()).student) for _ in range(2))
+    assert torch.equal(once, again)
+    assert not torch.equal(once, weights(train(world, settings(seed=1)).student))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stage", "at"), [("sequential", "vsd", 3), ("sequential", "cd", 3), ("joint", "joint", 2)]
+)
+def test_a_killed_run_continues_to_identical_weights(world, tmp_path, monkeypatch, schedule, stage, at):
+    from distillation import trainer as module
+
+    config = settings(schedule=schedule, output_dir=str(tmp_path), checkpoint_every=2)
+    original = module._Stage.step
+
+    def interrupted(self, step):
+        if (self.name, step) == (stage, at):
+            raise KeyboardInterrupt
+        return original(self, step)
+
+    monkeypatch.setattr(module._Stage, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(world, config)
+    monkeypatch.setattr(module._Stage, "step", original)
+    resumed = train(world, config)
+    straight = train(world, settings(schedule=schedule))
+    assert torch.equal(weights(resumed.student), weights(straight.student))
+    assert resumed.history == straight.history
+    assert (tmp_path / stage / "history.jsonl").is_file()
+
+
+def test_a_finished_run_under_other_settings_is_refused(world, tmp_path):
+    train(world, settings(cd_steps=0, output_dir=str(tmp_path)))
+    with pytest.raises(DistillationConfigError, match="fake_updates = 2, this run has 3"):
+        train(world, settings(cd_steps=0, output_dir=str(tmp_path), fake_updates=3))
+
+
+def test_mistakes_are_found_before_training(world):
+    teacher, student = world(timesteps={1: [1.0]})
+    with pytest.raises(StepCountError, match="samples in 1 steps; got 2"):
+        DistillationTrainer(teacher, student, PROMPTS, settings())
+    with pytest.raises(DistillationConfigError, match="share weights"):
+        DistillationTrainer(teacher, FewStepStudent(teacher.denoiser, latent_shape=SHAPE), PROMPTS, settings())
+    _, other = world(schedule=RectifiedFlow(shift=3.0))
+    with pytest.raises(DistillationConfigError, match="different schedules"):
+        DistillationTrainer(teacher, other, PROMPTS, settings())
+    with pytest.raises(MissingPartError, match="latent_shape"):
+        DistillationTrainer(teacher, FewStepStudent(student.denoiser), PROMPTS, settings(step_counts=[1]))
+
+
+def test_a_teacher_that_needs_no_prompts_serves(world):
+    assert len(train(world, settings(cd_steps=0), None).history["vsd"]) == 4
+
+
+def test_public_names_exist_and_the_package_is_cheap_to_import():
+    for name in distillation.__all__:
+        assert getattr(distillation, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = distillation.nothing
+    code = "import sys, distillation; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
