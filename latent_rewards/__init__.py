@@ -15,7 +15,7 @@ _HOME = {
     "latent_rewards.collect": ("MetricOracle", "collect_rewards"),
     "latent_rewards.dataset": ("RewardDataset",),
     "latent_rewards.proxies": ("ProxyConfig", "RewardProxy", "train_proxy"),
-    "latent_rewards.rewards": ("WeightedSum",),
+    "latent_rewards.rewards": ("Constraint", "Tchebycheff", "WeightedSum"),
     "latent_rewards.lro": ("DifferentiableRewardTrainer", "LROConfig", "ReinforceTrainer", "TrainResult"),
     "latent_rewards.report": ("Report",),
 }

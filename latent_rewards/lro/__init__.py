@@ -1,0 +1,25 @@
+"""Latent reward optimisation: advantages, gradient estimators, the guard and the trainers."""
+
+from latent_rewards.lro.advantages import group_normalized, leave_one_out, normalize_then_sum
+from latent_rewards.lro.checks import OffPolicyError
+from latent_rewards.lro.config import LROConfig
+from latent_rewards.lro.estimators import hybrid, pathwise, reinforce, smoothed
+from latent_rewards.lro.guard import Guard, RefreshSchedule
+from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer, TrainResult
+
+__all__ = [
+    "DifferentiableRewardTrainer",
+    "Guard",
+    "LROConfig",
+    "OffPolicyError",
+    "RefreshSchedule",
+    "ReinforceTrainer",
+    "TrainResult",
+    "group_normalized",
+    "hybrid",
+    "leave_one_out",
+    "normalize_then_sum",
+    "pathwise",
+    "reinforce",
+    "smoothed",
+]

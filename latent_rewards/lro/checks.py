@@ -1,0 +1,60 @@
+"""What must hold before a policy is changed: finite numbers, and log-probabilities that are the policy's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latent_rewards.lro.sampling import Batch
+from latent_rewards.rollout import Trajectory, Transitions, gaussian_kl, gaussian_log_ratio
+from latent_rewards.training.loop import NonFiniteError
+
+RATIO_TOLERANCE = 1e-2
+"""Largest log-probability ratio of an update that should be on-policy; rounding stays well below."""
+
+
+class OffPolicyError(RuntimeError):
+    """The policy's forward with gradient differs from the one that sampled, so log-probabilities are not its own."""
+
+
+def describe(batch: Batch, rows: list[int]) -> str:
+    """Return the samples at ``rows`` of a batch as text: ids and prompts, the first eight."""
+    shown = ", ".join(f"{batch.sample_ids[row]} ({batch.prompts[row]!r})" for row in rows[:8])
+    return shown + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+
+
+def check_finite(what: str, values: Tensor, step: int, batch: Batch) -> None:
+    """Check per-sample values ``[B]``.
+
+    Raises:
+        NonFiniteError: one is NaN or infinite; the message names the update and the samples.
+    """
+    finite = torch.isfinite(values.detach())
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().flatten().tolist()
+        raise NonFiniteError(
+            f"lro: {what} not finite at step {step}, samples {describe(batch, bad)}; parameters kept. Lower the "
+            "learning rate, or look at what these prompts do to policy and proxy"
+        )
+
+
+@torch.no_grad()
+def check_on_policy(step: int, trajectory: Trajectory, transitions: Transitions, head_std: float) -> None:
+    """Check that the first optimiser step after a rollout has probability ratio 1.
+
+    Raises:
+        OffPolicyError: a log ratio exceeds :data:`RATIO_TOLERANCE`.
+    """
+    for k, (mean, std) in enumerate(transitions):
+        old = trajectory.means[k]
+        if bool((torch.as_tensor(std) != 0).any()):
+            deviation = gaussian_log_ratio(trajectory.states[k + 1], mean, old, std)
+        else:
+            deviation = gaussian_kl(mean, old, head_std)
+        worst = float(deviation.abs().max())
+        if worst > RATIO_TOLERANCE:
+            raise OffPolicyError(
+                f"at update {step} the policy gives another mean for step {k} than it sampled from (log ratio "
+                f"{worst:.3g}, at most {RATIO_TOLERANCE} expected): something in it is random or depends on gradient "
+                "mode, such as dropout; make the forward deterministic"
+            )

@@ -1,0 +1,244 @@
+"""Settings of the two trainers; TRL's names where TRL has one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from latent_rewards.contracts import ConfigError, unknown_name
+from latent_rewards.lro.advantages import ScaleRewards
+from latent_rewards.lro.guard import MIN_REFRESH_QUERIES
+from latent_rewards.training.loop import LoopConfig
+
+SCORE_ESTIMATORS = ("reinforce", "smoothed")
+GRADIENT_ESTIMATORS = ("hybrid", "pathwise")
+
+
+@dataclass
+class LROConfig:
+    """What a latent reward optimisation run is.
+
+    Attributes:
+        num_updates: rollouts of new samples; each gives ``num_iterations`` optimiser steps.
+        learning_rate: of AdamW without weight decay, positive.
+        prompts_per_update: prompts drawn for each update, without repeats until all were seen; over all ranks.
+        num_generations: samples per prompt and update (one group).
+        num_iterations: optimiser steps per rollout; above 1 each step's probability ratio is clipped.
+        epsilon: clip range of that ratio, in (0, 1).
+        step_counts: numbers of sampling steps; one is drawn for each update.
+        estimator: ``"reinforce"`` or ``"smoothed"`` for ReinforceTrainer (default smoothed), ``"pathwise"`` or
+            ``"hybrid"`` for DifferentiableRewardTrainer (default pathwise). None is the trainer's default.
+        head_std: standard deviation, in latent units, of the Gaussian head on the last, deterministic step; also the
+            unit in which the KL of that step is measured. Smoothing biases the gradient by O(head_std^2).
+        num_draws: head draws per latent of ``smoothed``, at least 2; even if ``antithetic``.
+        antithetic: draw the head's noise in pairs of opposite sign.
+        last_k: steps the gradient of ``pathwise`` goes through; None is all of them, fewer saves memory and is biased.
+        scale_rewards: ``"none"``, or divide rewards by the standard deviation of their ``"group"`` or ``"batch"``.
+        beta: price of the KL to the reference in nats per latent dimension (mean over event dimensions, summed over
+            steps); 0 needs no reference.
+        pessimism: how many of the proxy's own standard deviations a reward is scored below its mean (above, if its
+            weight is negative).
+        reward_cap: a proxy score beyond which more is not believed; scores are clamped to it. None does not clamp.
+        refresh_every: updates between proxy refreshes; a refresh needs an oracle.
+        refresh_queries: fresh samples per refresh that the oracle scores, at least 8.
+        refresh_steps: proxy updates per refresh.
+        max_queries: refresh queries in all; None is unlimited.
+        anchor_weight: factor of the anchor's loss.
+        anchor_every: updates between uses of the anchor's loss.
+        holdout_every: updates between holdout evaluations.
+        holdout_samples: samples per holdout evaluation, always the same prompts and noise.
+        patience: holdout evaluations without a new best before training stops early; None never stops.
+        min_improvement: how much better than the best a holdout evaluation must be to count.
+        micro_batch: most samples per oracle call, per proxy call and per rollout of a refresh or holdout.
+        seed: root of all randomness.
+        output_dir: folder of checkpoints; a rerun with the same folder resumes. None keeps nothing on disk.
+        checkpoint_every: updates between checkpoints.
+        log_every: updates between tracker entries.
+        log_with: accelerate tracker name, or None.
+        max_grad_norm: gradient clipping; 0 does not clip.
+        mixed_precision: "no" or "bf16".
+        device: torch device; None leaves the choice to accelerate.
+        progress: draw a progress bar.
+    """
+
+    num_updates: int = 200
+    learning_rate: float = 1e-5
+    prompts_per_update: int = 8
+    num_generations: int = 4
+    num_iterations: int = 1
+    epsilon: float = 0.2
+    step_counts: list[int] = field(default_factory=lambda: [4])
+    estimator: Literal["reinforce", "smoothed", "pathwise", "hybrid"] | None = None
+    head_std: float = 0.1
+    num_draws: int = 8
+    antithetic: bool = True
+    last_k: int | None = None
+    scale_rewards: ScaleRewards = "none"
+    beta: float = 0.05
+    pessimism: float = 0.5
+    reward_cap: float | None = None
+    refresh_every: int = 25
+    refresh_queries: int = 256
+    refresh_steps: int = 100
+    max_queries: int | None = None
+    anchor_weight: float = 1.0
+    anchor_every: int = 1
+    holdout_every: int = 25
+    holdout_samples: int = 64
+    patience: int | None = 5
+    min_improvement: float = 0.0
+    micro_batch: int = 64
+    seed: int = 0
+    output_dir: str | None = None
+    checkpoint_every: int = 100
+    log_every: int = 10
+    log_with: str | None = None
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "bf16"] = "no"
+    device: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every range.
+
+        Raises:
+            ConfigError: a value is out of range; the message names the field.
+        """
+        self.step_counts = _checked_step_counts(self.step_counts)
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1; got {value}")
+        if self.refresh_queries < MIN_REFRESH_QUERIES:
+            raise ConfigError(f"refresh_queries must be at least {MIN_REFRESH_QUERIES}; got {self.refresh_queries}")
+        for name in ("learning_rate", "head_std"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
+        for name in ("beta", "pessimism", "anchor_weight", "min_improvement", "max_grad_norm", "max_queries"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"{name} must not be negative; got {value}")
+        if not 0 < self.epsilon < 1:
+            raise ConfigError(f"epsilon must lie in (0, 1); got {self.epsilon}")
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        choices = {
+            "estimator": (None, *SCORE_ESTIMATORS, *GRADIENT_ESTIMATORS),
+            "scale_rewards": ("none", "group", "batch"),
+            "mixed_precision": ("no", "bf16"),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(unknown_name(name, str(value), [str(a) for a in allowed if a]))
+        if self.num_draws < 2 or (self.antithetic and self.num_draws % 2):
+            raise ConfigError(f"num_draws must be at least 2, and even if antithetic; got {self.num_draws}")
+
+    def check_estimator(self, allowed: Sequence[str]) -> str:
+        """Return the estimator to use, the last of ``allowed`` being the default, checked against the other settings.
+
+        Raises:
+            ConfigError: another trainer's estimator, or one that these settings do not fit.
+        """
+        estimator = self.estimator or allowed[-1]
+        if estimator not in allowed:
+            raise ConfigError(
+                f"estimator {estimator!r} belongs to the other trainer; this one has {', '.join(allowed)}"
+            )
+        needs_group = estimator == "reinforce" or (estimator != "pathwise" and max(self.step_counts) > 1)
+        if (needs_group or self.scale_rewards == "group") and self.num_generations < 2:
+            raise ConfigError(f"num_generations must be at least 2 for the group baseline of {estimator!r}; got 1")
+        if estimator == "pathwise" and self.num_iterations > 1:
+            raise ConfigError("num_iterations must be 1 for 'pathwise': without log-probs a reused rollout is biased")
+        return estimator
+
+    def loop_config(self) -> LoopConfig:
+        """Return the part of these settings that the training loop takes."""
+        return LoopConfig(
+            num_steps=self.num_updates,
+            seed=self.seed,
+            output_dir=self.output_dir,
+            checkpoint_every=self.checkpoint_every,
+            log_every=self.log_every,
+            log_with=self.log_with,
+            max_grad_norm=self.max_grad_norm,
+            mixed_precision=self.mixed_precision,
+            device=self.device,
+            progress=self.progress,
+        )
+
+
+class StartedWith:
+    """Keeps in the checkpoint which settings and prompts a run was started with, and refuses to resume with others.
+
+    Settings that change no sample and no gradient (paths, logging, devices) may differ, and a run may be prolonged.
+
+    Args:
+        config: the settings of this run.
+        num_prompts: number of training prompts.
+    """
+
+    def __init__(self, config: LROConfig, num_prompts: int) -> None:
+        kept = {name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE}
+        self._settings = {**kept, "number of prompts": num_prompts}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the settings."""
+        return self._settings
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Compare the stored settings with this run's.
+
+        Raises:
+            ConfigError: one differs; the message names it.
+        """
+        for name, value in self._settings.items():
+            if state.get(name) != value:
+                raise ConfigError(
+                    f"the run in output_dir was started with {name}={state.get(name)!r}, this one has {value!r}; "
+                    "use the old value to resume, or another output_dir"
+                )
+
+
+_MAY_CHANGE = frozenset(
+    (
+        "num_updates",
+        "micro_batch",
+        "patience",
+        "max_queries",
+        "output_dir",
+        "checkpoint_every",
+        "log_every",
+        "log_with",
+        "device",
+        "progress",
+    )
+)
+
+_AT_LEAST_ONE = (
+    "num_updates",
+    "prompts_per_update",
+    "num_generations",
+    "num_iterations",
+    "last_k",
+    "refresh_every",
+    "refresh_steps",
+    "anchor_every",
+    "holdout_every",
+    "holdout_samples",
+    "patience",
+    "micro_batch",
+    "checkpoint_every",
+    "log_every",
+)
+
+
+def _checked_step_counts(step_counts: Sequence[int]) -> list[int]:
+    counts = list(step_counts)
+    if not counts or any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts):
+        raise ConfigError(
+            f"step_counts must be a list of integers of at least 1, such as [4] or [1, 2, 4]; got {counts}"
+        )
+    return counts

@@ -1,0 +1,189 @@
+"""Refreshing the proxy on true rewards of what the policy generates now, with everything seen before as replay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from latent_rewards.contracts import ConfigError, DataError, FingerprintMismatchError, Oracle, unknown_name
+from latent_rewards.dataset import RewardDataset
+from latent_rewards.lro.guard import Guard
+from latent_rewards.lro.sampling import Batch
+from latent_rewards.lro.scoring import Proxy, ProxyReward
+from latent_rewards.training.loop import HasStateDict
+from latent_rewards.training.randomness import derive_seed
+
+
+@runtime_checkable
+class UpdatableProxy(Protocol):
+    """A proxy that learns from fresh samples."""
+
+    def update(
+        self, fresh: RewardDataset, /, *, replay: RewardDataset | None, num_updates: int, seed: int
+    ) -> Mapping[str, float] | None:
+        """Take ``num_updates`` optimiser steps on fresh and replayed samples; return what to log."""
+        ...
+
+
+def check_fingerprints(oracle: Oracle | None, proxy: Proxy, dataset: RewardDataset | None) -> None:
+    """Check that oracle, proxy and replay data share latent space and metrics, as far as each knows its own.
+
+    Raises:
+        FingerprintMismatchError: two differ; the message names both.
+    """
+    metrics = getattr(oracle, "fingerprints", {})
+    for kind, part in (("proxy", proxy), ("dataset", dataset)):
+        for name, fingerprint in (getattr(part, "metric_fingerprints", None) or {}).items():
+            if name in metrics and metrics[name] != fingerprint:
+                raise FingerprintMismatchError(
+                    f"reward {name!r} is {metrics[name]!r} in the oracle and {fingerprint!r} in the {kind}; collect "
+                    "and fit again with the oracle's metric, or use the metric of that version and those options"
+                )
+    mine = getattr(proxy, "latent_space", None)
+    for kind, other in (("oracle", oracle), ("dataset", dataset)):
+        theirs = getattr(other, "latent_space", None)
+        if mine is not None and theirs is not None and mine != theirs:
+            raise FingerprintMismatchError(
+                f"the proxy was trained in latent space {mine!r} and the {kind} belongs to {theirs!r}; use a proxy "
+                "that was trained on this codec's latents"
+            )
+
+
+class Refresher:
+    """Queries the oracle, records the gap, and updates the proxy; holds the fresh samples for replay.
+
+    Args:
+        proxy: is updated in place.
+        oracle: the true metrics; must return every reward of the proxy.
+        dataset: what the proxy was trained on, replayed at each refresh; None replays only earlier fresh samples.
+        guard: records the gap and counts the queries.
+        num_updates: proxy updates per refresh.
+        seed: root of the proxy updates' randomness.
+
+    Raises:
+        ConfigError: the proxy has no ``update``.
+        DataError: ``dataset`` lacks one of the proxy's rewards.
+    """
+
+    def __init__(
+        self,
+        scoring: ProxyReward,
+        oracle: Oracle,
+        dataset: RewardDataset | None,
+        guard: Guard,
+        *,
+        num_updates: int,
+        seed: int,
+    ) -> None:
+        if not isinstance(scoring.proxy, UpdatableProxy):
+            raise ConfigError(
+                f"an oracle was given, but {type(scoring.proxy).__name__} has no update(...) to learn from it; pass a "
+                "RewardProxy, or oracle=None to keep the proxy frozen"
+            )
+        for name in scoring.proxy.reward_names:
+            if dataset is not None and name not in dataset.reward_names:
+                raise DataError(f"the dataset to replay lacks it: {unknown_name('reward', name, dataset.reward_names)}")
+        self.scoring, self.oracle, self.guard = scoring, oracle, guard
+        self.num_updates, self.seed = num_updates, seed
+        self.replay = dataset
+        self._fresh: list[RewardDataset] = []
+
+    def refresh(self, step: int, samples: Iterable[tuple[Batch, Tensor]]) -> dict[str, float]:
+        """Score samples of the current policy with oracle and proxy, then update the proxy; return what to log.
+
+        Args:
+            step: policy updates done so far.
+            samples: batches and their final latents ``[B, C, F, H, W]``.
+
+        Raises:
+            DataError: the oracle does not return one of the proxy's rewards, or returns infinity.
+        """
+        latents, prompts, truths, scores = [], [], [], []
+        for batch, final in samples:
+            truths.append(query(self.oracle, final, batch.prompts, self.scoring.proxy.reward_names))
+            with torch.no_grad():
+                scores.append(self.scoring.by_name(final, batch.prompts))
+            latents.append(final.cpu())
+            prompts += batch.prompts
+        true, predicted = _joined(truths), _joined(scores)
+        logs = self.guard.record_gap(step, predicted, true)
+        fresh = self._dataset(torch.cat(latents), prompts, true)
+        updatable = cast(UpdatableProxy, self.scoring.proxy)
+        learnt = updatable.update(
+            fresh,
+            replay=self.replay,
+            num_updates=self.num_updates,
+            seed=derive_seed(self.seed, "lro/proxy-update", step),
+        )
+        self._append(fresh)
+        return {**logs, **{f"proxy/{key}": value for key, value in (learnt or {}).items()}}
+
+    def _dataset(self, latents: Tensor, prompts: list[str], rewards: Mapping[str, Tensor]) -> RewardDataset:
+        """Return a dataset that can join the replay: its dtype and fingerprints, NaN in columns the proxy lacks."""
+        known = self.replay
+        if known is None:
+            metrics = getattr(self.oracle, "fingerprints", {})
+            return RewardDataset.from_tensors(
+                latents,
+                prompts,
+                rewards,
+                latent_space=getattr(self.scoring.proxy, "latent_space", None),
+                metric_fingerprints={name: metrics[name] for name in rewards if name in metrics},
+            )
+        absent = torch.full((len(latents),), torch.nan)
+        return RewardDataset.from_tensors(
+            latents.to(known.dtype),
+            prompts,
+            {name: rewards.get(name, absent) for name in known.reward_names},
+            latent_space=known.latent_space,
+            metric_fingerprints=known.metric_fingerprints,
+        )
+
+    def _append(self, fresh: RewardDataset) -> None:
+        self._fresh.append(fresh)
+        self.replay = fresh if self.replay is None else self.replay.concatenate(fresh)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the fresh samples and, if it has a state, the proxy."""
+        parts = [{"latents": f.latents(), "prompts": f.prompts, "rewards": f.rewards} for f in self._fresh]
+        proxy = self.scoring.proxy
+        return {"fresh": parts, "proxy": proxy.state_dict() if hasattr(proxy, "state_dict") else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        for part in state["fresh"]:
+            self._append(self._dataset(part["latents"], part["prompts"], part["rewards"]))
+        if state["proxy"] is not None:
+            cast(HasStateDict, self.scoring.proxy).load_state_dict(state["proxy"])
+
+
+def query(oracle: Oracle, latents: Tensor, prompts: list[str], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Return the oracle's rewards ``{name: [B]}`` for ``latents``, without gradient.
+
+    Args:
+        oracle: true metrics.
+        latents: ``[B, C, F, H, W]``.
+        prompts: B texts.
+        names: the rewards wanted; None keeps all it returns.
+
+    Raises:
+        DataError: a wanted reward is missing, or one is not ``[B]``.
+    """
+    with torch.no_grad():
+        rewards = oracle(latents, prompts)
+    wanted = list(rewards) if names is None else list(names)
+    for name in wanted:
+        if name not in rewards:
+            raise DataError(f"the oracle did not return it: {unknown_name('reward', name, rewards)}")
+        if rewards[name].shape != (len(latents),):
+            raise DataError(
+                f"the oracle's reward {name!r} has shape {tuple(rewards[name].shape)}; expected [{len(latents)}]"
+            )
+    return {name: rewards[name].detach() for name in wanted}
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name].detach().cpu() for part in parts]) for name in parts[0]}

@@ -1,0 +1,387 @@
+"""Latent reward optimisation: fine-tune a few-step policy on the scores of a proxy that is kept honest.
+
+One update: draw prompts, a step count and noise; roll the policy out without gradient; estimate the gradient of the
+reward (:mod:`latent_rewards.lro.estimators`); add ``beta`` times the per-state KL to the reference and the anchor's
+loss; step. Every ``refresh_every`` updates the oracle scores fresh samples and the proxy learns from them; every
+``holdout_every`` updates a metric that is never optimised is evaluated, and the best policy by it is what remains.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from latent_rewards.contracts import Anchor, ConfigError, Oracle, Policy, Prompt, Reward, check_prompts
+from latent_rewards.dataset import RewardDataset
+from latent_rewards.lro import estimators
+from latent_rewards.lro.checks import check_finite, check_on_policy, describe
+from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LROConfig, StartedWith
+from latent_rewards.lro.guard import Guard, RefreshSchedule
+from latent_rewards.lro.refresh import Refresher, check_fingerprints, query
+from latent_rewards.lro.sampling import Batch, SampleSource
+from latent_rewards.lro.scoring import Proxy, ProxyReward
+from latent_rewards.rollout import Trajectory, Transitions, policy_transitions, rollout, trajectory_kl
+from latent_rewards.training.loop import HasStateDict, NonFiniteError, TrainingLoop
+
+Callback = Callable[[int, dict[str, float]], None]
+
+
+@dataclass
+class TrainResult:
+    """What a run did.
+
+    Attributes:
+        history: what was logged, one dict per update, with ``"step"``.
+        best_step: updates done when the holdout was best, which is where the policy is now; None without a holdout.
+        num_queries: true queries of the refreshes.
+        stopped_early: the holdout stopped the run.
+        proxy_curve: ``(step, mean reward)`` the policy was optimised for, per update.
+        true_curve: per refresh, ``{"step", "proxy": {name: mean}, "true": {name: mean}}`` on fresh samples.
+        holdout_curve: per evaluation, ``{"step", "score", "values": {name: mean}}``.
+    """
+
+    history: list[dict[str, Any]]
+    best_step: int | None
+    num_queries: int
+    stopped_early: bool
+    proxy_curve: list[tuple[int, float]]
+    true_curve: list[dict[str, Any]]
+    holdout_curve: list[dict[str, Any]]
+
+
+class LatentRewardTrainer:
+    """What both trainers share; use :class:`ReinforceTrainer` or :class:`DifferentiableRewardTrainer`.
+
+    Args:
+        policy: an ``nn.Module`` that is a Policy; parameters with ``requires_grad`` are trained in place, in eval mode.
+        proxy: scores latents; updated in place when there is an oracle.
+        prompts: training prompts, texts or mappings.
+        config: see :class:`~latent_rewards.lro.config.LROConfig`.
+        reward: combines the proxy's rewards; None takes the only one.
+        oracle: true metrics for refresh and gap; without one the proxy stays frozen.
+        dataset: what the proxy was trained on, replayed at each refresh.
+        holdout: an oracle that is never optimised; decides early stop and which policy remains.
+        reference: policy the KL is measured to; None copies ``policy`` and freezes the copy if ``beta`` is positive.
+        anchor: a loss that holds the policy near what it was distilled from.
+        callbacks: called with the step and its log after each update.
+
+    Raises:
+        ConfigError: settings and parts do not fit together.
+        DataError: no prompts, or a blank one.
+        FingerprintMismatchError: oracle, proxy and dataset differ in latent space or metrics.
+    """
+
+    estimator_names: ClassVar[Sequence[str]] = ()
+
+    def __init__(
+        self,
+        policy: Policy,
+        proxy: Proxy,
+        prompts: Sequence[Prompt],
+        config: LROConfig | None = None,
+        reward: Reward | None = None,
+        oracle: Oracle | None = None,
+        dataset: RewardDataset | None = None,
+        holdout: Oracle | None = None,
+        reference: Policy | None = None,
+        anchor: Anchor | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config = config = config or LROConfig()
+        self.estimator = config.check_estimator(self.estimator_names)
+        self.policy, self.oracle, self.holdout, self.anchor = policy, oracle, holdout, anchor
+        self.callbacks = tuple(callbacks)
+        check_fingerprints(oracle, proxy, dataset)
+        listed = check_prompts(prompts)
+        if reference is policy:
+            raise ConfigError("reference is the policy itself; pass a copy, or None to have one made")
+        for count in config.step_counts:
+            policy.timesteps(count)
+        module = _as_module(policy)
+        self.scoring = ProxyReward(
+            proxy, reward, pessimism=config.pessimism, cap=config.reward_cap, micro_batch=config.micro_batch
+        )
+        self.guard = Guard(
+            module,
+            RefreshSchedule(config.refresh_every, config.refresh_queries, config.max_queries),
+            patience=config.patience,
+            min_improvement=config.min_improvement,
+        )
+        self.refresher = (
+            None
+            if oracle is None
+            else Refresher(
+                self.scoring, oracle, dataset, self.guard, num_updates=config.refresh_steps, seed=config.seed
+            )
+        )
+        self._warn(len(tuple(proxy.reward_names)))
+        self.reference = reference
+        if reference is None and config.beta > 0:
+            self.reference = copy.deepcopy(policy)
+        self.loop = self._make_loop(module, len(listed))
+        self.samples = SampleSource(
+            policy,
+            listed,
+            step_counts=config.step_counts,
+            seed=config.seed,
+            device=self.loop.device,
+            dtype=_noise_dtype(module),
+        )
+
+    def train(self) -> TrainResult:
+        """Run (or resume) the updates, put the best policy by the holdout back, and return what happened.
+
+        Raises:
+            NonFiniteError: a sample, reward, loss or gradient is not finite; parameters are as before that update.
+            OffPolicyError: the policy does not repeat its own rollout (dropout, for instance).
+        """
+        _as_module(self.policy).eval()
+        history = self.loop.run(self._step)
+        self._evaluate_holdout(self.loop.step)
+        self.guard.rollback()
+        return TrainResult(
+            history=history,
+            best_step=self.guard.best_step,
+            num_queries=self.guard.num_queries,
+            stopped_early=self.guard.stopped,
+            proxy_curve=[(entry["step"], entry["reward"]) for entry in history],
+            true_curve=self.guard.gaps,
+            holdout_curve=self.guard.holdout,
+        )
+
+    def _make_loop(self, module: nn.Module, num_prompts: int) -> TrainingLoop:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        if not trained:
+            raise ConfigError("the policy has no parameter with requires_grad; unfreeze what should be trained")
+        stateful: dict[str, HasStateDict] = {
+            "settings": StartedWith(self.config, num_prompts),
+            "guard": self.guard,
+        }
+        if self.refresher is not None:
+            stateful["refresher"] = self.refresher
+        if self.anchor is not None:
+            stateful["anchor"] = self.anchor
+        loop = TrainingLoop(
+            self.config.loop_config(),
+            name="lro",
+            modules={"policy": module},
+            optimizers={"policy": torch.optim.AdamW(trained, lr=self.config.learning_rate, weight_decay=0.0)},
+            stateful=stateful,
+        )
+        ranks = loop.accelerator.num_processes
+        if self.config.prompts_per_update % ranks:
+            raise ConfigError(
+                f"prompts_per_update={self.config.prompts_per_update} cannot be shared by {ranks} ranks; use a multiple"
+            )
+        for other in (self.scoring.proxy, self.reference):
+            if isinstance(other, nn.Module):
+                other.to(loop.device)
+        if isinstance(self.reference, nn.Module):
+            self.reference.requires_grad_(False).eval()
+        return loop
+
+    def _warn(self, num_rewards: int) -> None:
+        if self.oracle is None:
+            warnings.warn(
+                "no oracle: the proxy stays frozen, and a policy that climbs a frozen proxy usually ends where the "
+                "proxy is wrong, with a rising score and a falling true metric; pass oracle=MetricOracle(...)",
+                stacklevel=4,
+            )
+        if num_rewards == 1 and self.holdout is None:
+            warnings.warn(
+                "one reward and no holdout: what that reward does not see (motion, diversity) may fall unnoticed; pass "
+                "holdout=MetricOracle(...) with another metric to stop early and roll back",
+                stacklevel=4,
+            )
+
+    def _step(self, step: int) -> dict[str, float]:
+        config = self.config
+        logs = {} if step % config.holdout_every else self._evaluate_holdout(step)
+        if self.guard.stopped:
+            raise StopIteration
+        due = self.guard.queries_due(step) if self.refresher is not None else 0
+        if due and self.refresher is not None:
+            logs |= self.refresher.refresh(step, self._generate("lro/refresh", step, due))
+        batch = self._draw_batch(step)
+        trajectory = self._rollout(batch)
+        check_finite("latents", trajectory.final.flatten(1).sum(1), step, batch)
+        for iteration in range(config.num_iterations):
+            loss, parts = self._loss(step, iteration, batch, trajectory)
+            parts["grad_norm"] = self._descend(loss, batch)
+            if self.anchor is not None:
+                self.anchor.after_step()
+        logs = {**parts, **logs}
+        for callback in self.callbacks:
+            callback(step, logs)
+        return logs
+
+    def _draw_batch(self, step: int) -> Batch:
+        ranks = self.loop.accelerator
+        return self.samples.update_batch(
+            step,
+            self.config.prompts_per_update,
+            self.config.num_generations,
+            rank=ranks.process_index,
+            num_ranks=ranks.num_processes,
+        )
+
+    def _loss(self, step: int, iteration: int, batch: Batch, trajectory: Trajectory) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss of one optimiser step and what to log; every transition is evaluated with gradient once."""
+        config = self.config
+        logs: dict[str, float] = {}
+        with self.loop.accelerator.autocast():
+            steps = None
+            if self.estimator != "pathwise" or self.reference is not None:
+                steps = policy_transitions(self.policy, trajectory)
+            if steps is not None and iteration == 0:
+                check_on_policy(step, trajectory, steps, config.head_std)
+            reward = self._reward_function(step, batch, logs)
+            loss = self._estimate(step, iteration, batch, trajectory, steps, reward)
+            if self.reference is not None:
+                nats = trajectory_kl(self.policy, self.reference, trajectory, config.head_std, steps).sum(dim=1)
+                check_finite("kl", nats, step, batch)
+                kl = nats.mean() / trajectory.final[0].numel()
+                loss = loss + config.beta * kl
+                logs["kl"] = float(kl.detach())
+            if self.anchor is not None and step % config.anchor_every == 0:
+                noise = self.samples.noise(f"lro/anchor/{iteration}", step, batch.sample_ids, batch.num_steps)
+                anchor = self.anchor.loss(self.policy, batch.condition, noise)
+                loss = loss + config.anchor_weight * anchor
+                logs["anchor"] = float(anchor.detach())
+        return loss, {**logs, "loss": float(loss.detach())}
+
+    def _estimate(
+        self,
+        step: int,
+        iteration: int,
+        batch: Batch,
+        trajectory: Trajectory,
+        transitions: Transitions | None,
+        reward: estimators.RewardFunction,
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def _epsilon(self) -> float | None:
+        return self.config.epsilon if self.config.num_iterations > 1 else None
+
+    def _reward_function(self, step: int, batch: Batch, logs: dict[str, float]) -> estimators.RewardFunction:
+        """Return the reward of latents ``[N, ...]``, ``latents[i]`` belonging to sample i % B; it fills ``logs``."""
+
+        def reward(latents: Tensor) -> Tensor:
+            repeats = len(latents) // len(batch.prompts)
+            with torch.autocast(latents.device.type, enabled=False):
+                total, scores = self.scoring(latents, batch.prompts * repeats)
+            per_sample = total.detach().view(repeats, -1).mean(dim=0)
+            check_finite("reward", per_sample, step, batch)
+            logs["reward"] = float(per_sample.mean())
+            logs["reward_std"] = float(per_sample.std(correction=min(1, len(per_sample) - 1)))
+            logs.update({f"rewards/{name}/mean": float(score.detach().mean()) for name, score in scores.items()})
+            return total
+
+        return reward
+
+    def _descend(self, loss: Tensor, batch: Batch) -> float:
+        try:
+            return self.loop.update("policy", loss)
+        except NonFiniteError as error:
+            everyone = list(range(len(batch.prompts)))
+            raise NonFiniteError(f"{error}; the update's samples: {describe(batch, everyone)}") from error
+
+    @torch.no_grad()
+    def _rollout(self, batch: Batch) -> Trajectory:
+        # Its own autocast block: weights cast without gradient must not be reused by the forward that needs one.
+        with self.loop.accelerator.autocast():
+            return rollout(self.policy, batch.condition, batch.noise, batch.num_steps)
+
+    def _generate(self, stage: str, step: int, num_samples: int) -> Iterator[tuple[Batch, Tensor]]:
+        for batch in self.samples.evaluation_batches(stage, step, num_samples, self.config.micro_batch):
+            yield batch, self._rollout(batch).final
+
+    def _evaluate_holdout(self, step: int) -> dict[str, float]:
+        if self.holdout is None or self.guard.evaluated(step):
+            return {}
+        parts = [
+            query(self.holdout, final, batch.prompts)
+            for batch, final in self._generate("lro/holdout", 0, self.config.holdout_samples)
+        ]
+        return self.guard.record_holdout(step, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+class ReinforceTrainer(LatentRewardTrainer):
+    """Optimises a proxy through its values alone: ``estimator="smoothed"`` (default) or ``"reinforce"``.
+
+    See :class:`LatentRewardTrainer` for the arguments and :mod:`latent_rewards.lro.estimators` for the estimators.
+    """
+
+    estimator_names = SCORE_ESTIMATORS
+
+    def _estimate(
+        self,
+        step: int,
+        iteration: int,
+        batch: Batch,
+        trajectory: Trajectory,
+        transitions: Transitions | None,
+        reward: estimators.RewardFunction,
+    ) -> Tensor:
+        config = self.config
+        shared: dict[str, Any] = {
+            "head_std": config.head_std,
+            "num_generations": config.num_generations,
+            "scale_rewards": config.scale_rewards,
+            "epsilon": self._epsilon(),
+            "transitions": transitions,
+        }
+        if self.estimator == "reinforce":
+            head = self.samples.noise("lro/head", step, batch.sample_ids, 1)[0]
+            return estimators.reinforce(self.policy, trajectory, reward, head_noise=head, **shared)
+        count = config.num_draws // 2 if config.antithetic else config.num_draws
+        heads = self.samples.noise(f"lro/head/{iteration}", step, batch.sample_ids, count)
+        return estimators.smoothed(
+            self.policy, trajectory, reward, head_noise=heads, antithetic=config.antithetic, **shared
+        )
+
+
+class DifferentiableRewardTrainer(LatentRewardTrainer):
+    """Optimises a proxy through its gradient: ``estimator="pathwise"`` (default) or ``"hybrid"``.
+
+    See :class:`LatentRewardTrainer` for the arguments and :mod:`latent_rewards.lro.estimators` for the estimators.
+    """
+
+    estimator_names = GRADIENT_ESTIMATORS
+
+    def _estimate(
+        self,
+        step: int,
+        iteration: int,
+        batch: Batch,
+        trajectory: Trajectory,
+        transitions: Transitions | None,
+        reward: estimators.RewardFunction,
+    ) -> Tensor:
+        config = self.config
+        shared: dict[str, Any] = {
+            "num_generations": config.num_generations,
+            "scale_rewards": config.scale_rewards,
+            "transitions": transitions,
+        }
+        if self.estimator == "pathwise":
+            return estimators.pathwise(self.policy, trajectory, reward, last_k=config.last_k, **shared)
+        return estimators.hybrid(self.policy, trajectory, reward, epsilon=self._epsilon(), **shared)
+
+
+def _as_module(policy: Policy) -> nn.Module:
+    if not isinstance(policy, nn.Module):
+        raise ConfigError(f"the policy must be an nn.Module; got {type(policy).__name__}")
+    return policy
+
+
+def _noise_dtype(module: nn.Module) -> torch.dtype:
+    double = any(p.dtype == torch.float64 for p in module.parameters())
+    return torch.float64 if double else torch.float32

@@ -1,0 +1,163 @@
+"""How several rewards become the one that is optimised: callables ``{reward name: [B]} -> [B]``.
+
+A NaN means that a metric does not apply to a sample. It never enters an average: the sample takes no side on that
+reward (it counts as the mean of those the reward applies to), and a sample to which no reward applies is NaN as a
+whole, which the advantages exclude.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from latent_rewards.contracts import ConfigError, DataError, unknown_name
+
+
+def _checked(values: Mapping[str, float], what: str) -> dict[str, float]:
+    if not values:
+        raise ConfigError(f"the {what}s are empty; name at least one reward, such as {{'legibility': 1.0}}")
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ConfigError(f"the {what} of {name!r} must be finite; got {value}")
+    return {name: float(value) for name, value in values.items()}
+
+
+def _select(rewards: Mapping[str, Tensor], names: Mapping[str, float]) -> Tensor:
+    for name in names:
+        if name not in rewards:
+            raise DataError(unknown_name("reward", name, rewards))
+    return torch.stack([rewards[name] for name in names])
+
+
+def _neutral(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``rows`` ``[R, B]`` with NaN replaced by the row's mean, and which samples have any reward ``[B]``."""
+    valid = ~torch.isnan(rows)
+    mean = rows.detach().nanmean(dim=1, keepdim=True).nan_to_num(nan=0.0)
+    return torch.where(valid, rows, mean), valid.any(dim=0)
+
+
+def _exclude(total: Tensor, applies: Tensor) -> Tensor:
+    return torch.where(applies, total, torch.full_like(total, math.nan))
+
+
+class WeightedSum:
+    """The sum of ``weight * reward``; rewards without a weight are ignored.
+
+    ``normalize="zscore"`` first subtracts each reward's mean over the batch and divides by its standard deviation, so
+    that weights compare rewards of different ranges. Both statistics are constants to the gradient: a batch's z-scores
+    sum to zero whatever the latents are. A reward that is constant over the batch contributes zero.
+
+    Args:
+        weights: reward name -> weight; negative for a reward that should fall.
+        normalize: None or ``"zscore"``.
+
+    Raises:
+        ConfigError: no weights, one that is not finite, or an unknown ``normalize``.
+    """
+
+    def __init__(self, weights: Mapping[str, float], normalize: Literal["zscore"] | None = None) -> None:
+        if normalize not in (None, "zscore"):
+            raise ConfigError(f"normalize must be None or 'zscore'; got {normalize!r}")
+        self.weights = _checked(weights, "weight")
+        self.normalize = normalize
+
+    def __call__(self, rewards: Mapping[str, Tensor]) -> Tensor:
+        """Return ``[B]``; NaN where every reward is NaN.
+
+        Raises:
+            DataError: a weighted reward is missing.
+        """
+        rows = _select(rewards, self.weights)
+        if self.normalize == "zscore":
+            rows = _zscore(rows)
+        rows, applies = _neutral(rows)
+        weights = torch.tensor(list(self.weights.values()), dtype=rows.dtype, device=rows.device)
+        return _exclude((weights[:, None] * rows).sum(dim=0), applies)
+
+    def __repr__(self) -> str:
+        """Return the constructor call."""
+        return f"WeightedSum({self.weights}, normalize={self.normalize!r})"
+
+
+def _zscore(rows: Tensor) -> Tensor:
+    with torch.no_grad():
+        valid = ~torch.isnan(rows)
+        count = valid.sum(dim=1, keepdim=True)
+        mean = rows.nanmean(dim=1, keepdim=True)
+        squared = torch.where(valid, (rows - mean) ** 2, torch.zeros_like(rows))
+        std = (squared.sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+        scale = torch.where(std > 0, 1 / std, torch.zeros_like(std))
+    return (rows - mean) * scale
+
+
+class Tchebycheff:
+    """The worst weighted shortfall from a target: ``-max_i weight_i (target_i - reward_i)`` (Bowman 1976).
+
+    Unlike a weighted sum it reaches the concave parts of a Pareto front, and a gain in one reward never pays for a loss
+    in the worst one.
+
+    Args:
+        weights: reward name -> positive weight.
+        targets: reward name -> the value aimed at, one for each weight.
+
+    Raises:
+        ConfigError: a weight that is not positive and finite, or targets for other names.
+    """
+
+    def __init__(self, weights: Mapping[str, float], targets: Mapping[str, float]) -> None:
+        self.weights = _checked(weights, "weight")
+        for name, weight in self.weights.items():
+            if weight <= 0:
+                raise ConfigError(f"the weight of {name!r} must be positive; got {weight}")
+        if set(targets) != set(self.weights):
+            raise ConfigError(f"targets must name {sorted(self.weights)}; they name {sorted(targets)}")
+        self.targets = {name: _checked(targets, "target")[name] for name in self.weights}
+
+    def __call__(self, rewards: Mapping[str, Tensor]) -> Tensor:
+        """Return ``[B]``, at most 0 once no target is exceeded; NaN where every reward is NaN.
+
+        Raises:
+            DataError: a weighted reward is missing.
+        """
+        rows, applies = _neutral(_select(rewards, self.weights))
+        weights = rows.new_tensor(list(self.weights.values()))[:, None]
+        targets = rows.new_tensor(list(self.targets.values()))[:, None]
+        return _exclude(-(weights * (targets - rows)).amax(dim=0), applies)
+
+
+class Constraint:
+    """An objective minus ``penalty`` times how far each guarded reward lies below its floor.
+
+    Args:
+        objective: a Reward, such as :class:`WeightedSum`.
+        floors: reward name -> the value it should not fall below (motion is a natural one).
+        penalty: price of one unit below a floor, positive.
+
+    Raises:
+        ConfigError: no floors, one that is not finite, or a penalty that is not positive.
+    """
+
+    def __init__(self, objective: WeightedSum, floors: Mapping[str, float], penalty: float = 10.0) -> None:
+        if not penalty > 0:
+            raise ConfigError(f"penalty must be positive; got {penalty}")
+        self.objective, self.floors, self.penalty = objective, _checked(floors, "floor"), penalty
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The objective's weights, and 0 for a reward that is only guarded."""
+        return {**dict.fromkeys(self.floors, 0.0), **self.objective.weights}
+
+    def __call__(self, rewards: Mapping[str, Tensor]) -> Tensor:
+        """Return ``[B]``; a NaN in a guarded reward is no shortfall.
+
+        Raises:
+            DataError: a reward is missing.
+        """
+        rows = _select(rewards, self.floors)
+        floors = rows.new_tensor(list(self.floors.values()))[:, None]
+        shortfall = torch.where(torch.isnan(rows), torch.zeros_like(rows), (floors - rows).clamp(min=0))
+        return self.objective(rewards) - self.penalty * shortfall.sum(dim=0)

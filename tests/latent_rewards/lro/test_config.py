@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+
+from latent_rewards.contracts import ConfigError
+from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LROConfig, StartedWith
+from latent_rewards.training.settings import SettingsError, read_section
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("num_updates", 0),
+        ("learning_rate", 0.0),
+        ("prompts_per_update", 0),
+        ("num_generations", 0),
+        ("epsilon", 1.0),
+        ("step_counts", []),
+        ("step_counts", [0]),
+        ("estimator", "ppo"),
+        ("head_std", 0.0),
+        ("num_draws", 1),
+        ("num_draws", 7),
+        ("last_k", 0),
+        ("scale_rewards", "all"),
+        ("beta", -1.0),
+        ("beta", float("nan")),
+        ("pessimism", -0.5),
+        ("refresh_queries", 7),
+        ("max_queries", -1),
+        ("holdout_samples", 0),
+        ("patience", 0),
+        ("mixed_precision", "fp16"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(setting, value):
+    with pytest.raises(ConfigError, match=setting.replace("_", "[_ ]")):
+        LROConfig(**{setting: value})
+
+
+def test_defaults_and_edges_are_accepted():
+    assert LROConfig(step_counts=(1, 4)).step_counts == [1, 4]
+    LROConfig(num_draws=7, antithetic=False, beta=0.0, max_queries=0, patience=None, reward_cap=None)
+
+
+def test_each_trainer_has_its_estimators():
+    assert LROConfig().check_estimator(SCORE_ESTIMATORS) == "smoothed"
+    assert LROConfig().check_estimator(GRADIENT_ESTIMATORS) == "pathwise"
+    assert LROConfig(estimator="reinforce").check_estimator(SCORE_ESTIMATORS) == "reinforce"
+    with pytest.raises(ConfigError, match="other trainer"):
+        LROConfig(estimator="hybrid").check_estimator(SCORE_ESTIMATORS)
+
+
+def test_a_group_baseline_needs_a_group():
+    one = {"num_generations": 1, "step_counts": [1]}
+    assert LROConfig(**one).check_estimator(SCORE_ESTIMATORS) == "smoothed"
+    assert LROConfig(num_generations=1).check_estimator(GRADIENT_ESTIMATORS) == "pathwise"
+    for settings, allowed in (
+        ({"estimator": "reinforce", **one}, SCORE_ESTIMATORS),
+        ({"num_generations": 1}, SCORE_ESTIMATORS),
+        ({"num_generations": 1, "estimator": "hybrid"}, GRADIENT_ESTIMATORS),
+        ({"num_generations": 1, "scale_rewards": "group"}, GRADIENT_ESTIMATORS),
+    ):
+        with pytest.raises(ConfigError, match="num_generations"):
+            LROConfig(**settings).check_estimator(allowed)
+    with pytest.raises(ConfigError, match="num_iterations"):
+        LROConfig(num_iterations=2).check_estimator(GRADIENT_ESTIMATORS)
+
+
+def test_a_resumed_run_keeps_its_settings():
+    stored = StartedWith(LROConfig(beta=0.1), 3).state_dict()
+    StartedWith(LROConfig(beta=0.1, num_updates=900, progress=False), 3).load_state_dict(stored)
+    with pytest.raises(ConfigError, match=r"beta=0.1.*0.2"):
+        StartedWith(LROConfig(beta=0.2), 3).load_state_dict(stored)
+    with pytest.raises(ConfigError, match="number of prompts"):
+        StartedWith(LROConfig(beta=0.1), 4).load_state_dict(stored)
+
+
+def test_a_yaml_section_is_read_strictly():
+    section = read_section("run.yaml", "lro", LROConfig, {"beta": "1e-2", "step_counts": [1, 2], "estimator": "hybrid"})
+    assert section == LROConfig(beta=0.01, step_counts=[1, 2], estimator="hybrid")
+    with pytest.raises(SettingsError, match="num_generations"):
+        read_section("run.yaml", "lro", LROConfig, {"num_generation": 4})

@@ -1,0 +1,199 @@
+"""Collecting is resumable, decodes in bounded chunks, and accounts for every failure."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from latent_rewards.collect import GIVE_UP_AFTER, MetricOracle, collect_rewards
+from latent_rewards.contracts import ConfigError, DataError, MetricError, MetricOutputError
+from latent_rewards.dataset import RewardDataset
+from latent_rewards.training.checkpoint import CheckpointError
+
+
+class Rows:
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def index_select(self, index):
+        return Rows(self.values[index])
+
+    def to(self, device):
+        return self
+
+
+class LinearPolicy(nn.Module):
+    """mean = gain x + length of the prompt; std 0.5, and 0 at the last step."""
+
+    def __init__(self, gain=0.5):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain))
+
+    def encode(self, prompts):
+        return Rows(torch.tensor([float(len(p if isinstance(p, str) else p["prompt"])) for p in prompts]))
+
+    def latent_shape(self, condition):
+        return (2, 1, 2, 2)
+
+    def timesteps(self, num_steps):
+        return [1 - k / num_steps for k in range(num_steps)]
+
+    def transition(self, latents, step, num_steps, condition):
+        mean = self.gain * latents + condition.values[:, None, None, None, None]
+        return mean, torch.tensor(0.5 if step + 1 < num_steps else 0.0)
+
+
+class Codec:
+    fingerprint = "toy-codec"
+
+    def __init__(self):
+        self.batch_sizes = []
+
+    def decode(self, latents):
+        self.batch_sizes.append(len(latents))
+        return latents.mean(1, keepdim=True).expand(-1, 3, -1, -1, -1).transpose(1, 2)
+
+
+class Mean:
+    """The mean pixel; raises on a call whose videos' mean lies above ``limit``, or at call number ``crash_at``."""
+
+    def __init__(self, name="mean", limit=float("inf"), crash_at=None, fingerprint="mean@1"):
+        self.name, self.limit, self.crash_at, self.fingerprint = name, limit, crash_at, fingerprint
+        self.calls = 0
+
+    def __call__(self, videos, prompts=None):
+        self.calls += 1
+        if self.calls == self.crash_at:
+            raise KeyboardInterrupt
+        values = videos.flatten(1).mean(1)
+        if bool((values > self.limit).any()):
+            raise ValueError("too bright")
+        return values
+
+
+PROMPTS = ["a", {"prompt": "bb"}, "ccc"]
+
+
+def collect(output_dir=None, *, metric=None, policy=None, **settings):
+    oracle = MetricOracle(Codec(), [metric or Mean()])
+    arguments = {"num_samples": 10, "batch_size": 3, "num_steps": 2, "seed": 5, "progress": False, **settings}
+    prompts = arguments.pop("prompts", PROMPTS)
+    return collect_rewards(policy or LinearPolicy(), prompts, oracle, output_dir=output_dir, **arguments)
+
+
+def same(a, b):
+    return (
+        torch.equal(a.latents(), b.latents())
+        and a.prompts == b.prompts
+        and torch.equal(a.rewards["mean"], b.rewards["mean"])
+        and a.failures == b.failures
+    )
+
+
+def test_oracle_decodes_in_chunks_and_counts():
+    codec = Codec()
+    oracle = MetricOracle(codec, {"one": Mean(), "two": Mean()}, chunk_size=4)
+    latents = torch.randn(10, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    scores = oracle(latents, ["p"] * 10)
+    assert codec.batch_sizes == [4, 4, 2] and oracle.num_queries == 10
+    assert list(scores) == ["one", "two"]
+    torch.testing.assert_close(scores["two"], latents.flatten(1).mean(1))
+    assert oracle.fingerprints == {"one": "mean@1", "two": "mean@1"} and oracle.latent_space == "toy-codec"
+
+
+def test_oracle_refuses_what_it_cannot_use():
+    for metrics, message in [([], "at least one"), ("mean", "pass a list"), ([Mean(), Mean()], "two metrics")]:
+        with pytest.raises(ConfigError, match=message):
+            MetricOracle(Codec(), metrics)
+    with pytest.raises(DataError, match="1 prompts for 2 latents"):
+        MetricOracle(Codec(), [Mean()])(torch.zeros(2, 2, 1, 2, 2), ["a"])
+
+    class Scalar(Mean):
+        def __call__(self, videos, prompts=None):
+            return videos.mean()
+
+    with pytest.raises(MetricOutputError, match="'mean' returned shape"):
+        MetricOracle(Codec(), [Scalar()])(torch.zeros(2, 2, 1, 2, 2), ["a", "b"])
+
+
+def test_samples_do_not_depend_on_batches_or_storage(tmp_path):
+    reference = collect(batch_size=10)
+    stored = collect(tmp_path / "a")
+    assert same(collect(), reference) and same(stored, reference)
+    assert same(RewardDataset.load(tmp_path / "a"), reference)
+    assert reference.prompts[:4] == ["a", "bb", "ccc", "a"]
+    assert not torch.equal(collect(seed=6).latents(), reference.latents())
+    latents = reference.latents()
+    torch.testing.assert_close(reference.rewards["mean"], latents.flatten(1).mean(1))
+    assert reference.metric_fingerprints == {"mean": "mean@1"} and reference.latent_space == "toy-codec"
+
+
+def test_a_killed_collection_continues_and_ends_the_same(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path / "a", metric=Mean(crash_at=3))
+    with pytest.raises(CheckpointError, match="run collect_rewards again"):
+        RewardDataset.load(tmp_path / "a")
+    metric = Mean()
+    resumed = collect(tmp_path / "a", metric=metric)
+    assert metric.calls == 2
+    assert same(resumed, collect())
+    again = Mean()
+    assert same(collect(tmp_path / "a", metric=again), resumed) and again.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 6}, "another seed: 5 there, 6 now"),
+        ({"prompts": ["a", "bb", "dd"]}, "another prompts: entry 2 is 'ccc' there, 'dd' now"),
+        ({"prompts": ["a"]}, "another prompts: 3 entries there, 1 entries now"),
+        ({"metric": Mean(fingerprint="mean@2")}, "another metrics: .*mean@1.* there, .*mean@2.* now"),
+        ({"policy": LinearPolicy(0.25)}, "another policy"),
+        ({"num_steps": 3}, "another num_steps"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused(tmp_path, change, message):
+    collect(tmp_path / "a")
+    with pytest.raises(ConfigError, match=message):
+        collect(tmp_path / "a", **change)
+
+
+def test_failing_samples_are_recorded_and_left_out(tmp_path):
+    reference = collect()
+    limit = float(reference.rewards["mean"].sort().values[-3])
+    bright = (reference.rewards["mean"] > limit).nonzero()[:, 0].tolist()
+    with pytest.warns(UserWarning, match="2 of 10 samples could not be scored.*too bright"):
+        kept = collect(tmp_path / "a", metric=Mean(limit=limit))
+    assert sorted(kept.failures) == bright and len(kept) == 8
+    assert same(RewardDataset.load(tmp_path / "a"), kept)
+    others = [i for i in range(10) if i not in bright]
+    assert torch.equal(kept.latents(), reference.latents(others))
+
+
+def test_when_everything_fails_it_stops_early():
+    metric = Mean(limit=-1e9)
+    with warnings.catch_warnings(), pytest.raises(MetricError, match="sample 0: ValueError: too bright"):
+        warnings.simplefilter("error")
+        collect(metric=metric, num_samples=1000, batch_size=8)
+    assert metric.calls <= GIVE_UP_AFTER + 2
+    with pytest.raises(MetricError, match="all of the first 4 samples"):
+        collect(metric=Mean(limit=-1e9), num_samples=4)
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    collect(tmp_path / "a")
+    shard = tmp_path / "a" / "part-000001" / "latents-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="part-000001/latents-00000.safetensors"):
+        collect(tmp_path / "a")
+
+
+def test_counts_are_checked():
+    with pytest.raises(ConfigError, match="num_samples must be at least 1"):
+        collect(num_samples=0)
+    with pytest.raises(DataError, match="no prompts"):
+        collect(prompts=[])

@@ -1,0 +1,119 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import latent_rewards as lr
+from latent_rewards.training.settings import SettingsError, read_settings
+from recipes import dollar
+from recipes.dollar import SECTIONS, Dollar
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+
+TINY = {
+    "run": {
+        "name": "tiny",
+        "teacher": str(ROOT / "recipes/moving_digits/weights/teacher"),
+        "num_prompts": 64,
+        "num_latents": 16,
+        "num_queries": 48,
+        "num_eval_prompts": 2,
+        "device": "cpu",
+        "batch_size": 16,
+    },
+    "distillation": {
+        "vsd_steps": 2,
+        "cd_steps": 2,
+        "batch_size": 2,
+        "guidance_scale": 2.0,
+        "fake_updates": 1,
+        "temporal_weight": 0.1,
+        "causal_first_frame": True,
+        "checkpoint_every": 1,
+        "progress": False,
+    },
+    "proxy": {"ensemble_size": 2, "num_updates": 4, "width": 8, "progress": False},
+    "lro": {
+        "num_updates": 3,
+        "prompts_per_update": 2,
+        "num_generations": 2,
+        "num_draws": 2,
+        "refresh_every": 2,
+        "refresh_queries": 8,
+        "refresh_steps": 2,
+        "holdout_every": 2,
+        "holdout_samples": 8,
+        "checkpoint_every": 1,
+        "progress": False,
+    },
+    "anchor": {"warmup": 1},
+}
+
+
+@pytest.fixture
+def settings(tmp_path):
+    TINY["run"]["output_dir"] = str(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return read_settings(tmp_path / "tiny.yaml", SECTIONS)
+
+
+def test_killed_after_each_stage_it_resumes_and_ends_in_a_report(settings, tmp_path, monkeypatch):
+    made = []
+    for stage in ("collect", "fit", "tune", "evaluate", "run to the end"):
+        with monkeypatch.context() as patch:
+            for owner, name in ((dollar.ds.DistillationTrainer, "train"), (lr.ReinforceTrainer, "train")):
+                original = getattr(owner, name)
+                patch.setattr(owner, name, lambda self, f=original, o=owner: (made.append(o.__name__), f(self))[1])
+            if hasattr(Dollar, stage):
+                patch.setattr(Dollar, stage, lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    Dollar(settings).run()
+            else:
+                report = Dollar(settings).run()
+    assert made == ["DistillationTrainer", "DistillationTrainer", "ReinforceTrainer"]
+    page = report.read_text()
+    assert page.count("<video") == 2 * 11 and "digits.legibility" in page
+    rows = [json.loads(f.read_text())["label"] for f in (tmp_path / "tiny" / "evaluation").glob("*/row.json")]
+    assert {"real clips", "teacher, 50 steps", "VSD→CD, 1 steps", "VSD→CD→LRO (reinforce), 4 steps"} <= set(rows)
+
+
+def test_other_settings_in_the_same_folder_are_refused(settings, tmp_path):
+    dollar.remember_settings(tmp_path / "tiny", settings)
+    dollar.remember_settings(tmp_path / "tiny", settings)
+    settings["lro"].beta = 0.7
+    with pytest.raises(SettingsError, match=r"lro.beta = 0.05, now 0.7"):
+        dollar.remember_settings(tmp_path / "tiny", settings)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_configuration_is_valid(path):
+    settings = read_settings(path, SECTIONS)
+    assert settings["run"].name
+
+
+def test_an_unknown_key_is_named_with_its_neighbour(tmp_path):
+    (tmp_path / "typo.yaml").write_text("lro: {num_update: 3}")
+    with pytest.raises(SettingsError, match="did you mean 'num_updates'"):
+        dollar.main(["--config", str(tmp_path / "typo.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"metrics": ["a", "b"], "weights": [1.0]}, "1 weights for 2 metrics"),
+        ({"trainers": ["ppo"]}, "unknown trainers"),
+        ({"world": "prompts"}, "needs prompts_file"),
+    ],
+)
+def test_contradictions_are_refused(tmp_path, section, message):
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"run": section}))
+    with pytest.raises(SettingsError, match=message):
+        read_settings(tmp_path / "bad.yaml", SECTIONS)
+
+
+def test_a_teacher_folder_that_is_none_is_named(settings, tmp_path):
+    settings["run"].teacher = str(tmp_path)
+    with pytest.raises(ValueError, match="model_index.json"):
+        Dollar(settings)
