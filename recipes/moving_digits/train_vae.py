@@ -103,7 +103,7 @@ def train_vae(config: VaeConfig) -> AutoencoderKLWan:
         return {"loss": float(loss.detach()), "l1": float(l1), "grad_norm": loop.update("vae", loss)}
 
     loop.run(step)
-    return normalise(vae.eval(), config.seed)
+    return normalise(vae.eval(), config.seed, num_clips=min(512, 4 * config.num_steps))
 
 
 def normalise(vae: AutoencoderKLWan, seed: int, num_clips: int = 512) -> AutoencoderKLWan:

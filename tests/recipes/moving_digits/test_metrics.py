@@ -10,7 +10,11 @@ from recipes.moving_digits.world import DIRECTIONS, ClipSpec, draw_specs, render
 @pytest.fixture(scope="module")
 def clips():
     specs = draw_specs(60, seed=1)
-    return render(specs, seed=1, split="heldout"), [write_prompt(s, seed=1, index=i) for i, s in enumerate(specs)], specs
+    return (
+        render(specs, seed=1, split="heldout"),
+        [write_prompt(s, seed=1, index=i) for i, s in enumerate(specs)],
+        specs,
+    )
 
 
 @pytest.mark.parametrize("name", ["digits.legibility", "digits.legibility_holdout"])
