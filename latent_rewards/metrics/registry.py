@@ -338,3 +338,15 @@ def _source_hash(target: object) -> str:
     except (OSError, TypeError):
         return "0"
     return "source-" + hashlib.sha256(source.encode()).hexdigest()[:8]
+
+
+def metric_table(pattern: str = "*") -> str:
+    """Return a Markdown table of the registered metrics whose names match ``pattern``, as the README shows it."""
+    lines = ["| metric | range | better | prompt | what it measures |", "|---|---|---|---|---|"]
+    for name in list_metrics(pattern):
+        metric = create_metric(name)
+        bounds = "any" if metric.value_range is None else " to ".join(f"{bound:g}" for bound in metric.value_range)
+        better, prompt = ("higher" if metric.higher_is_better else "lower"), ("yes" if metric.needs_prompt else "no")
+        summary = metric.description.split("\n")[0].rstrip(".").replace("|", "\\|")
+        lines.append(f"| `{name}` | {bounds} | {better} | {prompt} | {summary} |")
+    return "\n".join(lines) + "\n"

@@ -190,3 +190,10 @@ def test_listing_the_built_in_metrics_imports_no_heavy_library() -> None:
         "assert not {'cv2', 'av'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_readme_shows_the_registry():
+    readme = Path(__file__).parents[3] / "README.md"
+    for pattern in ("compression.*", "motion.*", "quality.*"):
+        for row in registry.metric_table(pattern).splitlines():
+            assert row in readme.read_text(encoding="utf-8")

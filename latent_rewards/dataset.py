@@ -1,0 +1,323 @@
+"""Scored latents: what a reward proxy is trained on.
+
+A dataset holds latents, the prompts they were made from, and one column per reward, together with the fingerprints of
+the latent space and of the metrics. Latents lie in safetensors shards (so bfloat16 works) that are read on demand;
+prompts and rewards lie in one parquet table, which Hugging Face `datasets` opens too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latent_rewards.contracts import DataError, FingerprintMismatchError, Prompt, check_latents, prompt_text
+from latent_rewards.training.checkpoint import CheckpointError, commit_directory, verify_directory
+
+FORMAT = "latent-rewards/dataset/1"
+DESCRIPTION = "dataset.json"
+TABLE = "samples.parquet"
+COMPLETE = "complete"
+"""Folder inside a finished collection that lists its parts."""
+
+_SHARD_BYTES = 2**28
+
+
+class _Shard(Protocol):
+    count: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def read(self, rows: Tensor) -> Tensor: ...
+
+
+class _MemoryShard:
+    def __init__(self, latents: Tensor) -> None:
+        self.latents = latents
+        self.count = len(latents)
+        self.shape = tuple(latents.shape[1:])
+        self.dtype = latents.dtype
+
+    def read(self, rows: Tensor) -> Tensor:
+        return self.latents[rows.to(self.latents.device)]
+
+
+@dataclass
+class _FileShard:
+    path: Path
+
+    def __post_init__(self) -> None:
+        with safe_open(self.path, "pt") as file:
+            view = file.get_slice("latents")
+            self.count, *shape = view.get_shape()
+            self.shape = tuple(shape)
+            self.dtype = view[:0].dtype
+
+    def read(self, rows: Tensor) -> Tensor:
+        if torch.equal(rows, torch.arange(self.count)):
+            with safe_open(self.path, "pt") as file:
+                return file.get_tensor("latents")
+        with safe_open(self.path, "pt") as file:
+            view = file.get_slice("latents")
+            return torch.cat([view[row : row + 1] for row in rows.tolist()])
+
+
+class RewardDataset:
+    """Latents ``[N, C, F, H, W]``, their prompts and rewards; make one with :meth:`from_tensors` or :meth:`load`.
+
+    Attributes:
+        prompts: N texts.
+        rewards: ``{reward name: float32 [N]}``; NaN where a metric does not apply to a sample.
+        latent_space: the fingerprint of the codec the latents belong to, or None if unknown.
+        metric_fingerprints: ``{reward name: fingerprint}``; empty if unknown.
+        failures: ``{sample index: error}`` of samples that could not be scored and are therefore absent.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[_Shard],
+        rows: Tensor,
+        prompts: Sequence[str],
+        rewards: Mapping[str, Tensor],
+        *,
+        latent_space: str | None,
+        metric_fingerprints: Mapping[str, str],
+        failures: Mapping[int, str],
+    ) -> None:
+        self._shards = list(shards)
+        self._rows = rows
+        self.prompts = list(prompts)
+        self.rewards = dict(rewards)
+        self.latent_space = latent_space
+        self.metric_fingerprints = dict(metric_fingerprints)
+        self.failures = dict(failures)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        latents: Tensor,
+        prompts: Sequence[Prompt],
+        rewards: Mapping[str, Tensor],
+        *,
+        latent_space: str | None = None,
+        metric_fingerprints: Mapping[str, str] | None = None,
+        failures: Mapping[int, str] | None = None,
+    ) -> RewardDataset:
+        """Check the tensors and return a dataset that holds them in memory.
+
+        Args:
+            latents: ``[N, C, F, H, W]``, any floating dtype.
+            prompts: N texts, or mappings of which the text is kept.
+            rewards: ``{name: [N]}``; NaN means "does not apply".
+            latent_space: fingerprint of the codec, or None.
+            metric_fingerprints: ``{reward name: fingerprint}``.
+            failures: ``{sample index: error}``, see the class.
+
+        Raises:
+            DataError: a shape, dtype, length or value is wrong; the message names it.
+        """
+        check_latents(latents)
+        texts = [prompt_text(prompt) for prompt in prompts]
+        if len(texts) != len(latents):
+            raise DataError(f"{len(texts)} prompts for {len(latents)} latents; give one prompt per sample")
+        columns = {name: check_reward(name, values, len(latents)) for name, values in rewards.items()}
+        if not columns:
+            raise DataError("rewards is empty; give at least one {name: [N]} column")
+        fingerprints = dict(metric_fingerprints or {})
+        unknown = sorted(set(fingerprints) - set(columns))
+        if unknown:
+            raise DataError(f"metric_fingerprints names {unknown}, which rewards does not have ({sorted(columns)})")
+        return cls(
+            [_MemoryShard(latents.detach())],
+            torch.arange(len(latents)),
+            texts,
+            columns,
+            latent_space=latent_space,
+            metric_fingerprints=fingerprints,
+            failures=failures or {},
+        )
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"RewardDataset({len(self)} latents {self.latent_shape}, rewards {', '.join(self.reward_names)})"
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """The names of the reward columns, in order."""
+        return tuple(self.rewards)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """``(C, F, H, W)`` of one sample."""
+        return self._shards[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the latents."""
+        return self._shards[0].dtype
+
+    def latents(self, indices: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Return the latents at ``indices`` (int64 ``[M]``; all when None) as ``[M, C, F, H, W]``, read on demand."""
+        rows = self._rows if indices is None else self._rows[torch.as_tensor(indices, dtype=torch.long).cpu()]
+        ends = torch.tensor([shard.count for shard in self._shards]).cumsum(0)
+        owners = torch.searchsorted(ends, rows, right=True)
+        device = getattr(getattr(self._shards[0], "latents", None), "device", torch.device("cpu"))
+        gathered = torch.empty(len(rows), *self.latent_shape, dtype=self.dtype, device=device)
+        for owner in owners.unique().tolist():
+            here = owners == owner
+            start = ends[owner] - self._shards[owner].count
+            gathered[here.to(device)] = self._shards[owner].read(rows[here] - start).to(device)
+        return gathered
+
+    def select(self, indices: Tensor | Sequence[int]) -> RewardDataset:
+        """Return a view of the samples at ``indices`` (int64 ``[M]``, repeats allowed); no latents are copied."""
+        chosen = torch.as_tensor(indices, dtype=torch.long).cpu()
+        return RewardDataset(
+            self._shards,
+            self._rows[chosen],
+            [self.prompts[i] for i in chosen.tolist()],
+            {name: values[chosen] for name, values in self.rewards.items()},
+            latent_space=self.latent_space,
+            metric_fingerprints=self.metric_fingerprints,
+            failures=self.failures,
+        )
+
+    def concatenate(self, other: RewardDataset) -> RewardDataset:
+        """Return this dataset followed by ``other``; no latents are copied.
+
+        Raises:
+            FingerprintMismatchError: latent spaces or metric fingerprints differ.
+            DataError: reward names, latent shapes or dtypes differ.
+        """
+        self._check_joinable(other)
+        offset = sum(shard.count for shard in self._shards)
+        return RewardDataset(
+            self._shards + other._shards,
+            torch.cat([self._rows, other._rows + offset]),
+            self.prompts + other.prompts,
+            {name: torch.cat([values, other.rewards[name]]) for name, values in self.rewards.items()},
+            latent_space=self.latent_space,
+            metric_fingerprints=self.metric_fingerprints,
+            failures={**self.failures, **other.failures},
+        )
+
+    def _check_joinable(self, other: RewardDataset) -> None:
+        check_same_fingerprint("latent space", self.latent_space, other.latent_space)
+        if set(self.reward_names) != set(other.reward_names):
+            raise DataError(f"cannot join rewards {self.reward_names} with {other.reward_names}; the names must agree")
+        for name in self.reward_names:
+            mine, theirs = self.metric_fingerprints.get(name), other.metric_fingerprints.get(name)
+            check_same_fingerprint(f"metric of reward {name!r}", mine, theirs)
+        if (self.latent_shape, self.dtype) != (other.latent_shape, other.dtype):
+            raise DataError(
+                f"cannot join latents {self.latent_shape} {self.dtype} with {other.latent_shape} {other.dtype}"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Commit the dataset to the folder ``path``: all of it or nothing; an existing folder is replaced."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        row_bytes = max(1, self.dtype.itemsize * int(torch.tensor(self.latent_shape).prod()))
+        shard_rows = max(1, _SHARD_BYTES // row_bytes)
+        with commit_directory(path) as folder:
+            shards: list[str] = []
+            for start in range(0, len(self), shard_rows):
+                shards.append(f"latents-{len(shards):05d}.safetensors")
+                rows = torch.arange(start, min(start + shard_rows, len(self)))
+                save_file({"latents": self.latents(rows).cpu().contiguous()}, folder / shards[-1])
+            columns = {name: pa.array(values.numpy(), from_pandas=False) for name, values in self.rewards.items()}
+            parquet.write_table(
+                pa.table([pa.array(self.prompts, pa.string()), *columns.values()], names=["prompt", *columns]),
+                folder / TABLE,
+            )
+            description = {
+                "format": FORMAT,
+                "latent_space": self.latent_space,
+                "metric_fingerprints": self.metric_fingerprints,
+                "shards": shards,
+                "failures": [[index, error] for index, error in self.failures.items()],
+            }
+            (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> RewardDataset:
+        """Open a saved dataset, or the folder of a finished collection; every file is verified first.
+
+        Raises:
+            CheckpointError: nothing there, a collection that is unfinished, or a file that is missing or altered.
+        """
+        folder = Path(path)
+        if (folder / COMPLETE).is_dir():
+            verify_directory(folder / COMPLETE)
+            content = json.loads((folder / COMPLETE / "parts.json").read_text())
+            joined = join([cls.load(folder / name) for name in content["parts"]])
+            joined.failures = {int(index): error for index, error in content["failures"]}
+            return joined
+        if not (folder / DESCRIPTION).is_file():
+            raise CheckpointError(
+                f"{folder} holds no {DESCRIPTION} and no finished collection; if a collection was interrupted, run "
+                "collect_rewards again with the same settings to finish it"
+            )
+        verify_directory(folder)
+        return cls._open(folder)
+
+    @classmethod
+    def _open(cls, folder: Path) -> RewardDataset:
+        from pyarrow import parquet
+
+        description = json.loads((folder / DESCRIPTION).read_text())
+        if description.get("format") != FORMAT:
+            raise CheckpointError(f"{folder} has format {description.get('format')!r}; this version reads {FORMAT!r}")
+        table = parquet.read_table(folder / TABLE)
+        names = table.column_names[1:]
+        return cls(
+            [_FileShard(folder / name) for name in description["shards"]],
+            torch.arange(table.num_rows),
+            table.column(0).to_pylist(),
+            {name: torch.tensor(table.column(i + 1).to_numpy(), dtype=torch.float32) for i, name in enumerate(names)},
+            latent_space=description["latent_space"],
+            metric_fingerprints=description["metric_fingerprints"],
+            failures={int(index): error for index, error in description["failures"]},
+        )
+
+
+def join(parts: Sequence[RewardDataset]) -> RewardDataset:
+    """Return the concatenation of one or more datasets; see :meth:`RewardDataset.concatenate`."""
+    joined = parts[0]
+    for part in parts[1:]:
+        joined = joined.concatenate(part)
+    return joined
+
+
+def check_reward(name: str, values: Tensor, count: int) -> Tensor:
+    """Return one reward column as float32 ``[count]`` on the CPU.
+
+    Raises:
+        DataError: the shape is wrong or a value is infinite (NaN is allowed).
+    """
+    column = torch.as_tensor(values).detach().to("cpu", torch.float32)
+    if column.shape != (count,):
+        raise DataError(f"reward {name!r} has shape {tuple(column.shape)}; expected [{count}], one per sample")
+    if bool(torch.isinf(column).any()):
+        raise DataError(
+            f"reward {name!r} is infinite for sample {int(torch.isinf(column).nonzero()[0])}; use NaN where a metric "
+            "does not apply, and drop or bound the rest"
+        )
+    return column
+
+
+def check_same_fingerprint(kind: str, mine: str | None, theirs: str | None) -> None:
+    """Raise FingerprintMismatchError, naming both, unless the two fingerprints are equal."""
+    if mine != theirs:
+        raise FingerprintMismatchError(f"{kind} differs: {mine!r} here, {theirs!r} there; do not mix the two")

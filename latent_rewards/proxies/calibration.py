@@ -1,0 +1,84 @@
+"""How uncertain a prediction is, in units that hold on data the proxy has not seen.
+
+With d the standard deviation of the ensemble's members, the standard deviation of reward r is
+
+    std = T_r sqrt(a_r + b_r d^2)
+
+a_r (noise the ensemble agrees on) and b_r >= 1 (members that share data agree too much) maximise the Gaussian
+likelihood of the held-out errors e; b_r runs over powers of two and a_r = mean(e^2) - b_r mean(d^2), kept positive. T_r
+then makes the central 90 % interval ``mean +- 1.645 std`` cover: it is the split-conformal quantile (rank
+ceil(0.9 (n + 1))) of ``|e| / sqrt(a_r + b_r d^2)`` over 1.645 (Vovk et al. 2005; Guo et al. 2017 for scaling by one T).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+LEVEL = 0.9
+Z_LEVEL = 1.6448536269514722
+"""The standard normal quantile at (1 + LEVEL) / 2."""
+
+_DISAGREEMENT_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)
+_FLOOR = 1e-6
+
+
+class Calibration(nn.Module):
+    """Holds a, b and T of every reward, in units of standardised rewards.
+
+    Args:
+        num_rewards: R.
+    """
+
+    residual_variance: Tensor
+    disagreement_scale: Tensor
+    temperature: Tensor
+
+    def __init__(self, num_rewards: int) -> None:
+        super().__init__()
+        self.register_buffer("residual_variance", torch.ones(num_rewards))
+        self.register_buffer("disagreement_scale", torch.ones(num_rewards))
+        self.register_buffer("temperature", torch.ones(num_rewards))
+
+    def forward(self, disagreement: Tensor) -> Tensor:
+        """Return the standard deviation ``[B, R]`` for ensemble variances d^2 ``[B, R]``."""
+        return self.temperature * (self.residual_variance + self.disagreement_scale * disagreement).sqrt()
+
+    @torch.no_grad()
+    def fit(self, errors: Tensor, disagreement: Tensor) -> None:
+        """Set a, b and T from held-out errors ``[n, R]`` (NaN where a reward is unknown) and variances ``[n, R]``."""
+        for column in range(errors.shape[1]):
+            known = ~errors[:, column].isnan()
+            squared, variance = errors[known, column].double() ** 2, disagreement[known, column].double()
+            if len(squared) < 2:
+                continue
+            fits = [_likelihood(squared, variance, scale) for scale in _DISAGREEMENT_SCALES]
+            _, noise, scale = min(fits)
+            ratios = (squared / (noise + scale * variance)).sqrt().sort().values
+            rank = min(len(ratios), math.ceil(LEVEL * (len(ratios) + 1)))
+            self.residual_variance[column] = noise
+            self.disagreement_scale[column] = scale
+            self.temperature[column] = max(float(ratios[rank - 1]) / Z_LEVEL, 1e-3)
+
+
+def _likelihood(squared: Tensor, variance: Tensor, scale: float) -> tuple[float, float, float]:
+    """Return the negative log-likelihood up to a constant, a, and b."""
+    noise = max(float((squared - scale * variance).mean()), 0.05 * float(squared.mean()), _FLOOR)
+    total = noise + scale * variance
+    return float((squared / total + total.log()).mean()), noise, scale
+
+
+def crossfit_coverage(errors: Tensor, disagreement: Tensor) -> Tensor:
+    """Return the coverage ``[R]`` of the 90 % interval, each half of the held-out data judged by the other's fit."""
+    count, num_rewards = errors.shape
+    inside = torch.full(errors.shape, math.nan)
+    for half in (0, 1):
+        judged = torch.arange(count) % 2 == half
+        calibration = Calibration(num_rewards)
+        calibration.fit(errors[~judged], disagreement[~judged])
+        width = Z_LEVEL * calibration(disagreement[judged].float())
+        covered = (errors[judged].float().abs() <= width).float()
+        inside[judged] = torch.where(errors[judged].isnan(), math.nan, covered)
+    return inside.nanmean(dim=0)

@@ -1,0 +1,167 @@
+"""Training the members of a proxy: reading batches, one member's loop, and stopping early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from latent_rewards.proxies.proxy import RewardProxy
+from latent_rewards.proxies.samples import Samples
+from latent_rewards.training.randomness import generator
+
+EVALUATE_EVERY = 25
+"""Updates between evaluations on a member's left-out fold."""
+
+_CHUNK = 128
+
+Batch = tuple[Tensor, Tensor | None, Tensor]
+"""Normalised latents ``[B, C, F, H, W]``, read prompts ``[B, D]``, standardised rewards ``[B, R]`` with NaN."""
+
+
+class Reader:
+    """Reads batches of samples as the members of a proxy want them.
+
+    Args:
+        proxy: its scales and device are used.
+        samples: what is read.
+    """
+
+    def __init__(self, proxy: RewardProxy, samples: Samples) -> None:
+        self._proxy, self._samples = proxy, samples
+        self._prompts = proxy.read_prompts(samples.prompts, len(samples))
+        mean, scale = proxy.reward_mean.to("cpu", torch.float64), proxy.reward_std.to("cpu", torch.float64)
+        self.rewards = ((samples.rewards - mean) / scale).to(proxy.reward_mean)
+
+    def __call__(self, indices: Tensor) -> Batch:
+        """Return the batch at ``indices`` (int64 ``[B]``, on the CPU)."""
+        prompts = None if self._prompts is None else self._prompts[indices.to(self._prompts.device)]
+        return self._proxy.normalise(self._samples.latents(indices)), prompts, self.targets(indices)
+
+    def targets(self, indices: Tensor) -> Tensor:
+        """Return the standardised rewards ``[B, R]`` at ``indices``."""
+        return self.rewards[indices.to(self.rewards.device)]
+
+    @torch.no_grad()
+    def map(self, function: Callable[[Tensor, Tensor | None], Tensor], indices: Tensor) -> Tensor:
+        """Return ``function(latents, prompts)`` over all of ``indices``, in chunks and without gradient."""
+        return torch.cat([function(*self(chunk)[:2]) for chunk in indices.split(_CHUNK)])
+
+    def ensemble(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ensemble's means and variances ``[B, R]``, standardised, on the CPU."""
+        both = self.map(lambda latents, prompts: torch.stack(self._proxy.ensemble(latents, prompts), dim=1), indices)
+        return both[:, 0].cpu(), both[:, 1].cpu()
+
+
+def masked_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error over the entries of ``target`` that are not NaN; 0 if there are none."""
+    known = ~target.isnan()
+    squared = (predicted - target.nan_to_num(0.0)).square() * known
+    return squared.sum() / known.sum().clamp(min=1)
+
+
+def shuffled_batches(indices: Tensor, batch_size: int, count: int, source: torch.Generator) -> list[Tensor]:
+    """Return ``count`` batches of at most ``batch_size`` of ``indices``, reshuffled at every pass."""
+    size = min(batch_size, len(indices))
+    passes = -(-count * size // len(indices))
+    order = torch.cat([indices[torch.randperm(len(indices), generator=source)] for _ in range(passes)])
+    return list(order[: count * size].split(size))
+
+
+def train_member(
+    member: nn.Module,
+    reader: Callable[[Tensor], Batch],
+    batches: Sequence[Tensor],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    warmup: float,
+    stop: Callable[[int], bool],
+) -> None:
+    """Train one member by AdamW with a one-cycle schedule (Smith & Topin 2017), then freeze it again.
+
+    Args:
+        member: the network.
+        reader: indices -> batch.
+        batches: the indices of each update.
+        learning_rate: the peak.
+        weight_decay: of AdamW.
+        warmup: part of the updates in which the learning rate rises.
+        stop: called with the number of each finished update; True ends the training.
+    """
+    member.requires_grad_(True).train()
+    optimizer = torch.optim.AdamW(member.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=len(batches) + 1, pct_start=warmup
+    )
+    with torch.enable_grad():
+        for number, indices in enumerate(batches):
+            latents, prompts, target = reader(indices)
+            loss = masked_error(member(latents, prompts), target)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(member.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if stop(number):
+                break
+    optimizer.zero_grad(set_to_none=True)
+    member.requires_grad_(False).eval()
+
+
+def fit_members(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Tensor) -> None:
+    """Train every member from scratch; member m stops early on the samples of fold m, which it never trains on.
+
+    Args:
+        proxy: whose members.
+        reader: reads the samples.
+        training: int64 ``[n]``, the samples to train on.
+        folds: int64 ``[n]``, their folds, numbered from 0.
+    """
+    config = proxy.config
+    count = config.updates(len(training))
+    with tqdm(total=count * len(proxy.members), desc="proxy", disable=not config.progress, dynamic_ncols=True) as bar:
+        for number, member in enumerate(proxy.members):
+            left_out = folds == number % (int(folds.max()) + 1)
+            keeper = _BestWeights(member, reader, training[left_out], config.patience, count, bar)
+            source = generator(config.seed, "proxy/batches", 0, number)
+            train_member(
+                member,
+                reader,
+                shuffled_batches(training[~left_out], config.batch_size, count, source),
+                learning_rate=config.learning_rate,
+                weight_decay=config.weight_decay,
+                warmup=0.15,
+                stop=keeper,
+            )
+            keeper.restore()
+            bar.update(count * (number + 1) - bar.n)
+
+
+class _BestWeights:
+    """Evaluates a member now and then, keeps its best weights, and says when patience is over."""
+
+    def __init__(
+        self, member: nn.Module, reader: Reader, rows: Tensor, patience: int, num_updates: int, bar: tqdm
+    ) -> None:
+        self._member, self._reader, self._rows, self._bar = member, reader, rows, bar
+        self._patience, self._num_updates = patience, num_updates
+        self._best, self._waited = float("inf"), 0
+        self._weights = deepcopy(member.state_dict())
+
+    def __call__(self, number: int) -> bool:
+        self._bar.update()
+        if (number + 1) % EVALUATE_EVERY and number + 1 != self._num_updates:
+            return False
+        error = masked_error(self._reader.map(self._member, self._rows), self._reader.targets(self._rows)).item()
+        self._waited += 1
+        if error <= self._best:
+            self._best, self._waited, self._weights = error, 0, deepcopy(self._member.state_dict())
+        self._bar.set_postfix({"error": f"{error:.3g}", "best": f"{self._best:.3g}"}, refresh=False)
+        return self._waited >= self._patience
+
+    def restore(self) -> None:
+        self._member.load_state_dict(self._weights)

@@ -1,0 +1,31 @@
+"""Plain features of latents: what the ridge regression and the out-of-distribution score look at."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+MAX_LINEAR_FEATURES = 2**15
+"""Latents with more values than this are average-pooled over positions before a ridge regression sees them."""
+
+
+def linear_features(latents: Tensor, prompt_features: Tensor | None) -> Tensor:
+    """Return ``[B, D]``: the flattened (if large, pooled) latents ``[B, C, F, H, W]`` beside the prompt features."""
+    _, channels, frames, height, width = latents.shape
+    excess = channels * frames * height * width / MAX_LINEAR_FEATURES
+    if excess > 1:
+        rows, columns = (max(1, int(side / excess**0.5)) for side in (height, width))
+        latents = functional.adaptive_avg_pool3d(latents, (frames, rows, columns))
+    flat = latents.flatten(1)
+    return flat if prompt_features is None else torch.cat([flat, prompt_features.to(flat.dtype)], dim=1)
+
+
+def latent_statistics(latents: Tensor) -> Tensor:
+    """Return ``[B, 3 C]``: each channel's mean, standard deviation, and RMS difference of neighbouring frames."""
+    spread = latents.std(dim=(2, 3, 4), unbiased=False)
+    if latents.shape[2] < 2:
+        change = torch.zeros_like(spread)
+    else:
+        change = latents.diff(dim=2).square().mean(dim=(2, 3, 4)).sqrt()
+    return torch.cat([latents.mean(dim=(2, 3, 4)), spread, change], dim=1)

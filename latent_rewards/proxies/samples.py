@@ -1,0 +1,237 @@
+"""What a proxy is trained on, checked before any training, and how it is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latent_rewards.contracts import DataError, check_latents, prompt_text
+from latent_rewards.dataset import RewardDataset
+from latent_rewards.proxies.text import Prompts
+from latent_rewards.training.randomness import derive_seed, generator
+
+_IN_MEMORY_BYTES = 2**30
+_CHUNK = 256
+_MIN_GROUPS = 10
+_MIN_HELDOUT = 5
+
+Rewards = Tensor | Mapping[str, Tensor]
+"""``[N]``, ``[N, R]`` or ``{name: [N]}``."""
+
+
+@dataclass
+class Samples:
+    """Latents, rewards and prompts of N samples.
+
+    Attributes:
+        latents: int64 ``[M]`` indices -> latents ``[M, C, F, H, W]``.
+        latent_shape: ``(C, F, H, W)``.
+        rewards: float64 ``[N, R]``, NaN where one does not apply.
+        reward_names: R names.
+        prompts: N texts, embeddings, or None.
+        latent_space: fingerprint of the codec, or None.
+        metric_fingerprints: ``{reward name: fingerprint}``, empty if unknown.
+    """
+
+    latents: Callable[[Tensor], Tensor]
+    latent_shape: tuple[int, ...]
+    rewards: Tensor
+    reward_names: tuple[str, ...]
+    prompts: Prompts | None
+    latent_space: str | None
+    metric_fingerprints: dict[str, str]
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.rewards)
+
+
+def gather_samples(
+    source: RewardDataset | Tensor,
+    rewards: Rewards | None,
+    prompts: Prompts | None,
+    *,
+    latent_space: str | None = None,
+    use_prompts: bool = True,
+) -> Samples:
+    """Bring every accepted form of data into one.
+
+    A dataset of up to 1 GiB of latents is read into memory; a larger one is read on demand.
+
+    Raises:
+        DataError: wrong rank, length or type; NaN or infinite latents; infinite rewards.
+    """
+    if isinstance(source, RewardDataset):
+        if rewards is not None or prompts is not None:
+            raise DataError("a RewardDataset brings its own rewards and prompts; pass them only with a latents tensor")
+        columns, latent_shape = dict(source.rewards), source.latent_shape
+        latents, prompts = _dataset_latents(source), source.prompts
+        latent_space = latent_space or source.latent_space
+        fingerprints = source.metric_fingerprints
+        count = len(source)
+    else:
+        check_latents(source)
+        if rewards is None:
+            raise DataError("rewards is missing; pass [N], [N, R] or {name: [N]} with the latents")
+        tensor, count, latent_shape, fingerprints = source.detach(), len(source), tuple(source.shape[1:]), {}
+        columns, latents = name_rewards(rewards), lambda indices: tensor[indices.to(tensor.device)]
+    if prompts is not None and (isinstance(prompts, str) or len(prompts) != count):
+        raise DataError(
+            f"prompts must be one per sample: got {1 if isinstance(prompts, str) else len(prompts)} for {count}"
+        )
+    return Samples(
+        latents,
+        latent_shape,
+        torch.stack([_reward_column(name, values, count) for name, values in columns.items()], dim=1),
+        tuple(columns),
+        prompts if use_prompts else None,
+        latent_space,
+        dict(fingerprints),
+    )
+
+
+def _dataset_latents(dataset: RewardDataset) -> Callable[[Tensor], Tensor]:
+    values = len(dataset) * int(torch.tensor(dataset.latent_shape).prod())
+    if values * dataset.dtype.itemsize <= _IN_MEMORY_BYTES:
+        tensor = check_latents(dataset.latents())
+        return lambda indices: tensor[indices.to(tensor.device)]
+    for start in range(0, len(dataset), _CHUNK):
+        check_latents(dataset.latents(range(start, min(start + _CHUNK, len(dataset)))), name=f"latents from {start}")
+    return dataset.latents
+
+
+def name_rewards(rewards: Rewards) -> dict[str, Tensor]:
+    """Return ``{name: [N]}``: ``[N]`` is named "reward", the columns of ``[N, R]`` "reward_0", "reward_1", ...
+
+    Raises:
+        DataError: another rank, or no reward.
+    """
+    if isinstance(rewards, Mapping):
+        columns = dict(rewards)
+    else:
+        tensor = torch.as_tensor(rewards)
+        if tensor.ndim not in (1, 2):
+            raise DataError(f"rewards must be [N], [N, R] or {{name: [N]}}; got shape {tuple(tensor.shape)}")
+        named = {f"reward_{i}": column for i, column in enumerate(tensor.T)} if tensor.ndim == 2 else {}
+        columns = named if tensor.ndim == 2 else {"reward": tensor}
+    if not columns:
+        raise DataError("rewards is empty; give at least one")
+    return columns
+
+
+def _reward_column(name: str, values: Tensor, count: int) -> Tensor:
+    column = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    if column.shape != (count,):
+        raise DataError(f"reward {name!r} has shape {tuple(column.shape)}; expected [{count}], one per sample")
+    if bool(torch.isinf(column).any()):
+        first = int(torch.isinf(column).nonzero()[0])
+        raise DataError(f"reward {name!r} is infinite for sample {first}; drop or bound it (NaN: does not apply)")
+    return column
+
+
+def check_trainable(samples: Samples, min_samples: int) -> None:
+    """Raise DataError, naming the reward, if there are too few samples or a reward has too few values or only one."""
+    if len(samples) < min_samples:
+        raise DataError(f"{len(samples)} samples are too few to fit a proxy; at least {min_samples} (min_samples)")
+    for name, values in zip(samples.reward_names, samples.rewards.T, strict=True):
+        known = values[~values.isnan()]
+        if len(known) < min_samples:
+            raise DataError(f"reward {name!r} applies to {len(known)} samples; at least {min_samples} (min_samples)")
+        if float(known.max() - known.min()) <= 1e-9 * float(known.abs().max()):
+            raise DataError(f"reward {name!r} is constant ({float(known[0]):g}); there is nothing to learn: drop it")
+
+
+def group_ids(prompts: Prompts | None, count: int) -> Tensor | None:
+    """Return int64 ``[N]`` ids of equal prompts, or None where prompts do not repeat or are fewer than 10 distinct."""
+    if prompts is None:
+        return None
+    if isinstance(prompts, Tensor):
+        distinct, ids = prompts.detach().cpu().flatten(1).unique(dim=0, return_inverse=True)
+        number = len(distinct)
+    else:
+        known: dict[str, int] = {}
+        ids = torch.tensor([known.setdefault(prompt_text(prompt), len(known)) for prompt in prompts])
+        number = len(known)
+    return ids if _MIN_GROUPS <= number < count else None
+
+
+def split_samples(samples: Samples, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the sorted indices of the training and of the held-out samples.
+
+    Samples of one prompt stay together where prompts repeat (at least 10 distinct ones), else the split is random.
+
+    Raises:
+        DataError: a reward has fewer than 5 values, or one constant value, in either part.
+    """
+    groups = group_ids(samples.prompts, len(samples))
+    if groups is None:
+        order = torch.randperm(len(samples), generator=generator(seed, "proxy/split", 0))
+        size = max(_MIN_HELDOUT, round(fraction * len(samples)))
+        heldout, training = order[:size].sort().values, order[size:].sort().values
+    else:
+        from sklearn.model_selection import GroupShuffleSplit
+
+        splitter = GroupShuffleSplit(1, test_size=fraction, random_state=derive_seed(seed, "proxy/split", 0) % 2**32)
+        rows = next(splitter.split(groups.numpy(), groups=groups.numpy()))
+        training, heldout = (torch.from_numpy(part).sort().values for part in rows)
+    for part, indices in (("training", training), ("held-out", heldout)):
+        for name, values in zip(samples.reward_names, samples.rewards[indices].T, strict=True):
+            known = values[~values.isnan()]
+            if len(known) < _MIN_HELDOUT or float(known.max() - known.min()) == 0:
+                raise DataError(
+                    f"reward {name!r} has {len(known)} values, {len(known.unique())} of them distinct, in the {part} "
+                    "part; collect more samples, use more prompts, or change holdout_fraction or seed"
+                )
+    return training, heldout
+
+
+def split_folds(indices: Tensor, groups: Tensor | None, num_folds: int, seed: int) -> Tensor:
+    """Return the fold in ``[0, num_folds)`` of each of ``indices``; samples of one group share a fold."""
+    ids = torch.arange(len(indices)) if groups is None else groups[indices].unique(return_inverse=True)[1]
+    order = torch.randperm(int(ids.max()) + 1, generator=generator(seed, "proxy/folds", 0))
+    return order[ids] % num_folds
+
+
+def concatenate_samples(first: Samples, second: Samples) -> Samples:
+    """Return ``first`` followed by ``second``; both have the same rewards in the same order.
+
+    Raises:
+        DataError: latent shapes differ, or one has texts and the other embeddings or nothing.
+    """
+    if first.latent_shape != second.latent_shape:
+        raise DataError(f"latents {first.latent_shape} cannot be trained on together with {second.latent_shape}")
+    count = len(first)
+
+    def latents(indices: Tensor) -> Tensor:
+        early = indices < count
+        if bool(early.all()):
+            return first.latents(indices)
+        late = second.latents(indices[~early] - count)
+        gathered = late.new_empty(len(indices), *first.latent_shape)
+        gathered[~early.to(late.device)] = late
+        if bool(early.any()):
+            gathered[early.to(late.device)] = first.latents(indices[early]).to(late)
+        return gathered
+
+    return Samples(
+        latents,
+        first.latent_shape,
+        torch.cat([first.rewards, second.rewards]),
+        first.reward_names,
+        _concatenate_prompts(first.prompts, second.prompts),
+        first.latent_space,
+        first.metric_fingerprints,
+    )
+
+
+def _concatenate_prompts(first: Prompts | None, second: Prompts | None) -> Prompts | None:
+    if first is None and second is None:
+        return None
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.cat([first, second])
+    if first is None or second is None or isinstance(first, Tensor) or isinstance(second, Tensor):
+        raise DataError("prompts must be of one kind: texts, embeddings, or none, in the fresh and replayed samples")
+    return [*first, *second]

@@ -1,0 +1,30 @@
+"""Settings are checked when they are made."""
+
+import pytest
+
+from latent_rewards.contracts import ConfigError
+from latent_rewards.proxies import ProxyConfig
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trunk": "conv"}, "unknown trunk 'conv'. Did you mean 'conv3d'"),
+        ({"width": 12}, "multiple of 8"),
+        ({"ensemble_size": 0}, "ensemble_size must be at least 1; got 0"),
+        ({"num_updates": 0}, "num_updates"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"holdout_fraction": 0.6}, r"\(0, 0.5\]"),
+        ({"min_samples": 2}, "min_samples"),
+        ({"ridge_alpha": 0.0}, "ridge_alpha"),
+    ],
+)
+def test_settings_out_of_range_are_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        ProxyConfig(**change)
+
+
+def test_the_number_of_updates_follows_the_data_unless_it_is_given():
+    assert [ProxyConfig().updates(n) for n in (32, 1600, 100_000)] == [150, 300, 400]
+    assert ProxyConfig(num_updates=7).updates(1600) == 7

@@ -1,0 +1,77 @@
+"""Batches cover the data, unknown rewards weigh nothing, and the best weights are kept."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from latent_rewards.proxies.ensemble import _BestWeights, masked_error, shuffled_batches, train_member
+
+
+def test_masked_error_averages_the_known_entries_only():
+    predicted = torch.tensor([[1.0, 5.0], [3.0, 7.0]], requires_grad=True)
+    loss = masked_error(predicted, torch.tensor([[0.0, math.nan], [1.0, 7.0]]))
+    assert float(loss.detach()) == pytest.approx((1 + 4 + 0) / 3)
+    loss.backward()
+    assert predicted.grad[0, 1] == 0
+    assert float(masked_error(predicted, torch.full((2, 2), math.nan)).detach()) == 0
+
+
+def test_every_pass_sees_every_sample_once():
+    indices = torch.tensor([3, 5, 7, 9, 11, 13])
+    batches = shuffled_batches(indices, 4, 3, torch.Generator().manual_seed(0))
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    order = torch.cat(batches)
+    assert sorted(order[:6].tolist()) == sorted(order[6:].tolist()) == indices.tolist()
+    assert not torch.equal(order[:6], order[6:])
+    assert [len(b) for b in shuffled_batches(indices, 64, 2, torch.Generator())] == [6, 6]
+
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(1))
+
+    def forward(self, latents, prompts):
+        return self.slope * latents
+
+
+def test_a_member_learns_and_is_frozen_again():
+    line = Line()
+    x = torch.linspace(-1, 1, 8)[:, None]
+    steps = []
+    with torch.no_grad():
+        train_member(
+            line,
+            lambda indices: (x[indices], None, 2 * x[indices]),
+            [torch.arange(8)] * 200,
+            learning_rate=0.2,
+            weight_decay=0.0,
+            warmup=0.1,
+            stop=lambda number: steps.append(number) or number == 150,
+        )
+    assert line.slope.item() == pytest.approx(2.0, abs=0.05)
+    assert len(steps) == 151 and not line.slope.requires_grad and line.slope.grad is None
+
+
+def test_the_best_weights_come_back_when_patience_is_over():
+    line = Line()
+
+    class Reader:
+        def map(self, function, rows):
+            return function(torch.ones(1, 1), None)
+
+        def targets(self, rows):
+            return torch.ones(1, 1)
+
+    keeper = _BestWeights(line, Reader(), torch.arange(1), 2, 1000, tqdm(disable=True))
+    verdicts = []
+    for number in range(25 * 5):
+        if (number + 1) % 25 == 0:
+            line.slope.data.fill_([0.5, 0.9, 0.6, 0.4, 0.9][number // 25])
+        verdicts.append(keeper(number))
+    assert [i for i, verdict in enumerate(verdicts) if verdict][0] == 99
+    keeper.restore()
+    assert line.slope.item() == pytest.approx(0.9)

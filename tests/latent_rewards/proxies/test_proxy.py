@@ -1,0 +1,122 @@
+"""A stored proxy is the same proxy; it is differentiable, and refuses what it was not trained for."""
+
+import json
+
+import pytest
+import torch
+
+from latent_rewards.contracts import DataError, FingerprintMismatchError
+from latent_rewards.proxies import ProxyConfig, RewardProxy, train_proxy
+from latent_rewards.proxies.text import PromptFeatures
+from latent_rewards.training.checkpoint import CheckpointError
+
+PROMPTS = [f"clip {i % 16}" for i in range(96)]
+
+
+@pytest.fixture(scope="module")
+def proxy(world, quick):
+    draw, curved = world
+    latents = draw(96, 0)
+    rewards = {"curve": curved(latents), "mean": latents.mean(dim=(1, 2, 3, 4))}
+    return train_proxy(latents, rewards, PROMPTS, latent_space="vae-a", config=quick(num_updates=10))
+
+
+@pytest.fixture(scope="module", params=["conv3d", "linear"])
+def stored(request, world, quick):
+    draw, curved = world
+    latents = draw(64, 0)
+    return train_proxy(latents, curved(latents), PROMPTS[:64], config=quick(trunk=request.param, num_updates=5))
+
+
+def test_save_and_load_predict_the_same_bits(stored, world, tmp_path):
+    draw, _ = world
+    stored.save_pretrained(tmp_path / "proxy")
+    loaded = RewardProxy.from_pretrained(tmp_path / "proxy")
+    mine, theirs = stored.predict(draw(5, 1), PROMPTS[:5]), loaded.predict(draw(5, 1), PROMPTS[:5])
+    for name in ("mean", "std", "ood"):
+        assert torch.equal(getattr(mine, name)["reward"], getattr(theirs, name)["reward"])
+    assert (loaded.report, loaded.config, loaded.latent_shape) == (stored.report, stored.config, stored.latent_shape)
+    assert loaded.reward_names == ("reward",) and loaded.prompt_features == stored.prompt_features
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert {p.suffix for p in (tmp_path / "proxy").iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_damaged_or_foreign_folder_is_named(proxy, tmp_path):
+    proxy.save_pretrained(tmp_path / "proxy")
+    weights = tmp_path / "proxy" / "proxy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="proxy.safetensors"):
+        RewardProxy.from_pretrained(tmp_path / "proxy")
+    with pytest.raises(CheckpointError, match="manifest"):
+        RewardProxy.from_pretrained(tmp_path)
+
+
+def test_one_reward_is_a_tensor_and_several_are_a_dict(proxy, stored, world):
+    draw, _ = world
+    assert stored(draw(3, 1), PROMPTS[:3]).shape == (3,)
+    scores = proxy(draw(3, 1), PROMPTS[:3])
+    assert list(scores) == ["curve", "mean"] == list(proxy.reward_names) and scores["mean"].shape == (3,)
+    assert list(stored.scores(draw(3, 1), PROMPTS[:3])) == ["reward"]
+    assert proxy.predict(draw(300, 1), [PROMPTS[0]] * 300).std["curve"].shape == (300,)
+
+
+def test_pessimism_subtracts_standard_deviations(proxy, world):
+    draw, _ = world
+    prediction = proxy.predict(draw(4, 1), PROMPTS[:4])
+    scores = proxy.scores(draw(4, 1), PROMPTS[:4], pessimism=0.5)
+    for name in proxy.reward_names:
+        torch.testing.assert_close(scores[name], prediction.mean[name] - 0.5 * prediction.std[name])
+        assert (prediction.std[name] > 0).all()
+
+
+def test_gradient_equals_finite_differences(world, tmp_path):
+    config = ProxyConfig(width=8, depth=1, ensemble_size=2)
+    torch.manual_seed(0)
+    proxy = RewardProxy(config, (2, 3, 4, 4), ("a", "b"), PromptFeatures("text", 32)).double()
+    latents = world[0](2, 3).double().requires_grad_()
+
+    def total(x):
+        scores = proxy.scores(x, ["one", "two"], pessimism=0.7)
+        return scores["a"].sum() + 2 * scores["b"].sum()
+
+    total(latents).backward()
+    direction = world[0](2, 4).double()
+    numeric = (total(latents + 1e-5 * direction) - total(latents - 1e-5 * direction)) / 2e-5
+    torch.testing.assert_close((latents.grad * direction).sum(), numeric.detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_bfloat16_latents_are_read_in_full_precision(proxy, world):
+    latents = world[0](3, 1).bfloat16()
+    scores = proxy(latents, PROMPTS[:3])["curve"]
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, proxy(latents.float(), PROMPTS[:3])["curve"])
+
+
+def test_what_it_was_not_trained_for_is_refused(proxy, world):
+    latents = world[0](2, 1)
+    with pytest.raises(DataError, match="fitted with prompts"):
+        proxy(latents)
+    with pytest.raises(DataError, match=r"reads latents \[B, 2, 3, 4, 4\]; got \(2, 2, 3, 4, 2\)"):
+        proxy(latents[..., :2], PROMPTS[:2])
+    with pytest.raises(DataError, match="NaN"):
+        proxy.predict(latents / 0 * 0, PROMPTS[:2])
+    proxy.check_latent_space("vae-a")
+    proxy.check_latent_space(None)
+    with pytest.raises(FingerprintMismatchError, match="'vae-a'.*'vae-b'"):
+        proxy.check_latent_space("vae-b")
+
+
+def test_metric_fingerprints_are_compared_where_both_are_known():
+    proxy = RewardProxy(
+        ProxyConfig(trunk="linear"), (1, 1, 2, 2), ("a",), PromptFeatures("none", 0), metric_fingerprints={"a": "m@1"}
+    )
+    proxy.check_metrics({"a": "m@1", "b": "x"})
+    proxy.check_metrics({})
+    with pytest.raises(FingerprintMismatchError, match="'m@1'.*'m@2'"):
+        proxy.check_metrics({"a": "m@2"})
+
+
+def test_what_is_stored_is_json_and_safetensors_only(proxy, tmp_path):
+    proxy.save_pretrained(tmp_path / "proxy")
+    description = json.loads((tmp_path / "proxy" / "proxy.json").read_text())
+    assert description["latent_space"] == "vae-a" and description["reward_names"] == ["curve", "mean"]
