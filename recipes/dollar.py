@@ -202,7 +202,7 @@ class Dollar:
             "proxy",
             lambda: lr.train_proxy(dataset, config=section),
             lambda proxy, path: proxy.save_pretrained(path),
-            lr.RewardProxy.from_pretrained,
+            lambda path: lr.RewardProxy.from_pretrained(path).to(self.device),
         )
         (self.folder / "proxy_report.json").write_text(json.dumps(proxy.report, indent=1))
         return proxy

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -54,7 +54,7 @@ def read_section(file: str | Path, name: str, kind: type, values: Any) -> Any:  
         raise SettingsError(f"{where} must be a mapping; got {values!r}")
     _refuse_unknown(where, "key", values, [field.name for field in dataclasses.fields(kind)])
     try:
-        (section,) = TrlParser(kind).parse_dict(_numbers(kind, values))
+        (section,) = TrlParser(cast(Any, kind)).parse_dict(_numbers(kind, values))
     except (TypeError, ValueError) as error:
         raise SettingsError(f"{where}: {error}") from error
     return section
