@@ -33,7 +33,10 @@ class LROConfig:
             unit in which the KL of that step is measured. Smoothing biases the gradient by O(head_std^2).
         num_draws: head draws per latent of ``smoothed``, at least 2; even if ``antithetic``.
         antithetic: draw the head's noise in pairs of opposite sign.
-        last_k: steps the gradient of ``pathwise`` goes through; None is all of them, fewer saves memory and is biased.
+        chain: how ``smoothed`` reaches the steps before the last: "path" backpropagates the head's estimate through the
+            last ``last_k`` of them, "score" uses score terms, whose variance grows with the size of the latents.
+        last_k: steps the gradient of ``pathwise`` and of the "path" chain goes through; None is all of them, fewer
+            saves memory and is biased.
         scale_rewards: ``"none"``, or divide rewards by the standard deviation of their ``"group"`` or ``"batch"``.
         beta: price of the KL to the reference in nats per latent dimension (mean over event dimensions, summed over
             steps); 0 needs no reference.
@@ -73,6 +76,7 @@ class LROConfig:
     head_std: float = 0.1
     num_draws: int = 8
     antithetic: bool = True
+    chain: Literal["score", "path"] = "path"
     last_k: int | None = None
     scale_rewards: ScaleRewards = "none"
     beta: float = 0.05
@@ -126,6 +130,7 @@ class LROConfig:
     def _check_choices(self) -> None:
         choices = {
             "estimator": (None, *SCORE_ESTIMATORS, *GRADIENT_ESTIMATORS),
+            "chain": ("score", "path"),
             "scale_rewards": ("none", "group", "batch"),
             "mixed_precision": ("no", "bf16"),
         }
@@ -147,12 +152,19 @@ class LROConfig:
             raise ConfigError(
                 f"estimator {estimator!r} belongs to the other trainer; this one has {', '.join(allowed)}"
             )
-        needs_group = estimator == "reinforce" or (estimator != "pathwise" and max(self.step_counts) > 1)
+        path = self.is_path(estimator)
+        needs_group = estimator == "reinforce" or (not path and max(self.step_counts) > 1)
         if (needs_group or self.scale_rewards == "group") and self.num_generations < 2:
             raise ConfigError(f"num_generations must be at least 2 for the group baseline of {estimator!r}; got 1")
-        if estimator == "pathwise" and self.num_iterations > 1:
-            raise ConfigError("num_iterations must be 1 for 'pathwise': without log-probs a reused rollout is biased")
+        if path and self.num_iterations > 1:
+            raise ConfigError(
+                f"num_iterations must be 1 for {estimator!r}: without log-probs a reused rollout is biased"
+            )
         return estimator
+
+    def is_path(self, estimator: str) -> bool:
+        """Return whether an estimator goes through the chain by backpropagation, and so has no score terms."""
+        return estimator == "pathwise" or (estimator == "smoothed" and self.chain == "path")
 
     def loop_config(self) -> LoopConfig:
         """Return the part of these settings that the training loop takes."""

@@ -8,7 +8,8 @@ miss the second; the estimators differ in how they account for it:
 estimator    last step                                               unbiased for
 ============ ======================================================= =================================================
 reinforce    score term of one draw z = x_K + head_std eps           E[R(z)], the smoothed reward
-smoothed     M draws z_m per latent, averaged                        the smoothed reward; M lowers the variance only
+smoothed     M draws z_m per latent, averaged; steps before it by    the smoothed reward; M lowers the variance only
+             score terms or by reparameterisation
 hybrid       backpropagation through R                               the reward function itself
 pathwise     backpropagation through R and the last k steps, no      the reward function itself if k = K
              score terms (DRaFT-K, 2309.17400)
@@ -24,6 +25,7 @@ with gradient once; pass ``transitions`` to share those evaluations with a KL.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -119,15 +121,20 @@ def smoothed(
     head_noise: Tensor,
     num_generations: int,
     antithetic: bool = False,
+    chain: Literal["score", "path"] = "score",
+    last_k: int | None = None,
     scale_rewards: ScaleRewards = "none",
     epsilon: float | None = None,
     transitions: Transitions | None = None,
 ) -> Tensor:
-    """Score terms for steps < K, and M draws from a cheap reward at each final latent for the last step.
+    """REINFORCE on the head alone: M draws from a cheap reward at each final latent.
 
     The last step's surrogate is ``-<g, x_K>`` with ``g = 1/M sum_m (R_m - baseline_m) eps_m / head_std`` held constant.
-    The baseline is the mean of the other draws, or with ``antithetic`` the mean of the pair. The chain's reward, from
-    which the score terms take their leave-one-out advantages, is the mean of its draws.
+    The baseline is the mean of the other draws, or with ``antithetic`` the mean of the pair. Steps before the last
+    either have score terms, whose leave-one-out advantages come from the mean over a chain's draws, or are
+    reparameterised: then ``<g, x_K>`` is backpropagated through the last ``last_k`` of them. Both are unbiased (the
+    second for ``last_k`` = K) and neither asks the reward for a gradient; the variance of score terms grows with the
+    event dimension, that of the path does not.
 
     Args:
         policy: the policy that is trained.
@@ -137,6 +144,8 @@ def smoothed(
         head_noise: ``[M, B, C, F, H, W]``, M at least 2; with ``antithetic`` ``[M/2, B, C, F, H, W]``, used twice.
         num_generations: samples per prompt; at least 2 if there is a step < K.
         antithetic: use each noise with both signs.
+        chain: "score" or "path", for the steps before the last.
+        last_k: steps that "path" goes through, the last included; None is all.
         scale_rewards: see :func:`~latent_rewards.lro.advantages.reward_scale`.
         epsilon: clips the probability ratio of each step < K; None does not.
         transitions: the policy's transitions at the trajectory's states, if computed already.
@@ -145,16 +154,22 @@ def smoothed(
         ConfigError: ``num_generations``, ``head_std`` or the number of draws is too small.
         DataError: a step before the last is deterministic.
     """
-    steps = transitions if transitions is not None else policy_transitions(policy, trajectory)
     draws = torch.cat([head_noise, -head_noise]) if antithetic else head_noise
-    final = steps[-1][0]
+    if chain == "path":
+        final = _reparameterised(policy, trajectory, last_k, transitions)
+    else:
+        steps = transitions if transitions is not None else policy_transitions(policy, trajectory)
+        final = steps[-1][0]
     with torch.no_grad():
         rewards = reward((final.detach() + _checked_std(head_std) * draws).flatten(0, 1)).view(draws.shape[:2])
         slope = _head_slope(rewards, draws, head_std, antithetic)
         means = rewards.nanmean(dim=0)
         scale = reward_scale(means, num_generations, scale_rewards)
     last = (slope * (final - final.detach())).flatten(1).sum(dim=1) / scale
-    return -_mean_over_valid(last, means) + _score_loss(trajectory, steps, means, scale, num_generations, epsilon)
+    loss = -_mean_over_valid(last, means)
+    if chain == "path":
+        return loss
+    return loss + _score_loss(trajectory, steps, means, scale, num_generations, epsilon)
 
 
 def _head_slope(rewards: Tensor, draws: Tensor, head_std: float, antithetic: bool) -> Tensor:
@@ -233,6 +248,15 @@ def pathwise(
     Raises:
         ConfigError: ``last_k`` is below 1.
     """
+    rewards = reward(_reparameterised(policy, trajectory, last_k, transitions))
+    scale = reward_scale(rewards, num_generations, scale_rewards)
+    return -_mean_over_valid(rewards / scale, rewards.detach())
+
+
+def _reparameterised(
+    policy: Policy, trajectory: Trajectory, last_k: int | None, transitions: Transitions | None
+) -> Tensor:
+    """Return the final latents, with a gradient through the last ``last_k`` steps."""
     if last_k is not None and last_k < 1:
         raise ConfigError(f"last_k must be at least 1, or None for all steps; got {last_k}")
     first = max(0, trajectory.num_steps - (last_k or trajectory.num_steps))
@@ -244,9 +268,7 @@ def pathwise(
             mean = policy.transition(latents, step, trajectory.num_steps, trajectory.condition)[0]
         last = step + 1 == trajectory.num_steps
         latents = mean if last else trajectory.states[step + 1].detach() + (mean - mean.detach())
-    rewards = reward(latents)
-    scale = reward_scale(rewards, num_generations, scale_rewards)
-    return -_mean_over_valid(rewards / scale, rewards.detach())
+    return latents
 
 
 def _score_loss(

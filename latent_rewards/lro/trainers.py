@@ -237,7 +237,7 @@ class LatentRewardTrainer:
         logs: dict[str, float] = {}
         with self.loop.accelerator.autocast():
             steps = None
-            if self.estimator != "pathwise" or self.reference is not None:
+            if not config.is_path(self.estimator) or self.reference is not None:
                 steps = policy_transitions(self.policy, trajectory)
             if steps is not None and iteration == 0:
                 check_on_policy(step, trajectory, steps, config.head_std)
@@ -344,7 +344,14 @@ class ReinforceTrainer(LatentRewardTrainer):
         count = config.num_draws // 2 if config.antithetic else config.num_draws
         heads = self.samples.noise(f"lro/head/{iteration}", step, batch.sample_ids, count)
         return estimators.smoothed(
-            self.policy, trajectory, reward, head_noise=heads, antithetic=config.antithetic, **shared
+            self.policy,
+            trajectory,
+            reward,
+            head_noise=heads,
+            antithetic=config.antithetic,
+            chain=config.chain,
+            last_k=config.last_k,
+            **shared,
         )
 
 

@@ -57,7 +57,7 @@ def test_a_group_baseline_needs_a_group():
     assert LROConfig(num_generations=1).check_estimator(GRADIENT_ESTIMATORS) == "pathwise"
     for settings, allowed in (
         ({"estimator": "reinforce", **one}, SCORE_ESTIMATORS),
-        ({"num_generations": 1}, SCORE_ESTIMATORS),
+        ({"num_generations": 1, "chain": "score"}, SCORE_ESTIMATORS),
         ({"num_generations": 1, "estimator": "hybrid"}, GRADIENT_ESTIMATORS),
         ({"num_generations": 1, "scale_rewards": "group"}, GRADIENT_ESTIMATORS),
     ):

@@ -195,6 +195,9 @@ def test_every_estimator_counts_the_last_step():
         "antithetic": smoothed(
             policy, trajectory, identity, head_std=HEAD, head_noise=head, num_generations=4, antithetic=True
         ),
+        "smoothed path": smoothed(
+            policy, trajectory, identity, head_std=HEAD, head_noise=head, num_generations=1, chain="path"
+        ),
         "hybrid": hybrid(policy, trajectory, identity, num_generations=4),
         "pathwise": pathwise(policy, trajectory, identity),
     }
@@ -205,6 +208,9 @@ def test_every_estimator_counts_the_last_step():
 def test_pathwise_through_the_last_step_only_is_half():
     policy, trajectory = two_steps()
     assert_mean(estimates(pathwise(policy, trajectory, identity, last_k=1), policy.gain), GAIN)
+    head = noise(4, *trajectory.final.shape, seed=6)
+    options = {"head_std": HEAD, "head_noise": head, "num_generations": 1, "chain": "path", "last_k": 1}
+    assert_mean(estimates(smoothed(policy, trajectory, identity, **options), policy.gain), GAIN)
     torch.testing.assert_close(pathwise(policy, trajectory, identity), -identity(trajectory.final).mean())
 
 

@@ -25,6 +25,7 @@ ALL = [
     (ReinforceTrainer, "smoothed"),
     (DifferentiableRewardTrainer, "pathwise"),
     (DifferentiableRewardTrainer, "hybrid"),
+    (ReinforceTrainer, "smoothed path"),
 ]
 
 
@@ -41,7 +42,10 @@ def config(**settings) -> LROConfig:
         "device": "cpu",
         "progress": False,
     }
-    return LROConfig(**{**chosen, **settings})
+    chosen |= settings
+    chosen["chain"] = "path" if chosen.get("estimator") == "smoothed path" else "score"
+    chosen["estimator"] = (chosen.get("estimator") or "").removesuffix(" path") or None
+    return LROConfig(**chosen)
 
 
 def truth(latents: Tensor, prompts: list[str]) -> dict[str, Tensor]:
@@ -111,7 +115,7 @@ def test_kl_regularised_optimum(linear_policy, exact_proxy, trainer, estimator, 
         assert float(blocks.std()) < 0.1
 
 
-@pytest.mark.parametrize(("trainer", "estimator"), ALL[:2] + ALL[3:])
+@pytest.mark.parametrize(("trainer", "estimator"), ALL[:2] + ALL[3:4])
 def test_several_iterations_per_rollout_use_clipped_ratios(linear_policy, exact_proxy, trainer, estimator):
     policy = linear_policy(gain=0.5)
     settings = config(estimator=estimator, num_iterations=3, epsilon=0.1, num_updates=15, head_std=0.3)
