@@ -55,10 +55,10 @@ class TeacherConfig:
     """
 
     vae: VaeConfig = field(default_factory=VaeConfig)
-    num_clips: int = 16384
-    num_steps: int = 9000
-    batch_size: int = 64
-    learning_rate: float = 1.5e-3
+    num_clips: int = 12288
+    num_steps: int = 15000
+    batch_size: int = 32
+    learning_rate: float = 1.2e-3
     ema_decay: float = 0.998
     prompt_dropout: float = 0.1
     seed: int = 0
