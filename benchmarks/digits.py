@@ -1,7 +1,7 @@
 """The digits benchmark: the pipeline for several training seeds, evaluated in full; ``python -m benchmarks.digits``.
 
-Each seed is a resumable run below ``runs/`` and ends in ``results/digits/seed<k>.json``; ``--summary`` alone aggregates
-what is there into ``results/digits/summary.json`` and ``summary.md``.
+Each seed is a resumable run below ``runs/`` and ends in ``results/<name>/seed<k>.json``; a finished run, of
+``make demo`` for instance, is only read. ``--summary`` aggregates what is there into ``summary.json`` and ``summary.md``.
 """
 
 from __future__ import annotations
@@ -20,21 +20,29 @@ from recipes.dollar import SECTIONS, Dollar
 from recipes.moving_digits.benchmark import TUNED, DigitsBenchmark
 from recipes.moving_digits.evaluation import compare
 
-RESULTS = Path(__file__).parent / "results" / "digits"
+RESULTS = Path(__file__).parent / "results"
 CONFIG = "recipes/configs/moving_digits_full.yaml"
 TEACHER, STUDENT = "teacher, 50 steps", "VSD→CD, 4 steps"
 SCORES = ("total", "quality", "semantic", "diversity", "frechet", "accuracy/digit", TUNED)
 
 
-def run_seed(seed: int, config: str) -> dict[str, Any]:
-    """Run (or resume) the pipeline with ``seed`` and return rows, paired differences and the facts of tuning."""
+def seeded(config: str, seed: int) -> dict[str, Any]:
+    """Return the settings of one seed's run; the configuration's own seed keeps the configuration's name."""
     settings = read_settings(config, SECTIONS)
-    settings["run"] = dataclasses.replace(settings["run"], name=f"digits-seed{seed}", seed=seed)
+    run = settings["run"]
+    name = run.name if seed == run.seed else f"{run.name}-seed{seed}"
+    settings["run"] = dataclasses.replace(run, name=name, seed=seed)
+    return settings
+
+
+def run_seed(settings: dict[str, Any], picture: Path) -> dict[str, Any]:
+    """Run (or resume) the pipeline; return rows, paired differences and the facts of tuning, and draw a picture."""
     pipeline = Dollar(settings)
     pipeline.run()
     benchmark = pipeline.benchmark()
     assert isinstance(benchmark, DigitsBenchmark)  # noqa: S101 - the configuration's world
     benchmark.load_rows()
+    draw(benchmark, picture)
     rows = {
         label: {
             "scores": row.evaluation.scores,
@@ -50,13 +58,28 @@ def run_seed(seed: int, config: str) -> dict[str, Any]:
         if label != base and label.startswith("VSD")
     }
     return {
-        "seed": seed,
+        "seed": settings["run"].seed,
         "rows": rows,
         "differences": differences,
         "proxy": json.loads((pipeline.folder / "proxy_report.json").read_text()),
         "tuning": {name: tuning_facts(pipeline.folder, name) for name in settings["run"].trainers},
         **provenance(),
     }
+
+
+def draw(benchmark: DigitsBenchmark, path: Path, num_clips: int = 6, every: int = 4) -> None:
+    """Write a picture of the main rows: some frames of the first clips, a row per method."""
+    from matplotlib import pyplot
+
+    chosen = [row for row in benchmark.rows.values() if not row.label.startswith(("VAE", "VSD, ", "teacher, 4"))]
+    figure, axes = pyplot.subplots(len(chosen), 1, figsize=(9, 0.62 * len(chosen)), squeeze=False)
+    for axis, row in zip(axes[:, 0], chosen, strict=True):
+        frames = row.shown[:num_clips, ::every]
+        axis.imshow(frames.permute(3, 0, 1, 4, 2).flatten(1, 3).clamp(0, 1).numpy())
+        axis.set_axis_off()
+        axis.text(-8, 16, row.label, ha="right", va="center", fontsize=8)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
 
 
 def paired(benchmark: DigitsBenchmark, base: str, label: str) -> dict[str, dict[str, float]]:
@@ -101,14 +124,14 @@ def main() -> None:
     parser.add_argument("--config", default=CONFIG, help="settings of each run (default: %(default)s)")
     parser.add_argument("--summary", action="store_true", help="only aggregate the results that are there")
     options = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    results = RESULTS / read_settings(options.config, SECTIONS)["run"].name
+    results.mkdir(parents=True, exist_ok=True)
     for seed in [] if options.summary else options.seeds:
-        result = run_seed(seed, options.config)
-        (RESULTS / f"seed{seed}.json").write_text(json.dumps(result, indent=1))
-    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("seed*.json"))]
-    summary, markdown = summarise(results)
-    (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1))
-    (RESULTS / "summary.md").write_text(markdown)
+        result = run_seed(seeded(options.config, seed), results / f"seed{seed}.png")
+        (results / f"seed{seed}.json").write_text(json.dumps(result, indent=1))
+    summary, markdown = summarise([json.loads(file.read_text()) for file in sorted(results.glob("seed*.json"))])
+    (results / "summary.json").write_text(json.dumps(summary, indent=1))
+    (results / "summary.md").write_text(markdown)
     print(markdown)
 
 
