@@ -1,7 +1,7 @@
 """The digits benchmark: the pipeline for several training seeds, evaluated in full; ``python -m benchmarks.digits``.
 
-Each seed is a resumable run below ``runs/`` and ends in ``results/<name>/seed<k>.json``; a finished run, of
-``make demo`` for instance, is only read. ``--summary`` aggregates what is there into ``summary.json`` and ``summary.md``.
+Each seed is a resumable run below ``runs/`` and ends in ``results/<name>/seed<k>.json``; a finished run, as that
+of ``make demo``, is only read. ``--summary`` aggregates what is there into ``summary.json`` and ``summary.md``.
 """
 
 from __future__ import annotations
