@@ -9,7 +9,8 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@echo 'setting up $(VENV): about two minutes'
+	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
 	touch $@
 
 demo: $(STAMP)  ## the whole DOLLAR pipeline on moving digits, ending in runs/demo/report.html; resumes where it was
