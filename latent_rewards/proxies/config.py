@@ -22,6 +22,8 @@ class ProxyConfig:
         batch_size: samples per update.
         learning_rate: peak of the one-cycle schedule of AdamW.
         weight_decay: of AdamW. High, because a few thousand samples meet a hundred thousand weights.
+        input_noise: standard deviation of Gaussian noise on the training latents, in units of each channel's standard
+            deviation; a proxy that is climbed must not change with what no eye can see. The linear trunk has none.
         holdout_fraction: part of the data kept for the report and the calibration, in (0, 0.5].
         patience: evaluations (one every 25 updates) without improvement after which a network stops.
         min_samples: fewest samples, in all and per reward, that are accepted.
@@ -41,6 +43,7 @@ class ProxyConfig:
     batch_size: int = 64
     learning_rate: float = 6e-3
     weight_decay: float = 1.0
+    input_noise: float = 0.3
     holdout_fraction: float = 0.15
     patience: int = 8
     min_samples: int = 32
@@ -64,6 +67,8 @@ class ProxyConfig:
             raise ConfigError(f"num_updates must be at least 1, or None; got {self.num_updates}")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate must be positive; got {self.learning_rate}")
+        if self.input_noise < 0:
+            raise ConfigError(f"input_noise must not be negative; got {self.input_noise}")
         if self.weight_decay < 0:
             raise ConfigError(f"weight_decay must not be negative; got {self.weight_decay}")
         if not 0 < self.holdout_fraction <= 0.5:

@@ -80,6 +80,8 @@ def train_member(
     weight_decay: float,
     warmup: float,
     stop: Callable[[int], bool],
+    input_noise: float = 0.0,
+    source: torch.Generator | None = None,
 ) -> None:
     """Train one member by AdamW with a one-cycle schedule (Smith & Topin 2017), then freeze it again.
 
@@ -91,6 +93,8 @@ def train_member(
         weight_decay: of AdamW.
         warmup: part of the updates in which the learning rate rises.
         stop: called with the number of each finished update; True ends the training.
+        input_noise: standard deviation of Gaussian noise added to the normalised latents.
+        source: CPU generator of that noise.
     """
     member.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(member.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -100,6 +104,9 @@ def train_member(
     with torch.enable_grad():
         for number, indices in enumerate(batches):
             latents, prompts, target = reader(indices)
+            if input_noise:
+                noise = torch.randn(latents.shape, generator=source, dtype=latents.dtype)
+                latents = latents + input_noise * noise.to(latents.device)
             loss = masked_error(member(latents, prompts), target)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -136,6 +143,8 @@ def fit_members(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Ten
                 weight_decay=config.weight_decay,
                 warmup=0.15,
                 stop=keeper,
+                input_noise=config.input_noise,
+                source=source,
             )
             keeper.restore()
             bar.update(count * (number + 1) - bar.n)

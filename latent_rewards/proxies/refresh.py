@@ -110,6 +110,8 @@ def _train(proxy: RewardProxy, reader: Reader, fresh: Tensor, old: Tensor, count
             weight_decay=config.weight_decay,
             warmup=0.1,
             stop=lambda number: False,
+            input_noise=config.input_noise,
+            source=source,
         )
 
 

@@ -15,6 +15,7 @@ from latent_rewards.proxies import ProxyConfig
         ({"num_updates": 0}, "num_updates"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"weight_decay": -1.0}, "weight_decay"),
+        ({"input_noise": -0.1}, "input_noise"),
         ({"holdout_fraction": 0.6}, r"\(0, 0.5\]"),
         ({"min_samples": 2}, "min_samples"),
         ({"ridge_alpha": 0.0}, "ridge_alpha"),

@@ -56,6 +56,24 @@ def test_a_member_learns_and_is_frozen_again():
     assert len(steps) == 151 and not line.slope.requires_grad and line.slope.grad is None
 
 
+def test_input_noise_flattens_the_fit_as_errors_in_variables_do():
+    """Least squares on x + noise_std eps with E x^2 = 1 has slope 2 / (1 + noise_std^2)."""
+    line = Line()
+    x = torch.tensor([[-1.0], [1.0]]).repeat(500, 1)
+    train_member(
+        line,
+        lambda indices: (x[indices], None, 2 * x[indices]),
+        [torch.arange(1000)] * 300,
+        learning_rate=0.1,
+        weight_decay=0.0,
+        warmup=0.1,
+        stop=lambda number: False,
+        input_noise=1.0,
+        source=torch.Generator().manual_seed(0),
+    )
+    assert line.slope.item() == pytest.approx(1.0, abs=0.02)
+
+
 def test_the_best_weights_come_back_when_patience_is_over():
     line = Line()
 
