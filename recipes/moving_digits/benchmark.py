@@ -178,5 +178,5 @@ def training_latents(
             for first in tqdm(range(0, count, batch_size), desc="encode clips", dynamic_ncols=True)
         ]
         with commit_directory(folder) as temporary:
-            save_file({"latents": torch.cat(chunks)}, temporary / "latents.safetensors")
+            save_file({"latents": torch.cat(chunks).contiguous()}, temporary / "latents.safetensors")
     return load_file(folder / "latents.safetensors")["latents"], training_prompts(count, seed=seed)

@@ -108,7 +108,7 @@ def cached_latents(config: TeacherConfig, vae: AutoencoderKLWan) -> tuple[Tensor
         mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
         std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
         with commit_directory(folder) as temporary:
-            save_file({"latents": ((raw - mean) / std).bfloat16()}, temporary / "latents.safetensors")
+            save_file({"latents": ((raw - mean) / std).bfloat16().contiguous()}, temporary / "latents.safetensors")
     return load_file(folder / "latents.safetensors")["latents"], specs
 
 
