@@ -274,12 +274,12 @@ class Dollar:
         for steps in (50, 4, 1):
             calls = steps * (1 if guidance == 1 else 2)
             sampler = self.teacher_sampler(steps, guidance)
-            benchmark.add(f"teacher, {steps} steps", sampler, num_steps=1, network_evaluations=calls)
+            benchmark.add(f"teacher, {counted(steps)}", sampler, num_steps=1, network_evaluations=calls)
         rows = {"VSD": vsd, "VSD→CD": student, **{f"VSD→CD→LRO ({name})": model for name, model in tuned.items()}}
         for label, model in rows.items():
             for steps in sorted({1, self.config.num_steps}, reverse=True):
                 sampler = self.student_sampler(model, steps)
-                benchmark.add(f"{label}, {steps} steps", sampler, num_steps=steps, network_evaluations=steps)
+                benchmark.add(f"{label}, {counted(steps)}", sampler, num_steps=steps, network_evaluations=steps)
         return benchmark
 
     def benchmark(self) -> Benchmark:
@@ -340,6 +340,11 @@ class Dollar:
                 save(made, path)
             PartialState().wait_for_everyone()
         return load(path)
+
+
+def counted(steps: int) -> str:
+    """Return "1 step", "4 steps"."""
+    return f"{steps} step" if steps == 1 else f"{steps} steps"
 
 
 def remember_settings(folder: Path, settings: dict[str, Any]) -> None:

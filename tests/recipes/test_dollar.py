@@ -76,7 +76,7 @@ def test_killed_after_each_stage_it_resumes_and_ends_in_a_report(settings, tmp_p
     page = report.read_text()
     assert page.count("<video") == 2 * 11 and "digits.legibility" in page
     rows = [json.loads(f.read_text())["label"] for f in (tmp_path / "tiny" / "evaluation").glob("*/row.json")]
-    assert {"real clips", "teacher, 50 steps", "VSD→CD, 1 steps", "VSD→CD→LRO (reinforce), 4 steps"} <= set(rows)
+    assert {"real clips", "teacher, 50 steps", "VSD→CD, 1 step", "VSD→CD→LRO (reinforce), 4 steps"} <= set(rows)
 
 
 def test_other_settings_in_the_same_folder_are_refused(settings, tmp_path):
