@@ -167,7 +167,10 @@ def train(config: TeacherConfig) -> Path:
         scheduler=build_scheduler(),
         latent_shape=LATENT_SHAPE,
     )
-    (Path(config.output_dir).parent / "training.json").write_text(json.dumps(asdict(config), indent=1))
+    places = ("work_dir", "output_dir")
+    facts = {name: value for name, value in asdict(config).items() if name not in places}
+    facts["vae"] = {name: value for name, value in facts["vae"].items() if name not in places}
+    (Path(config.output_dir).parent / "training.json").write_text(json.dumps(facts, indent=1))
     return Path(config.output_dir)
 
 
