@@ -51,7 +51,7 @@ def main() -> None:
         student,
         proxy,
         prompts,
-        config=lr.LROConfig(num_updates=options.updates, learning_rate=1e-4, refresh_steps=40),
+        config=lr.LROConfig(num_updates=options.updates, learning_rate=5e-5, refresh_every=10, refresh_queries=128),
         reward=lr.WeightedSum(weights, normalize="zscore"),
         oracle=oracle,
         dataset=dataset,
