@@ -30,13 +30,11 @@ from recipes.moving_digits.evaluation import (
 )
 from recipes.moving_digits.judge import Judge
 from recipes.moving_digits.world import draw_specs, render, write_prompt
+from recipes.prompted import Sampler
 
 TUNED = "digits.legibility"
 SHOWN = (TUNED, "digits.legibility_holdout", "digits.direction")
 """Values reported beside the benchmark's dimensions."""
-
-Sampler = Callable[[list[str], Tensor], Tensor]
-"""Prompts and a noise stack ``[num_steps, B, C, F, H, W]`` -> latents."""
 
 
 @dataclass(frozen=True)

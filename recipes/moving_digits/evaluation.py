@@ -71,7 +71,6 @@ __all__ = [
     "noise_clips",
     "pixel_values",
     "real_clips",
-    "score_table",
     "selection_prompts",
 ]
 
@@ -267,23 +266,6 @@ def compare(
         for name in a.scores
         if name in b.scores
     }
-
-
-def score_table(evaluations: dict[str, Evaluation]) -> tuple[list[str], list[list[str | float]]]:
-    """Return headers and rows (one per method) of the dimensions, for ``Report.add_table``."""
-    names = {
-        "total": "total",
-        "quality": "quality",
-        "semantic": "semantic",
-        "semantic/heldout": "semantic, held-out combinations",
-        "diversity": "diversity",
-        "frechet": "Fréchet distance",
-        **{name: name for name in sorted({name for e in evaluations.values() for name in e.extra})},
-    }
-    rows: list[list[str | float]] = [
-        [label, *(e.scores.get(name, float("nan")) for name in names)] for label, e in evaluations.items()
-    ]
-    return ["method", *names.values()], rows
 
 
 def _score(values: Evaluation, reference: Reference, prompt_weights: Weights) -> dict[str, float]:

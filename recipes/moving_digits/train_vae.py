@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -123,8 +122,3 @@ def encode_clips(vae: AutoencoderKLWan, specs: list, *, seed: int, batch_size: i
         videos = render(specs[first : first + batch_size], seed=seed, start_index=first)
         chunks.append(vae.encode(videos.transpose(1, 2) * 2 - 1).latent_dist.mode())
     return torch.cat(chunks)
-
-
-def save_vae(vae: AutoencoderKLWan, path: str | Path) -> None:
-    """Store the VAE in diffusers' format."""
-    vae.save_pretrained(path)

@@ -160,12 +160,3 @@ def test_mismatches_are_refused(
     other = Evaluation(**{**vars(real), "prompts": PROMPTS[::-1]})
     with pytest.raises(DataError, match="same prompts"):
         compare(real, other, reference)
-
-
-def test_score_table_has_a_row_per_method(real: Evaluation, garbage: Evaluation) -> None:
-    headers, rows = evaluation.score_table({"real": real, "noise": garbage})
-    assert headers[:2] == ["method", "total"] and headers[-1] == "brightness"
-    assert [row[0] for row in rows] == ["real", "noise"]
-    assert rows[0][1] == real.scores["total"]
-    assert all(len(row) == len(headers) for row in rows)
-    assert np.isnan(rows[1][-1])
