@@ -200,12 +200,16 @@ class Dollar:
         section = self.section("proxy", device=self.device)
         proxy = self.cached(
             "proxy",
-            lambda: lr.train_proxy(dataset, config=section),
+            lambda: lr.train_proxy(dataset, config=section, encode=self.embed),
             lambda proxy, path: proxy.save_pretrained(path),
-            lambda path: lr.RewardProxy.from_pretrained(path).to(self.device),
+            lambda path: lr.RewardProxy.from_pretrained(path, encode=self.embed).to(self.device),
         )
         (self.folder / "proxy_report.json").write_text(json.dumps(proxy.report, indent=1))
         return proxy
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Return what the teacher reads of prompts ``[N, L, D]``; the proxy reads the same."""
+        return self.teacher.encode(texts).embeddings
 
     def tune(
         self, name: str, student: ds.FewStepStudent, proxy: lr.RewardProxy, dataset: lr.RewardDataset

@@ -18,10 +18,10 @@ class ProxyConfig:
         width: channels of the conv3d trunk, a multiple of 8.
         depth: residual blocks of the conv3d trunk.
         ensemble_size: networks; each leaves another part of the data out. A linear proxy has one.
-        num_updates: most updates per network; None chooses ``clamp(12 N / batch_size, 150, 400)`` for N samples.
+        num_updates: most updates per network; None chooses ``clamp(18 N / batch_size, 200, 600)`` for N samples.
         batch_size: samples per update.
         learning_rate: peak of the one-cycle schedule of AdamW.
-        weight_decay: of AdamW. High, because a few thousand samples meet a hundred thousand weights.
+        weight_decay: of AdamW.
         input_noise: standard deviation of Gaussian noise on the training latents, in units of each channel's standard
             deviation; a proxy that is climbed must not change with what no eye can see. The linear trunk has none.
         holdout_fraction: part of the data kept for the report and the calibration, in (0, 0.5].
@@ -41,8 +41,8 @@ class ProxyConfig:
     ensemble_size: int = 3
     num_updates: int | None = None
     batch_size: int = 64
-    learning_rate: float = 6e-3
-    weight_decay: float = 1.0
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
     input_noise: float = 0.3
     holdout_fraction: float = 0.15
     patience: int = 8
@@ -80,4 +80,4 @@ class ProxyConfig:
 
     def updates(self, count: int) -> int:
         """Return the number of updates for ``count`` training samples."""
-        return self.num_updates or min(400, max(150, 12 * count // self.batch_size))
+        return self.num_updates or min(600, max(200, 18 * count // self.batch_size))

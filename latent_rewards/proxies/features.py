@@ -6,12 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from latent_rewards.proxies.text import mean_token
+
 MAX_LINEAR_FEATURES = 2**15
 """Latents with more values than this are average-pooled over positions before a ridge regression sees them."""
 
 
 def linear_features(latents: Tensor, prompt_features: Tensor | None) -> Tensor:
-    """Return ``[B, D]``: the flattened (if large, pooled) latents ``[B, C, F, H, W]`` beside the prompt features."""
+    """Return ``[B, D]``: the flattened (if large, pooled) latents ``[B, C, F, H, W]`` beside the prompt features.
+
+    Prompt features of several tokens ``[B, L, P]`` are averaged.
+    """
+    if prompt_features is not None and prompt_features.ndim == 3:
+        prompt_features = mean_token(prompt_features)
     _, channels, frames, height, width = latents.shape
     excess = channels * frames * height * width / MAX_LINEAR_FEATURES
     if excess > 1:

@@ -30,7 +30,7 @@ from latent_rewards.proxies.samples import (
     split_folds,
     split_samples,
 )
-from latent_rewards.proxies.text import PromptFeatures, Prompts
+from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
 from latent_rewards.training.randomness import derive_seed, generator
 
 _SMALL = 200
@@ -47,15 +47,18 @@ def train_proxy(
     *,
     latent_space: str | None = None,
     config: ProxyConfig | None = None,
+    encode: PromptEncoder | None = None,
 ) -> RewardProxy:
     """Fit a proxy that predicts rewards from latents.
 
     Args:
         latents: ``[N, C, F, H, W]``, or a dataset (then without ``rewards`` and ``prompts``).
         rewards: ``[N]`` (named "reward"), ``[N, R]`` ("reward_0", ...) or ``{name: [N]}``; NaN: does not apply.
-        prompts: N texts, embeddings ``[N, D]`` or ``[N, L, D]`` (averaged over L), or None.
+        prompts: N texts, embeddings ``[N, D]`` or ``[N, L, D]`` (zeros are padding), or None.
         latent_space: fingerprint of the codec; a dataset brings its own.
         config: settings; None takes the defaults.
+        encode: N texts -> embeddings, best those the policy was trained with: they know which words mean the same,
+            which hashed words (the default) do not. Per token they take ``4 N L D`` bytes, pooled ones ``4 N D``.
 
     Returns:
         The proxy, with its ``report``. On one CPU build and number of threads, the same data and seed give the same
@@ -71,7 +74,7 @@ def train_proxy(
     num_folds = 10 if len(training) >= _SMALL else 5
     folds = split_folds(training, group_ids(samples.prompts, len(samples)), num_folds, config.seed)
 
-    proxy = _make_proxy(config, samples)
+    proxy = _make_proxy(config, samples, encode)
     set_scales(proxy, samples, training)
     proxy.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reader = Reader(proxy, samples)
@@ -97,16 +100,17 @@ def train_proxy(
     return proxy
 
 
-def _make_proxy(config: ProxyConfig, samples: Samples) -> RewardProxy:
+def _make_proxy(config: ProxyConfig, samples: Samples, encode: PromptEncoder | None) -> RewardProxy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "proxy/init", 0))
         return RewardProxy(
             config,
             samples.latent_shape,
             samples.reward_names,
-            PromptFeatures.infer(samples.prompts, config.text_features),
+            PromptFeatures.infer(samples.prompts, config.text_features, encode),
             latent_space=samples.latent_space,
             metric_fingerprints=samples.metric_fingerprints,
+            encode=encode,
         )
 
 
@@ -132,9 +136,11 @@ def set_scales(proxy: RewardProxy, samples: Samples, training: Tensor) -> None:
     spread = (squares / len(rows) - latent_mean**2).clamp(min=0).sqrt()
     proxy.latent_mean.copy_(latent_mean[:, None, None, None])
     proxy.latent_std.copy_(spread.clamp(min=1e-6 * float(spread.max()) + 1e-12)[:, None, None, None])
-    prompts = proxy.prompt_features(samples.prompts, len(samples))
+    prompts = proxy.raw_prompts(samples.prompts, len(samples))
     if prompts is not None:
         chosen = prompts[rows.to(prompts.device)].double().cpu()
+        if chosen.ndim == 3:
+            chosen = chosen[real_tokens(chosen)]
         centred = chosen - chosen.mean(dim=0)
         proxy.prompt_mean.copy_(chosen.mean(dim=0))
         proxy.prompt_scale.copy_(1 / centred.square().mean().sqrt().clamp(min=1e-6))

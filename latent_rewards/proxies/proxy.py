@@ -20,7 +20,7 @@ from latent_rewards.proxies.features import latent_statistics, linear_features
 from latent_rewards.proxies.heads import ConvMember
 from latent_rewards.proxies.linear import LinearMember
 from latent_rewards.proxies.ood import DistanceQuantile
-from latent_rewards.proxies.text import PromptFeatures, Prompts
+from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
 from latent_rewards.training.checkpoint import CheckpointError, commit_directory, verify_directory
 
 FORMAT = "latent-rewards/proxy/1"
@@ -45,6 +45,16 @@ class ProxyPrediction:
     ood: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Shared:
+    """Holds a prompt encoder, so that one that is a module is neither stored nor copied with the proxy."""
+
+    encode: PromptEncoder | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
 class RewardProxy(nn.Module):
     """Latents -> rewards. Made by :func:`latent_rewards.proxies.train_proxy` or :meth:`from_pretrained`.
 
@@ -59,6 +69,7 @@ class RewardProxy(nn.Module):
         latent_space: fingerprint of the codec, or None if unknown.
         metric_fingerprints: ``{reward name: fingerprint}``, empty if unknown.
         report: see :func:`latent_rewards.proxies.report.evaluate`.
+        encode: embeds texts, for a proxy whose prompts are read so; it is not saved.
     """
 
     latent_mean: Tensor
@@ -78,6 +89,7 @@ class RewardProxy(nn.Module):
         latent_space: str | None = None,
         metric_fingerprints: Mapping[str, str] | None = None,
         report: dict[str, dict[str, Any]] | None = None,
+        encode: PromptEncoder | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -87,6 +99,7 @@ class RewardProxy(nn.Module):
         self.latent_space = latent_space
         self.metric_fingerprints = dict(metric_fingerprints or {})
         self.report = report or {}
+        self._encoder = _Shared(encode)
         channels, num_rewards = self.latent_shape[0], len(self.reward_names)
         self.register_buffer("latent_mean", torch.zeros(channels, 1, 1, 1))
         self.register_buffer("latent_std", torch.ones(channels, 1, 1, 1))
@@ -103,13 +116,13 @@ class RewardProxy(nn.Module):
         self.requires_grad_(False).eval()
 
     def _make_members(self) -> list[nn.Module]:
-        num_rewards, prompt_dim = len(self.reward_names), self.prompt_features.dim
+        num_rewards, prompts = len(self.reward_names), self.prompt_features
         if self.is_linear:
-            size = linear_features(torch.zeros(1, *self.latent_shape), torch.zeros(1, prompt_dim)).shape[1]
+            size = linear_features(torch.zeros(1, *self.latent_shape), torch.zeros(1, prompts.dim)).shape[1]
             return [LinearMember(size, num_rewards)]
         width, depth = self.config.width, self.config.depth
         return [
-            ConvMember(self.latent_shape, prompt_dim, num_rewards, width=width, depth=depth)
+            ConvMember(self.latent_shape, prompts, num_rewards, width=width, depth=depth)
             for _ in range(self.config.ensemble_size)
         ]
 
@@ -135,14 +148,26 @@ class RewardProxy(nn.Module):
                             f"{tuple(latents.shape)}")  # fmt: skip
         return (latents.to(self.latent_mean) - self.latent_mean) / self.latent_std
 
-    def read_prompts(self, prompts: Prompts | None, count: int) -> Tensor | None:
-        """Return prompt features ``[count, D]`` as the members read them, or None for a proxy without prompts.
+    def raw_prompts(self, prompts: Prompts | None, count: int) -> Tensor | None:
+        """Return prompt features ``[count, D]`` or ``[count, L, D]`` before scaling, or None without prompts.
 
         Raises:
             DataError: see :class:`latent_rewards.proxies.text.PromptFeatures`.
         """
-        features = self.prompt_features(prompts, count)
-        return None if features is None else (features.to(self.prompt_mean) - self.prompt_mean) * self.prompt_scale
+        return self.prompt_features(prompts, count, self._encoder.encode)
+
+    def read_prompts(self, prompts: Prompts | None, count: int) -> Tensor | None:
+        """Return prompt features as the members read them, or None for a proxy without prompts; padding stays zero.
+
+        Raises:
+            DataError: see :class:`latent_rewards.proxies.text.PromptFeatures`.
+        """
+        features = self.raw_prompts(prompts, count)
+        if features is None:
+            return None
+        features = features.to(self.prompt_mean)
+        scaled = (features - self.prompt_mean) * self.prompt_scale
+        return scaled * real_tokens(features)[..., None] if features.ndim == 3 else scaled
 
     def ensemble(self, latents: Tensor, prompt_features: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the members' mean and variance ``[B, R]``, standardised, of normalised latents and read prompts."""
@@ -156,7 +181,7 @@ class RewardProxy(nn.Module):
         if self.is_linear:
             return statistics
         features, _ = cast(ConvMember, self.members[0]).features(latents, prompt_features)
-        return torch.cat([statistics, features], dim=1)
+        return torch.cat([statistics, features.mean(dim=1)], dim=1)
 
     def _moments(self, latents: Tensor, prompts: Prompts | None) -> tuple[Tensor, Tensor]:
         normalised = self.normalise(latents)
@@ -276,8 +301,12 @@ class RewardProxy(nn.Module):
             (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> RewardProxy:
+    def from_pretrained(cls, path: str | Path, *, encode: PromptEncoder | None = None) -> RewardProxy:
         """Load a proxy, on the CPU.
+
+        Args:
+            path: what :meth:`save_pretrained` wrote.
+            encode: the prompt encoder it was fitted with, if there was one; needed to score with texts.
 
         Raises:
             CheckpointError: a file is missing, altered, or of another format.
@@ -297,6 +326,7 @@ class RewardProxy(nn.Module):
             latent_space=description["latent_space"],
             metric_fingerprints=description["metric_fingerprints"],
             report=description["report"],
+            encode=encode,
         )
         proxy.load_state_dict(load_file(folder / _WEIGHTS), assign=True)
         return proxy.requires_grad_(False)

@@ -1,8 +1,8 @@
 """Trunks: latents (and a prompt vector) -> features.
 
 The conv3d trunk is a strided 3-d convolution followed by residual blocks of one spatial and one temporal convolution.
-The prompt enters each block by feature-wise modulation, ``h * (1 + gamma) + beta`` (Perez et al. 2018), and the
-features are the mean and the maximum over frames and positions, so any latent size is accepted.
+The prompt enters each block by feature-wise modulation, ``h * (1 + gamma) + beta`` (Perez et al. 2018). The features
+of a frame are the mean and the maximum over its positions, so any latent size is accepted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ModulatedBlock(nn.Module):
 
 
 class Conv3dTrunk(nn.Module):
-    """Latents ``[B, C, F, H, W]`` -> features ``[B, 2 width]``.
+    """Latents ``[B, C, F, H, W]`` -> features ``[B, F, 2 width]``, one vector per frame.
 
     The stem's spatial stride is 1, 2 or 4 for frames whose shorter side is below 6, below 32, or larger: on 8 x 8
     latents stride 2 costs a quarter and keeps every value, since 64 channels hold a 2 x 2 patch of 16.
@@ -57,9 +57,9 @@ class Conv3dTrunk(nn.Module):
         self.num_features = 2 * width
 
     def forward(self, latents: Tensor, prompt: Tensor | None) -> Tensor:
-        """Return the mean and the maximum over frames and positions, ``[B, 2 width]``."""
+        """Return the mean and the maximum over positions, ``[B, F, 2 width]``."""
         x = self.stem(latents)
         for block in self.blocks:
             x = block(x, prompt)
-        flat = x.flatten(2)
-        return torch.cat([flat.mean(dim=2), flat.amax(dim=2)], dim=1)
+        flat = x.flatten(3)
+        return torch.cat([flat.mean(dim=3), flat.amax(dim=3)], dim=1).transpose(1, 2)

@@ -27,5 +27,5 @@ def test_settings_out_of_range_are_named(change, message):
 
 
 def test_the_number_of_updates_follows_the_data_unless_it_is_given():
-    assert [ProxyConfig().updates(n) for n in (32, 1600, 100_000)] == [150, 300, 400]
+    assert [ProxyConfig().updates(n) for n in (32, 1600, 100_000)] == [200, 450, 600]
     assert ProxyConfig(num_updates=7).updates(1600) == 7

@@ -2,24 +2,47 @@
 
 import torch
 
-from latent_rewards.proxies.heads import BilinearHead, ConvMember
+from latent_rewards.proxies.heads import BilinearHead, ConvMember, TokenAttention
+from latent_rewards.proxies.text import PromptFeatures
 
 
 def test_a_prompt_can_change_the_sign_of_a_feature():
     torch.manual_seed(0)
     head = BilinearHead(4, 3, 8, 2)
-    features, prompt = torch.randn(5, 4), torch.randn(5, 3)
+    features, prompt = torch.randn(5, 6, 4), torch.randn(5, 3)
     assert head(features, prompt).shape == (5, 2)
     hidden = []
     head.hidden.register_forward_pre_hook(lambda module, inputs: hidden.append(inputs[0]))
     head(features, prompt)
     plain = head.features(features)
-    expected = torch.nn.functional.gelu(torch.cat([plain, plain * head.prompt(prompt)], dim=1))
+    expected = torch.nn.functional.gelu(torch.cat([plain, plain * head.prompt(prompt)[:, None]], dim=2))
     torch.testing.assert_close(hidden[0], expected)
 
 
 def test_a_member_without_prompts_ignores_them():
-    member = ConvMember((2, 2, 4, 4), 0, 1, width=8, depth=1)
+    member = ConvMember((2, 2, 4, 4), PromptFeatures("none", 0), 1, width=8, depth=1)
     latents = torch.randn(3, 2, 2, 4, 4)
     assert member(latents, None).shape == (3, 1)
     assert member.embedding is None and member.head.prompt is None
+
+
+def test_frames_are_judged_one_by_one_and_averaged():
+    torch.manual_seed(0)
+    head = BilinearHead(4, 3, 8, 2)
+    features, prompt = torch.randn(5, 6, 4), torch.randn(5, 3)
+    alone = torch.stack([head(features[:, i : i + 1], prompt) for i in range(6)])
+    torch.testing.assert_close(head(features, prompt), alone.mean(dim=0))
+
+
+def test_attention_ignores_padding_and_order_and_can_pick_one_token():
+    torch.manual_seed(0)
+    attention = TokenAttention(3, 8)
+    tokens = torch.randn(2, 5, 3)
+    expected = attention(tokens)
+    padded = torch.cat([tokens.flip(1), torch.zeros(2, 4, 3)], dim=1)
+    torch.testing.assert_close(attention(padded), expected)
+    assert torch.equal(attention(torch.zeros(2, 5, 3)), torch.zeros(2, 8))
+    with torch.no_grad():
+        attention.scores.weight.copy_(torch.tensor([[100.0, 0.0, 0.0]]).expand(4, 3))
+    chosen = tokens[torch.arange(2), tokens[..., 0].argmax(dim=1)]
+    torch.testing.assert_close(attention(tokens), attention.values(chosen), atol=1e-4, rtol=0)

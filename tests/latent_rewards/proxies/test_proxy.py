@@ -1,5 +1,6 @@
 """A stored proxy is the same proxy; it is differentiable, and refuses what it was not trained for."""
 
+import copy
 import json
 
 import pytest
@@ -120,3 +121,57 @@ def test_what_is_stored_is_json_and_safetensors_only(proxy, tmp_path):
     proxy.save_pretrained(tmp_path / "proxy")
     description = json.loads((tmp_path / "proxy" / "proxy.json").read_text())
     assert description["latent_space"] == "vae-a" and description["reward_names"] == ["curve", "mean"]
+
+
+def _embed(texts):
+    """One token per word: a one where the word is "minus", else a two; padded to 4."""
+    tokens = torch.zeros(len(texts), 4, 2)
+    for row, text in enumerate(texts):
+        for column, word in enumerate(text.split()):
+            tokens[row, column, 0 if word == "minus" else 1] = 1.0
+    return tokens
+
+
+@pytest.mark.parametrize("trunk", ["conv3d", "linear"])
+def test_a_proxy_with_a_prompt_encoder_keeps_no_encoder_and_asks_for_it(world, quick, tmp_path, trunk):
+    draw, _ = world
+    latents = draw(200, 0)
+    prompts = ["some minus words" if i % 2 else "some words" for i in range(200)]
+    sign = torch.tensor([-1.0 if i % 2 else 1.0 for i in range(200)])
+    rewards = sign * latents[:, 0].mean(dim=(1, 2, 3))
+    proxy = train_proxy(latents, rewards, prompts, config=quick(trunk=trunk), encode=_embed)
+    assert proxy.prompt_features == PromptFeatures("tokens", 2, encoded=True)
+    if trunk == "conv3d":
+        assert proxy.report["reward"]["spearman"] > 0.8
+    proxy.save_pretrained(tmp_path / "proxy")
+    loaded = RewardProxy.from_pretrained(tmp_path / "proxy", encode=_embed)
+    assert torch.equal(loaded(latents[:5], prompts[:5]), proxy(latents[:5], prompts[:5]))
+    with pytest.raises(DataError, match="encode="):
+        RewardProxy.from_pretrained(tmp_path / "proxy")(latents[:5], prompts[:5])
+    assert torch.equal(loaded(latents[:5], _embed(prompts[:5])), proxy(latents[:5], prompts[:5]))
+    assert "minus" not in (tmp_path / "proxy" / "proxy.json").read_text()
+
+
+def test_an_encoder_that_is_a_module_is_neither_copied_nor_stored(world, quick):
+    draw, curved = world
+    encoder = torch.nn.Linear(1, 3)
+    latents = draw(64, 0)
+
+    def size(texts):
+        return torch.tensor([[float(len(text))] for text in texts])
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = encoder
+
+        def forward(self, texts):
+            return self.layer(size(texts))
+
+    proxy = train_proxy(latents, curved(latents), PROMPTS[:64], config=quick(num_updates=5), encode=Encoder())
+    assert not any("layer" in name for name in proxy.state_dict())
+    copied = copy.deepcopy(proxy)
+    before = copied(latents[:3], PROMPTS[:3])
+    with torch.no_grad():
+        encoder.weight.add_(1.0)
+    assert not torch.equal(copied(latents[:3], PROMPTS[:3]), before)

