@@ -10,10 +10,11 @@ from distillation.errors import DistillationConfigError
 _OUTSIDE = frozenset(
     "output_dir log_with log_every checkpoint_every progress device schedule cd_steps".split()
 )  # they change no weights, or only how far a stage goes
+_CD_ONLY = frozenset("num_timesteps solver_steps huber_c cd_weight cd_learning_rate cd_ema_decay".split())
 _FREE = {
-    "vsd": _OUTSIDE | {"vsd_steps", "num_timesteps", "huber_c", "cd_weight"},
+    "vsd": _OUTSIDE | _CD_ONLY | {"vsd_steps"},
     "cd": _OUTSIDE | {"cd_weight"},
-    "joint": _OUTSIDE | {"vsd_steps"},
+    "joint": _OUTSIDE | {"vsd_steps", "cd_learning_rate", "cd_ema_decay"},
 }
 
 
@@ -32,9 +33,14 @@ class DistillationConfig:
         fake_learning_rate: of the fake score (AdamW, beta1 = 0).
         fake_updates: fake score updates per student update.
         num_timesteps: intervals of the CD grid.
+        solver_steps: teacher steps in one interval of it. A student that VSD trained at the times 1, .75, .5, .25 knows
+            little in between, so after VSD a grid of 4 with several solver steps asks it only what it was taught.
         ema_decay: weight of the past in the student's average, which is also the CD target; in [0, 1).
         temporal_weight: weight of the frame-difference terms; 0 is none.
         cd_weight: weight of CD in the joint schedule.
+        cd_learning_rate: of the student in the CD stage; None takes ``learning_rate``. After VSD a tenth of it is
+            better: CD averages over what the student does not yet agree on, and so blurs what VSD made sharp.
+        cd_ema_decay: in place of ``ema_decay`` in the CD stage; None takes ``ema_decay``.
         huber_c: width of the quadratic part of the CD loss, in latent units.
         time_shift: shift of the VSD times towards noise, on top of the schedule's own.
         causal_first_frame: the VAE is causal, so temporal terms skip the first difference.
@@ -62,9 +68,12 @@ class DistillationConfig:
     fake_learning_rate: float = 1e-5
     fake_updates: int = 5
     num_timesteps: int = 50
+    solver_steps: int = 1
     ema_decay: float = 0.99
     temporal_weight: float = 0.0
     cd_weight: float = 1.0
+    cd_learning_rate: float | None = None
+    cd_ema_decay: float | None = None
     huber_c: float = 1e-3
     time_shift: float = 1.0
     causal_first_frame: bool = False
@@ -85,16 +94,19 @@ class DistillationConfig:
             raise DistillationConfigError(f"schedule must be 'sequential' or 'joint'; got {self.schedule!r}")
         if self.mixed_precision not in ("no", "bf16"):
             raise DistillationConfigError(f"mixed_precision must be no or bf16; got {self.mixed_precision!r}")
-        lowest = dict.fromkeys(("batch_size", "fake_updates", "num_timesteps", "checkpoint_every", "log_every"), 1)
+        lowest = dict.fromkeys(
+            ("batch_size", "fake_updates", "num_timesteps", "solver_steps", "checkpoint_every", "log_every"), 1
+        )
         lowest |= dict.fromkeys(("vsd_steps", "cd_steps", "temporal_weight", "cd_weight", "max_grad_norm"), 0)
         for name, least in lowest.items():
             if not getattr(self, name) >= least:
                 raise DistillationConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        for name in ("learning_rate", "fake_learning_rate", "huber_c", "time_shift"):
-            if not getattr(self, name) > 0:
+        for name in ("learning_rate", "fake_learning_rate", "cd_learning_rate", "huber_c", "time_shift"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise DistillationConfigError(f"{name} must be positive; got {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise DistillationConfigError(f"ema_decay must lie in [0, 1); got {self.ema_decay}")
+        for name in ("ema_decay", "cd_ema_decay"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
+                raise DistillationConfigError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
         if not self.step_counts:
             raise DistillationConfigError("step_counts is empty; give at least one of the student's step counts")
         if not self.stages:
@@ -102,6 +114,12 @@ class DistillationConfig:
                 f"nothing to train: schedule = {self.schedule!r}, vsd_steps = {self.vsd_steps}, "
                 f"cd_steps = {self.cd_steps}; joint reads vsd_steps only"
             )
+
+    def optimisation(self, stage: str) -> tuple[float, float]:
+        """Return the student's learning rate and EMA decay in a stage."""
+        rate = self.cd_learning_rate if stage == "cd" else None
+        decay = self.cd_ema_decay if stage == "cd" else None
+        return self.learning_rate if rate is None else rate, self.ema_decay if decay is None else decay
 
     @property
     def stages(self) -> dict[str, int]:

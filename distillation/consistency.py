@@ -8,6 +8,7 @@ the same grid, not the exact ODE.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,13 +66,14 @@ def consistency_pair(
     *,
     guidance_scale: float | Tensor = 1.0,
     negative: Any = None,  # noqa: ANN401 - any Condition
+    solver_steps: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Return ``f_theta(x_t, t)`` with its gradient, and ``f_ema(x_s, s)`` without.
 
     Args:
         student: the denoiser that is trained.
         target: its slow copy.
-        teacher: the denoiser whose guided ODE step leads from x_t to x_s.
+        teacher: the denoiser whose guided ODE steps lead from x_t to x_s.
         x0: data [B, C, F, H, W].
         condition: of length B, or None.
         noise: standard normal, like ``x0``.
@@ -79,12 +81,15 @@ def consistency_pair(
         s: like t, smaller; 0 is data.
         guidance_scale: w in ``u + w (c - u)``, a number or [B].
         negative: the condition u; needed unless ``guidance_scale`` is 1.
+        solver_steps: ODE steps from t to s, equal in time.
     """
     schedule: Any = teacher.schedule
     with torch.no_grad():
         x_t = add_noise(schedule, x0, noise, t)
-        prediction = guided(teacher, x_t, t, condition, negative, guidance_scale)
-        x_s = ode_step(x_t, prediction, *coefficients(schedule, s, x_t))
+        x_s, times = x_t, [*(t + (s - t) * step / solver_steps for step in range(solver_steps)), s]
+        for here, there in pairwise(times):
+            prediction = guided(teacher, x_s, here, condition, negative, guidance_scale)
+            x_s = ode_step(x_s, prediction, *coefficients(schedule, there, x_s))
         aim = consistency_function(target, x_s, s, condition)
     return consistency_function(student, x_t, t, condition), aim
 
@@ -116,6 +121,7 @@ def consistency_loss(
     *,
     guidance_scale: float | Tensor = 1.0,
     negative: Any = None,  # noqa: ANN401 - any Condition
+    solver_steps: int = 1,
     huber_c: float = 1e-3,
 ) -> Tensor:
     """Return the discrete consistency distillation loss, a scalar.
@@ -131,9 +137,13 @@ def consistency_loss(
         s: like t, smaller.
         guidance_scale: w.
         negative: u.
+        solver_steps: teacher steps from t to s.
         huber_c: width of the quadratic part of the loss, in latent units.
     """
-    prediction, aim = consistency_pair(
-        student, target, teacher, x0, condition, noise, t, s, guidance_scale=guidance_scale, negative=negative
-    )
+    options: dict[str, Any] = {
+        "guidance_scale": guidance_scale,
+        "negative": negative,
+        "solver_steps": solver_steps,
+    }
+    prediction, aim = consistency_pair(student, target, teacher, x0, condition, noise, t, s, **options)
     return pseudo_huber(prediction, aim, huber_c)

@@ -118,7 +118,8 @@ class _Stage:
         self.with_vsd, self.with_cd = name != "cd", name != "vsd"
         network = trainable(self.student.denoiser)
         modules = {"student": network}
-        optimizers = {"student": adamw(network, config.learning_rate, beta1=0.0 if self.with_vsd else 0.9)}
+        learning_rate, ema_decay = config.optimisation(name)
+        optimizers = {"student": adamw(network, learning_rate, beta1=0.0 if self.with_vsd else 0.9)}
         if self.with_vsd:
             self.fake_score = trainable(copy.deepcopy(self.teacher))
             modules["fake_score"] = self.fake_score
@@ -137,7 +138,7 @@ class _Stage:
         )
         self.loop = TrainingLoop(loop_config, name=name, modules=modules, optimizers=dict(optimizers))
         self.teacher.to(self.loop.device)
-        self.ema = Ema(network, config.ema_decay)
+        self.ema = Ema(network, ema_decay)
         self.loop.stateful.update(ema=self.ema, settings=SettingsGuard(config, name))
         wide = any(parameter.dtype == torch.float64 for parameter in network.parameters())
         self.dtype = torch.float64 if wide else torch.float32
@@ -202,6 +203,7 @@ class _Stage:
             s,
             guidance_scale=config.guidance_scale,
             negative=batch.negative,
+            solver_steps=config.solver_steps,
         )
         loss = pseudo_huber(prediction, aim, config.huber_c)
         logs["cd_loss"] = float(loss.detach())

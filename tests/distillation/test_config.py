@@ -24,12 +24,15 @@ def test_step_counts_may_be_a_tuple():
         {"batch_size": 0},
         {"fake_updates": 0},
         {"num_timesteps": 0},
+        {"solver_steps": 0},
         {"checkpoint_every": 0},
         {"cd_weight": -1.0},
         {"temporal_weight": float("nan")},
         {"learning_rate": 0.0},
         {"huber_c": 0.0},
         {"ema_decay": 1.0},
+        {"cd_learning_rate": 0.0},
+        {"cd_ema_decay": -0.1},
         {"step_counts": ()},
     ],
 )
@@ -40,9 +43,12 @@ def test_values_out_of_range_are_named(wrong):
 
 def test_guard_refuses_what_would_change_the_weights_and_nothing_else():
     stored = SettingsGuard(DistillationConfig(), "vsd").state_dict()
-    SettingsGuard(DistillationConfig(vsd_steps=5000, huber_c=0.1, log_every=1), "vsd").load_state_dict(stored)
+    free = DistillationConfig(vsd_steps=5000, huber_c=0.1, log_every=1, cd_learning_rate=1e-3, cd_ema_decay=0.5)
+    SettingsGuard(free, "vsd").load_state_dict(stored)
     with pytest.raises(DistillationConfigError, match=r"guidance_scale = 5\.0, this run has 2\.0"):
         SettingsGuard(DistillationConfig(guidance_scale=2.0), "vsd").load_state_dict(stored)
     after_vsd = SettingsGuard(DistillationConfig(), "cd").state_dict()
     with pytest.raises(DistillationConfigError, match="vsd_steps"):
         SettingsGuard(DistillationConfig(vsd_steps=5000), "cd").load_state_dict(after_vsd)
+    with pytest.raises(DistillationConfigError, match="cd_learning_rate"):
+        SettingsGuard(DistillationConfig(cd_learning_rate=1e-3), "cd").load_state_dict(after_vsd)

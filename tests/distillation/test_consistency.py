@@ -86,6 +86,27 @@ def test_ideal_map_and_exact_step_have_no_loss(schedule, k, randn):
     assert float(discrete) > 1e-6
 
 
+def test_several_solver_steps_lead_to_where_the_teachers_sampler_does(randn):
+    # Row 4: from t = 1 to 0.5 in 1, 2 and 4 steps of the rectified flow; the student's target is what lies there.
+    schedule, seen = RectifiedFlow(), []
+
+    class Target(IdealMap):
+        def forward(self, x_t, t, condition=None):
+            seen.append(x_t)
+            return super().forward(x_t, t, condition)
+
+    x0, noise = randn(2, 1, 2, 1, 1), randn(2, 1, 2, 1, 1)
+    t, s = (torch.tensor(time, dtype=torch.float64) for time in (1.0, 0.5))
+    teacher = GaussianDenoiser(M, S, schedule)
+    for steps in (1, 2, 4):
+        consistency_loss(IdealMap(schedule), Target(schedule), teacher, x0, None, noise, t, s, solver_steps=steps)
+        gain = math.prod(
+            ((1 - b) * (1 - a) * S**2 + b * a) / ((1 - a) ** 2 * S**2 + a**2)
+            for a, b in ((1 - 0.5 * k / steps, 1 - 0.5 * (k + 1) / steps) for k in range(steps))
+        )
+        assert torch.allclose(seen[-1], 0.5 * M + gain * noise, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES[:3])
 def test_fixed_point_is_the_teachers_discrete_sampler(schedule, randn):
     # Row 5: trained with the public loss on a grid of 4, the gain at noise is the DDIM product, not s.

@@ -120,6 +120,18 @@ def test_student_ends_on_the_average_of_its_weights(world):
     assert not torch.equal(raw, start)
 
 
+def test_cd_has_its_own_learning_rate_and_average(world):
+    def run(**changes):
+        return weights(train(world, settings(cd_steps=3, **changes)).student)
+
+    alone = run(vsd_steps=0, learning_rate=0.003, ema_decay=0.7)
+    assert torch.equal(run(vsd_steps=0, cd_learning_rate=0.003, cd_ema_decay=0.7), alone)
+    assert not torch.equal(run(vsd_steps=0), alone)
+    slow = run(vsd_steps=2, cd_learning_rate=1e-12)
+    only_vsd = weights(train(world, settings(vsd_steps=2, cd_steps=0)).student)
+    assert torch.allclose(slow, only_vsd, rtol=0, atol=1e-9)
+
+
 def test_fake_score_sees_the_students_samples_and_then_fresh_ones(world, monkeypatch):
     from distillation import trainer as module
 
