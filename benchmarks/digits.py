@@ -89,32 +89,85 @@ def paired(benchmark: DigitsBenchmark, base: str, label: str) -> dict[str, dict[
 
 
 def tuning_facts(folder: Path, name: str) -> dict[str, Any]:
-    """Return queries, best update and the proxy-true gaps of a tuning run."""
+    """Return queries, best update, seconds (without resumed parts) and the proxy-true gaps of a tuning run."""
     result = json.loads((folder / f"lro_{name}" / "result.json").read_text())
-    return {key: result[key] for key in ("num_queries", "best_step", "stopped_early", "true_curve", "holdout_curve")}
+    kept = ("num_queries", "best_step", "stopped_early", "seconds", "true_curve", "holdout_curve")
+    return {key: result[key] for key in kept}
 
 
 def summarise(results: list[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
-    """Return mean and standard deviation over seeds of every row, and the same as a Markdown table."""
-    labels = list(results[0]["rows"])
-    table: dict[str, Any] = {}
-    lines = [
-        "| method | total | quality | semantic | diversity | Fréchet | legibility |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for label in labels:
-        values = {s: [result["rows"][label]["scores"][s] for result in results] for s in SCORES}
-        table[label] = {
-            s: {"mean": statistics.fmean(v), "std": statistics.stdev(v) if len(v) > 1 else 0.0}
-            for s, v in values.items()
+    """Return what :func:`run_seed` returned, over seeds, as a summary and as Markdown tables.
+
+    Rows and paired differences become mean and standard deviation over seeds; ``gap_closed`` is the share of the
+    legibility between the untuned student and real clips that each trainer won.
+    """
+    rows = {
+        label: {score: _spread([result["rows"][label]["scores"][score] for result in results]) for score in SCORES}
+        for label in results[0]["rows"]
+    }
+    differences = {
+        pair: {score: _spread([result["differences"][pair][score]["difference"] for result in results])
+               for score in SCORES}
+        for pair in results[0]["differences"]
+    }  # fmt: skip
+    tuning = {name: _tuning(results, name) for name in results[0]["tuning"]}
+    proxy = {key: _spread([result["proxy"][TUNED][key] for result in results]) for key in ("spearman", "r2", "mae")} | {
+        "ridge_spearman": _spread([result["proxy"][TUNED]["ridge"]["spearman"] for result in results])
+    }
+    summary = {"seeds": [result["seed"] for result in results], "rows": rows, "differences": differences}
+    lines = [*_table("method", rows), "", *_table("difference", differences), "", *_tuning_table(tuning)]
+    return {**summary, "tuning": tuning, "proxy": proxy, **provenance()}, "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def _tuning(results: list[Mapping[str, Any]], name: str) -> dict[str, dict[str, float]]:
+    """Return, over seeds, how far a trainer closed the gap, what it took, and how honest the proxy was at the end."""
+    tuned = f"VSD→CD→LRO ({name}), 4 steps"
+    facts: dict[str, list[float]] = {}
+    for result in results:
+        real, before, after = (result["rows"][row]["scores"][TUNED] for row in ("real clips", STUDENT, tuned))
+        told = result["tuning"][name]
+        gaps = [point["proxy"][TUNED] - point["true"][TUNED] for point in told["true_curve"]]
+        values = {
+            "gap_closed": (after - before) / (real - before),
+            "num_queries": told["num_queries"],
+            "best_step": told["best_step"],
+            "seconds": told["seconds"],
+            "proxy_gap": gaps[-1],
+            "proxy_mae": told["true_curve"][-1]["mae"][TUNED],
         }
-        cells = []
-        for name in ("total", "quality", "semantic", "diversity", "frechet", TUNED):
-            scale = 100 if name == TUNED else 1
-            mean, std = (scale * table[label][name][key] for key in ("mean", "std"))
-            cells.append(f"{mean:.1f}" if std == 0 else f"{mean:.1f} ± {std:.1f}")
+        for key, value in values.items():
+            facts.setdefault(key, []).append(value)
+    return {key: _spread(values) for key, values in facts.items()}
+
+
+def _table(first: str, rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    titles = dict(
+        zip(SCORES, ("total", "quality", "semantic", "diversity", "Fréchet", "digit", "legibility"), strict=True)
+    )
+    lines = [f"| {first} | " + " | ".join(titles.values()) + " |", "|---" * (len(titles) + 1) + "|"]
+    for label, scores in rows.items():
+        cells = [_cell(scores[score], 100 if score == TUNED else 1) for score in SCORES]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return {"seeds": [result["seed"] for result in results], "rows": table, **provenance()}, "\n".join(lines) + "\n"
+    return lines
+
+
+def _tuning_table(tuning: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    lines = ["| trainer | gap closed, % | queries | seconds | proxy − true | proxy error |", "|---" * 6 + "|"]
+    for name, facts in tuning.items():
+        scales = {"gap_closed": 100, "num_queries": 1, "seconds": 1, "proxy_gap": 1, "proxy_mae": 1}
+        digits = {"proxy_gap": 3, "proxy_mae": 3}
+        cells = [_cell(facts[key], scale, digits.get(key, 0)) for key, scale in scales.items()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(value: Mapping[str, float], scale: float = 1, digits: int = 1) -> str:
+    mean, std = (f"{scale * value[key]:.{digits}f}" for key in ("mean", "std"))
+    return mean if value["std"] == 0 else f"{mean} ± {std}"
 
 
 def main() -> None:

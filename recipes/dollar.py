@@ -14,6 +14,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,8 +232,9 @@ class Dollar:
                 holdout=self.holdout,
                 anchor=self.anchor(student) if section.anchor_weight else None,
             )
-            result = trainer.train()
-            curves.write_text(json.dumps(dataclasses.asdict(result)))
+            begun = time.perf_counter()
+            result = dataclasses.asdict(trainer.train())
+            curves.write_text(json.dumps({**result, "seconds": time.perf_counter() - begun}))
             return policy
 
         policy = self.cached(f"student_{name}", train, lambda s, path: s.save_pretrained(path), self.load_student)

@@ -55,7 +55,8 @@ class Guard:
         patience: holdout evaluations without a new best until :attr:`stopped`; None never stops.
         min_improvement: by how much an evaluation must beat the best.
         num_queries: true queries spent on refreshes.
-        gaps: one entry per refresh: ``{"step", "proxy": {name: mean}, "true": {name: mean}}``.
+        gaps: one entry per refresh: ``{"step", "proxy": {name: mean}, "true": {name: mean}, "mae": {name: error}}``,
+            the error being the proxy's mean absolute one before it learns from these samples.
         holdout: one entry per evaluation: ``{"step", "score", "values": {name: mean}}``.
         best_step: updates done when the best evaluation was made; None before the first.
         stopped: patience ran out.
@@ -93,13 +94,14 @@ class Guard:
 
         A sample whose true reward is NaN enters neither mean.
         """
-        entry: dict[str, Any] = {"step": step, "proxy": {}, "true": {}}
+        entry: dict[str, Any] = {"step": step, "proxy": {}, "true": {}, "mae": {}}
         logs: dict[str, float] = {}
         for name, scores in proxy.items():
             truth = true[name].to(scores)
             applies = ~torch.isnan(truth)
             entry["proxy"][name] = float(scores[applies].mean())
             entry["true"][name] = float(truth[applies].mean())
+            entry["mae"][name] = float((scores - truth)[applies].abs().mean())
             logs[f"true/{name}"] = entry["true"][name]
             logs[f"gap/{name}"] = entry["proxy"][name] - entry["true"][name]
         self.gaps.append(entry)

@@ -42,7 +42,8 @@ class TrainResult:
         num_queries: true queries of the refreshes.
         stopped_early: the holdout stopped the run.
         proxy_curve: ``(step, mean reward)`` the policy was optimised for, per update.
-        true_curve: per refresh, ``{"step", "proxy": {name: mean}, "true": {name: mean}}`` on fresh samples.
+        true_curve: per refresh, on fresh samples and before the proxy learns from them, ``{"step", "proxy": {name:
+            mean}, "true": {name: mean}, "mae": {name: mean absolute error}}``.
         holdout_curve: per evaluation, ``{"step", "score", "values": {name: mean}}``.
     """
 

@@ -5,7 +5,6 @@ Weights count how often a clip is drawn in a bootstrap resample; all ones is the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,34 +130,6 @@ def resample_weights(count: int, *, resamples: int, seed: int = 0) -> Weights:
         .scatter_add_(1, draws, torch.ones(draws.shape).double())
         .numpy()
     )
-
-
-def paired_bootstrap(
-    a: ArrayLike,
-    b: ArrayLike,
-    groups: Sequence[object],
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval:
-    """Return mean(b - a) over pairs, with an interval that resamples whole groups (the prompts).
-
-    Pairs with a NaN on either side do not take part.
-
-    Raises:
-        DataError: lengths differ, or no pair is left.
-    """
-    differences = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
-    if differences.ndim != 1 or len(differences) != len(groups):
-        raise DataError(f"a, b and groups must have one length; got {differences.shape} and {len(groups)} groups")
-    finite = np.isfinite(differences)
-    if not finite.any():
-        raise DataError("no pair of finite values to compare")
-    index = np.unique(np.asarray(groups)[finite], return_inverse=True)[1]
-    sums, counts = np.bincount(index, differences[finite]), np.bincount(index).astype(np.float64)
-    weights = resample_weights(len(sums), resamples=resamples, seed=seed)
-    return interval(differences[finite].mean(), weights @ sums / (weights @ counts), level=level)
 
 
 def interval(difference: float, resampled: ArrayLike, *, level: float = 0.95) -> Interval:

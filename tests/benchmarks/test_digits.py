@@ -2,20 +2,39 @@ import json
 
 import pytest
 
-from benchmarks.digits import SCORES, seeded, summarise
+from benchmarks.digits import SCORES, STUDENT, TUNED, seeded, summarise
 
 
-def result(seed, total):
-    scores = dict.fromkeys(SCORES, 0.5) | {"total": total}
-    return {"seed": seed, "rows": {"teacher, 50 steps": {"scores": scores}}}
+def result(seed, total, tuned):
+    """One seed: the student has legibility 0.4, real clips 0.8, the tuned student what is given."""
+    legible = {"real clips": 0.8, STUDENT: 0.4, "VSD→CD→LRO (reinforce), 4 steps": tuned}
+    point = {"proxy": {TUNED: 0.7}, "true": {TUNED: 0.6}, "mae": {TUNED: 0.15}}
+    return {
+        "seed": seed,
+        "rows": {
+            label: {"scores": dict.fromkeys(SCORES, 0.5) | {"total": total, TUNED: value}}
+            for label, value in legible.items()
+        },
+        "differences": {"a minus b": {score: {"difference": total - 60.0} for score in SCORES}},
+        "proxy": {TUNED: {"spearman": 0.8, "r2": 0.7, "mae": 0.1, "ridge": {"spearman": 0.5}}},
+        "tuning": {"reinforce": {"num_queries": 640, "best_step": 40, "seconds": 100.0, "true_curve": [point]}},
+    }
 
 
 def test_summary_is_mean_and_standard_deviation_over_seeds():
-    summary, markdown = summarise([result(0, 60.0), result(1, 70.0)])
-    total = summary["rows"]["teacher, 50 steps"]["total"]
-    assert total == {"mean": 65.0, "std": pytest.approx(50**0.5)}
-    assert "| teacher, 50 steps | 65.0 ± 7.1 | 0.5 |" in markdown and "| 50.0 |" in markdown
+    summary, markdown = summarise([result(0, 60.0, 0.6), result(1, 70.0, 0.8)])
+    assert summary["rows"][STUDENT]["total"] == {"mean": 65.0, "std": pytest.approx(50**0.5)}
+    assert summary["differences"]["a minus b"]["total"]["mean"] == 5.0
+    assert f"| {STUDENT} | 65.0 ± 7.1 | 0.5 |" in markdown and "| 40.0 |" in markdown
     json.dumps(summary)
+
+
+def test_tuning_is_judged_by_the_share_of_the_gap_it_closes():
+    summary, markdown = summarise([result(0, 60.0, 0.6), result(1, 60.0, 0.8)])
+    told = summary["tuning"]["reinforce"]
+    assert told["gap_closed"]["mean"] == pytest.approx(0.75)
+    assert told["proxy_gap"]["mean"] == pytest.approx(0.1)
+    assert "| reinforce | 75 ± 35 | 640 | 100 | 0.100 | 0.150 |" in markdown
 
 
 def test_each_seed_has_a_run_of_its_own():

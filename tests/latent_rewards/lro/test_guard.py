@@ -36,9 +36,9 @@ def test_a_spent_budget_warns_once():
 
 def test_gap_is_proxy_minus_true_over_the_samples_the_metric_applies_to():
     watched = guard()
-    logs = watched.record_gap(5, {"a": tensor(1, 2, 9)}, {"a": tensor(0, 1, math.nan)})
-    assert logs == {"true/a": 0.5, "gap/a": 1.0, "queries": 3.0}
-    assert watched.gaps == [{"step": 5, "proxy": {"a": 1.5}, "true": {"a": 0.5}}]
+    logs = watched.record_gap(5, {"a": tensor(4, 0, 9)}, {"a": tensor(0, 1, math.nan)})
+    assert logs == {"true/a": 0.5, "gap/a": 1.5, "queries": 3.0}
+    assert watched.gaps == [{"step": 5, "proxy": {"a": 2.0}, "true": {"a": 0.5}, "mae": {"a": 2.5}}]
 
 
 def test_stops_after_patience_evaluations_without_a_new_best_and_returns_to_it():

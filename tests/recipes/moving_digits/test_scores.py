@@ -100,38 +100,6 @@ def test_resample_weights_draw_with_replacement() -> None:
     assert (weights != scores.resample_weights(7, resamples=300, seed=4)).any()
 
 
-def test_a_constant_difference_has_no_width() -> None:
-    found = scores.paired_bootstrap([1.0, 2.0, 3.0], [1.5, 2.5, 3.5], ["p", "p", "q"])
-    assert (found.difference, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
-    assert found.excludes_zero
-    assert not scores.paired_bootstrap([1.0, 2.0], [2.0, 1.0], ["p", "q"]).excludes_zero
-
-
-def test_pairs_with_nan_are_left_out() -> None:
-    found = scores.paired_bootstrap([1.0, float("nan"), 3.0], [2.0, 9.0, 4.0], ["p", "q", "r"])
-    assert (found.difference, found.low, found.high) == pytest.approx((1, 1, 1))
-    with pytest.raises(DataError, match="no pair"):
-        scores.paired_bootstrap([float("nan")], [1.0], ["p"])
-    with pytest.raises(DataError, match="one length"):
-        scores.paired_bootstrap([1.0, 2.0], [1.0, 2.0], ["p"])
-
-
-def test_intervals_hold_the_truth_when_prompts_differ() -> None:
-    source = np.random.default_rng(0)
-    prompts, seeds, trials, truth = 40, 4, 200, 0.3
-    groups = np.arange(prompts).repeat(seeds)
-    held, naive_held = 0, 0
-    for trial in range(trials):
-        a = source.normal(size=prompts * seeds)
-        effect = truth + source.normal(size=prompts).repeat(seeds) + 0.2 * source.normal(size=prompts * seeds)
-        found = scores.paired_bootstrap(a, a + effect, groups, resamples=200, seed=trial)
-        naive = scores.paired_bootstrap(a, a + effect, np.arange(len(groups)), resamples=200, seed=trial)
-        held += found.low <= truth <= found.high
-        naive_held += naive.low <= truth <= naive.high
-    assert abs(held / trials - 0.95) < 4.5 * np.sqrt(0.95 * 0.05 / trials)
-    assert naive_held / trials < 0.8
-
-
 def test_weighted_mean() -> None:
     assert scores.weighted_mean([1.0, 5.0, float("nan")], [3, 1, 1]) == 2
     assert np.isnan(scores.weighted_mean([float("nan"), 1.0], [1, 0]))
