@@ -227,6 +227,25 @@ class VSDAnchor:
             condition: of length B, or None.
             noise: stack [num_steps, B, C, F, H, W].
         """
+        stage = f"anchor/{len(self._samples)}"
+        x = self._sample(policy, condition, noise)
+        t, fresh = self._draw(stage, x)
+        negative = self.negative
+        if negative is not None:
+            rows = torch.zeros(len(x), dtype=torch.long)
+            negative = negative.index_select(rows).to(x.device)
+        return vsd_loss(x, self.teacher, self.fake_score, condition, t, fresh, self.guidance_scale, negative)
+
+    @torch.no_grad()
+    def observe(self, policy: Any, condition: Any, noise: Tensor) -> None:  # noqa: ANN401 - structural Policy
+        """Show the policy's samples to the fake score without a loss, as before the first update.
+
+        Arguments are those of :meth:`loss`; the next :meth:`after_step` trains on them.
+        """
+        self._sample(policy, condition, noise)
+
+    def _sample(self, policy: Any, condition: Any, noise: Tensor) -> Tensor:  # noqa: ANN401 - structural Policy
+        """Return the policy's x0 with its gradient, and keep it for the fake score."""
         num_steps = self.num_steps or len(noise)
         check_noise(noise[:num_steps], num_steps, condition)
         self._place(noise.device)
@@ -236,16 +255,11 @@ class VSDAnchor:
         else:
             latents = _run_chain(policy, condition, noise, num_steps, num_steps - 1)
             x, _ = policy.transition(latents, num_steps - 1, num_steps, condition)
-        t, fresh = self._draw(f"anchor/{len(self._samples)}", x)
         self._samples.append((x.detach(), condition))
-        negative = self.negative
-        if negative is not None:
-            rows = torch.zeros(len(x), dtype=torch.long)
-            negative = negative.index_select(rows).to(x.device)
-        return vsd_loss(x, self.teacher, self.fake_score, condition, t, fresh, self.guidance_scale, negative)
+        return x
 
     def after_step(self) -> None:
-        """Train the fake score on the samples :meth:`loss` has seen since the last call."""
+        """Train the fake score on the samples seen since the last call."""
         for update in range(self.fake_updates if self._samples else 0):
             x, condition = self._samples[update % len(self._samples)]
             t, noise = self._draw(f"anchor/fake/{update}", x)

@@ -266,8 +266,7 @@ class Dollar:
                 sample_noise(seed, f"warmup/{k}", step, range(size), self.teacher.latent_shape, device=self.device)
                 for k in range(self.config.num_steps)
             ]
-            with torch.no_grad():
-                anchor.loss(student, student.encode(prompts).to(self.device), torch.stack(stack))
+            anchor.observe(student, student.encode(prompts).to(self.device), torch.stack(stack))
             anchor.after_step()
         return anchor
 

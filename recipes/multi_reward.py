@@ -45,7 +45,7 @@ def main() -> None:
     prompts = training_prompts(2048, seed=0)
     oracle = lr.MetricOracle(student.exporter.codec, list(weights))
     dataset = lr.collect_rewards(student, prompts, oracle, num_samples=options.queries, seed=0)
-    proxy = lr.train_proxy(dataset)
+    proxy = lr.train_proxy(dataset, encode=lambda texts: student.encode(texts).embeddings)
 
     trainer = lr.ReinforceTrainer(
         student,

@@ -260,6 +260,21 @@ def test_anchor_pulls_a_policy_to_the_teacher(affine, learnable_gaussian, number
     assert anchor.step == 150
 
 
+def test_anchor_learns_from_what_it_observes_as_from_a_loss_and_asks_no_teacher(
+    affine, learnable_gaussian, numbers, randn, monkeypatch
+):
+    student = FewStepStudent(affine(RectifiedFlow()), timesteps={2: [1.0, 0.5]})
+    condition, noise = numbers(torch.zeros(4)), randn(2, 4, 1, 1, 1, 1)
+    anchors = [make_anchor(learnable_gaussian, fake_updates=2) for _ in range(2)]
+    anchors[0].loss(student, condition, noise)
+    monkeypatch.setattr(anchors[1].teacher, "forward", None)
+    anchors[1].observe(student, condition, noise)
+    before = float(anchors[1].fake_score.mean.detach())
+    for anchor in anchors:
+        anchor.after_step()
+    assert float(anchors[0].fake_score.mean.detach()) == float(anchors[1].fake_score.mean.detach()) != before
+
+
 def test_anchor_continues_from_its_state_to_identical_weights(affine, learnable_gaussian, numbers, randn):
     contracts = pytest.importorskip("latent_rewards.contracts")
     from latent_rewards.training.checkpoint import pack_state, unpack_state
