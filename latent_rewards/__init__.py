@@ -11,7 +11,15 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "latent_rewards.metrics": ("Metric", "check_metric", "create_metric", "isolate", "list_metrics", "register_metric"),
+    "latent_rewards.metrics": (
+        "Metric",
+        "check_metric",
+        "create_metric",
+        "isolate",
+        "list_metrics",
+        "register_metric",
+        "vbench_score",
+    ),
     "latent_rewards.collect": ("MetricOracle", "collect_rewards"),
     "latent_rewards.dataset": ("RewardDataset",),
     "latent_rewards.proxies": ("ProxyConfig", "RewardProxy", "train_proxy"),

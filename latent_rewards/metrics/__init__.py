@@ -5,14 +5,17 @@ from latent_rewards.metrics.isolation import isolate
 from latent_rewards.metrics.metric import Metric, MetricInfo
 from latent_rewards.metrics.motion import dis_flow
 from latent_rewards.metrics.registry import create_metric, list_metrics, register_metric
+from latent_rewards.metrics.vbench import VBenchScore, vbench_score
 
 __all__ = [
     "Metric",
     "MetricInfo",
+    "VBenchScore",
     "check_metric",
     "create_metric",
     "dis_flow",
     "isolate",
     "list_metrics",
     "register_metric",
+    "vbench_score",
 ]
