@@ -13,8 +13,10 @@ from typing import Any
 _HOME = {
     "latent_rewards.metrics": (
         "Metric",
+        "as_reward_func",
         "check_metric",
         "create_metric",
+        "from_reward_func",
         "isolate",
         "list_metrics",
         "register_metric",

@@ -5,15 +5,18 @@ from latent_rewards.metrics.isolation import isolate
 from latent_rewards.metrics.metric import Metric, MetricInfo
 from latent_rewards.metrics.motion import dis_flow
 from latent_rewards.metrics.registry import create_metric, list_metrics, register_metric
+from latent_rewards.metrics.reward_func import as_reward_func, from_reward_func
 from latent_rewards.metrics.vbench import VBenchScore, vbench_score
 
 __all__ = [
     "Metric",
     "MetricInfo",
     "VBenchScore",
+    "as_reward_func",
     "check_metric",
     "create_metric",
     "dis_flow",
+    "from_reward_func",
     "isolate",
     "list_metrics",
     "register_metric",
