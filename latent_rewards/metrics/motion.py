@@ -8,6 +8,7 @@ pair. A still clip is perfectly smooth and noise moves a lot: each metric here g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_rewards.contracts import ConfigError, DataError
+from latent_rewards.contracts import ConfigError, DataError, unknown_name
 from latent_rewards.metrics.metric import require
 from latent_rewards.metrics.quality import luma
 from latent_rewards.metrics.registry import register_metric
@@ -34,6 +35,10 @@ TEXTURE_WINDOW = 7
 MIN_TEXTURE = 6.0
 """Flow counts where the 8-bit luma varies by at least so much (standard deviation over 7 x 7 pixels): on a flat
 background one grey level of noise is enough for dense inverse search to see motion everywhere."""
+
+
+DIRECTIONS = {"right": 0.0, "up": 90.0, "left": 180.0, "down": 270.0}
+"""Degrees, anticlockwise from the right."""
 
 
 def dis_flow(video: Tensor) -> np.ndarray:
@@ -110,6 +115,83 @@ class Smoothness:
         else:
             between = torch.stack([_halfway(video) for video in even])
         return 1 - (between.to(odd) - odd).abs().flatten(1).mean(dim=1)
+
+
+@register_metric("motion.flow_direction", version="1", value_range=(-1, 1), minimum_frames=2)
+@dataclass(frozen=True)
+class FlowDirection:
+    """Cosine between the mean DIS flow of what is textured and a direction; 1 moves there, 0 not at all or across.
+
+    ``direction`` is "right", "left", "up" or "down", or an angle in degrees, anticlockwise from the right. A clip whose
+    mean flow is below ``still`` pixels per frame has no direction and scores 0.
+
+    Raises:
+        ConfigError: another direction, or a negative ``still``.
+    """
+
+    direction: str | float = "right"
+    still: float = 0.05
+
+    def __post_init__(self) -> None:
+        if isinstance(self.direction, str) and self.direction not in DIRECTIONS:
+            raise ConfigError(unknown_name("direction", self.direction, DIRECTIONS))
+        if not self.still >= 0:
+            raise ConfigError(f"still must not be negative; got {self.still!r}")
+
+    def __call__(self, videos: Tensor) -> Tensor:
+        """``[B, T, C, H, W]`` in [0, 1] -> ``[B]`` in [-1, 1]."""
+        degrees = DIRECTIONS[self.direction] if isinstance(self.direction, str) else self.direction
+        # Rows of an image are counted downwards.
+        wanted = np.array([math.cos(math.radians(degrees)), -math.sin(math.radians(degrees))])
+        cosines = []
+        for video in videos:
+            weight = np.stack([_textured(frame) for frame in video[:-1]])
+            mean = (dis_flow(video) * weight).sum(axis=(0, 1, 2)) / max(float(weight.sum()), 1.0)
+            speed = float(np.linalg.norm(mean))
+            cosines.append(float(mean @ wanted) / speed if speed > self.still else 0.0)
+        return torch.tensor(cosines).clamp(-1, 1)
+
+
+@register_metric(
+    "motion.warping_error",
+    version="1",
+    value_range=(0, 1),
+    higher_is_better=False,
+    minimum_frames=2,
+    may_be_nan=True,
+)
+def warping_error(videos: Tensor) -> Tensor:
+    """Mean squared difference of each frame and the next one warped back onto it along the DIS flow; 0 is consistent.
+
+    After Lai et al. (2018), whose flow is FlowNet2's. Pixels that leave the frame, or where the flows there and back
+    disagree (Sundaram et al. 2010), take no part; a clip without any other has no value (NaN).
+    """
+    return torch.tensor([_warping_error(video) for video in videos])
+
+
+def _warping_error(video: Tensor) -> float:
+    pixels = np.ascontiguousarray(video.detach().cpu().permute(0, 2, 3, 1).numpy())
+    there, back = dis_flow(video), dis_flow(video.flip(0))[::-1]
+    rows, columns = np.mgrid[: video.shape[-2], : video.shape[-1]].astype(np.float32)
+    total, count = 0.0, 0
+    for index, (flow, reverse) in enumerate(zip(there, back, strict=True)):
+        x, y = columns + flow[..., 0], rows + flow[..., 1]
+        returned = _remap(reverse, x, y)
+        apart = np.square(flow + returned).sum(axis=-1)
+        allowed = 0.01 * (np.square(flow) + np.square(returned)).sum(axis=-1) + 0.5
+        inside = (x >= 0) & (x <= video.shape[-1] - 1) & (y >= 0) & (y <= video.shape[-2] - 1)
+        valid = inside & (apart <= allowed)
+        difference = np.square(pixels[index] - _remap(pixels[index + 1], x, y)).mean(axis=-1)
+        total, count = total + float(difference[valid].sum()), count + int(valid.sum())
+    return min(total / count, 1.0) if count else float("nan")
+
+
+def _remap(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return ``image [H, W, K]`` at the positions (x, y), each ``[H, W]``, bilinearly."""
+    cv2 = require("cv2")
+    with _one_thread(cv2):
+        warped = cv2.remap(np.ascontiguousarray(image), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return warped.reshape(image.shape)
 
 
 def _moves(video: Tensor) -> bool:

@@ -6,10 +6,12 @@ noise is the sharpest and most colourful of all. Use them as guards, or in a com
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from latent_rewards.contracts import DataError
+from latent_rewards.metrics.metric import require
 from latent_rewards.metrics.registry import register_metric
 
 LUMA = (0.299, 0.587, 0.114)
@@ -75,3 +77,38 @@ def exposure(videos: Tensor, *, spread: float = 0.2) -> Tensor:
     A pixel's value is the product over its channels of exp(-(c - 0.5)^2 / (2 spread^2)).
     """
     return torch.exp(-((videos - 0.5) ** 2).sum(dim=2) / (2 * spread**2)).flatten(1).mean(dim=1)
+
+
+@register_metric("quality.blur", version="1", value_range=(0, 1), higher_is_better=False)
+def blur(videos: Tensor, *, window: int = 11) -> Tensor:
+    """Crete et al.'s (2007) blur effect of luma, mean over frames: 0 is sharp, 1 is blurred; scikit-image's.
+
+    It compares a frame's variations with those of a copy smoothed over ``window`` pixels, so it does not depend on
+    contrast. A frame without any variation is taken as fully blurred.
+
+    Raises:
+        DataError: frames are smaller than 3 x 3.
+    """
+    if min(videos.shape[-2:]) < 3:
+        raise DataError(f"blur needs frames of at least 3 x 3 pixels; got {tuple(videos.shape[-2:])}")
+    measure = require("skimage.measure")
+    y = luma(videos).detach().cpu().double().numpy()
+    values = [[measure.blur_effect(frame, h_size=window) if np.ptp(frame) > 0 else 1.0 for frame in clip] for clip in y]
+    return torch.tensor(values).mean(dim=1).clamp(0, 1).float()
+
+
+@register_metric("quality.frame_ssim", version="1", value_range=(-1, 1), minimum_frames=2)
+def frame_ssim(videos: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of the luma of neighbouring frames, mean; 1 is a still clip.
+
+    scikit-image's, with its 7 x 7 uniform window.
+
+    Raises:
+        DataError: frames are smaller than 7 x 7.
+    """
+    if min(videos.shape[-2:]) < 7:
+        raise DataError(f"frame_ssim needs frames of at least 7 x 7 pixels; got {tuple(videos.shape[-2:])}")
+    similarity = require("skimage.metrics").structural_similarity
+    y = luma(videos).detach().cpu().double().numpy()
+    values = [[similarity(a, b, data_range=1.0) for a, b in zip(clip[:-1], clip[1:], strict=True)] for clip in y]
+    return torch.tensor(values).mean(dim=1).clamp(-1, 1).float()

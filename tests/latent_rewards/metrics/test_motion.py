@@ -143,3 +143,37 @@ def test_faint_noise_on_a_flat_background_is_not_motion():
     video[..., 8:24, 12:20] = 0.9
     noisy = (video + 0.01 * torch.randn(video.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     assert float(create_metric("motion.dynamic_degree")(noisy)) == 0.0
+
+
+def test_flow_direction_is_a_cosine_with_rows_counted_downwards() -> None:
+    right, down = blob(1.0)[None], texture(1.0)[None]
+    wanted = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1), 45.0: (0.5**0.5, -(0.5**0.5))}
+    for direction, (across, along) in wanted.items():
+        metric = create_metric("motion.flow_direction", direction=direction)
+        assert float(metric(right)) == pytest.approx(across, abs=0.1)
+        assert float(metric(down)) == pytest.approx(along, abs=0.1)
+    assert float(create_metric("motion.flow_direction")(right[:, :1].repeat(1, 5, 1, 1, 1))) == 0.0
+    assert float(create_metric("motion.flow_direction")(torch.full((1, 4, 3, 32, 32), 0.5))) == 0.0
+    with pytest.raises(ConfigError, match="'rihgt'.*right"):
+        create_metric("motion.flow_direction", direction="rihgt")
+    with pytest.raises(ConfigError, match="still"):
+        create_metric("motion.flow_direction", still=-1.0)
+
+
+def test_warping_error_forgives_motion_and_punishes_change() -> None:
+    metric = create_metric("motion.warping_error")
+    moving, still = texture(1.0)[None], texture(0.0)[None]
+    flickering = still * torch.tensor([1.0, 0.6] * 3 + [1.0]).view(1, 7, 1, 1, 1)
+    noisy = (still + 0.1 * torch.randn(still.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    assert float(metric(still)) == 0.0
+    plain = float(moving.diff(dim=1).square().mean())
+    assert float(metric(moving)) < 0.1 * plain
+    assert float(metric(flickering)) == pytest.approx(float(flickering.diff(dim=1).square().mean()), rel=0.2)
+    assert float(metric(noisy)) > 0.005 > 10 * float(metric(moving))
+
+
+def test_warping_error_of_a_clip_that_nothing_connects_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    from latent_rewards.metrics import motion
+
+    monkeypatch.setattr(motion, "dis_flow", lambda video: np.full((len(video) - 1, 32, 32, 2), 1e3, dtype=np.float32))
+    assert math.isnan(float(create_metric("motion.warping_error")(texture(1.0)[None])))

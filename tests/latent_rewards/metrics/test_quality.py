@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from latent_rewards.contracts import MetricError
 from latent_rewards.metrics import create_metric
@@ -70,3 +71,32 @@ def test_what_cheating_clips_score(textures: Tensor, cheats: dict[str, Tensor]) 
     assert (score("colourfulness", cheats["grey"]) == 0).all()
     assert (score("colourfulness", cheats["noise"]) > score("colourfulness", textures)).all()
     assert (score("exposure", cheats["grey"]) == 1).all()
+
+
+def test_blur_rises_as_a_clip_is_blurred_and_does_not_see_contrast(textures: Tensor, cheats: dict[str, Tensor]) -> None:
+    soft = textures
+    values = []
+    for _ in range(3):
+        values.append(score("blur", soft))
+        soft = functional.avg_pool2d(soft.flatten(0, 1), 3, stride=1, padding=1).view_as(textures)
+    assert (values[0] < values[1]).all() and (values[1] < values[2]).all()
+    torch.testing.assert_close(score("blur", 0.5 * textures), values[0], atol=1e-5, rtol=0)
+    assert (score("blur", cheats["noise"]) < values[0]).all()
+    assert (score("blur", torch.full((1, 2, 3, 16, 16), 0.5)) == 1).all()
+
+
+def test_frame_ssim_is_one_for_still_clips_and_equals_its_formula_on_one_window(cheats: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(score("frame_ssim", cheats["still"]), torch.ones(len(cheats["still"])))
+    assert (score("frame_ssim", cheats["noise"]) < 0.2).all()
+    pair = torch.rand(1, 2, 1, 7, 7, generator=torch.Generator().manual_seed(0))
+    a, b = pair[0, :, 0].double().flatten(1)
+    covariance = torch.cov(torch.stack([a, b]))
+    expected = (2 * a.mean() * b.mean() + 0.01**2) * (2 * covariance[0, 1] + 0.03**2)
+    expected /= (a.mean() ** 2 + b.mean() ** 2 + 0.01**2) * (covariance[0, 0] + covariance[1, 1] + 0.03**2)
+    assert float(score("frame_ssim", pair)) == pytest.approx(float(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "size"), [("blur", 2), ("frame_ssim", 6)])
+def test_frames_too_small_are_refused(name: str, size: int) -> None:
+    with pytest.raises(MetricError, match="at least"):
+        score(name, torch.zeros(1, 2, 3, size, size))
