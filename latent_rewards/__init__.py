@@ -17,6 +17,7 @@ _HOME = {
         "check_metric",
         "create_metric",
         "from_reward_func",
+        "http_metric",
         "isolate",
         "list_metrics",
         "register_metric",

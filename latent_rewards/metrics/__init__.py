@@ -5,6 +5,7 @@ from latent_rewards.metrics.isolation import isolate
 from latent_rewards.metrics.metric import Metric, MetricInfo
 from latent_rewards.metrics.motion import dis_flow
 from latent_rewards.metrics.registry import create_metric, list_metrics, register_metric
+from latent_rewards.metrics.remote import http_metric
 from latent_rewards.metrics.reward_func import as_reward_func, from_reward_func
 from latent_rewards.metrics.vbench import VBenchScore, vbench_score
 
@@ -17,6 +18,7 @@ __all__ = [
     "create_metric",
     "dis_flow",
     "from_reward_func",
+    "http_metric",
     "isolate",
     "list_metrics",
     "register_metric",

@@ -129,6 +129,8 @@ class Metric(MetricInfo):
     def _run(self, videos: Tensor, texts: list[str] | None) -> Any:  # noqa: ANN401 - what user code returns
         try:
             return self.score(videos) if texts is None else self.score(videos, prompts=texts)
+        except MetricError:
+            raise
         except Exception as error:
             raise MetricError(
                 f"metric {self.name!r} raised {type(error).__name__} on {len(videos)} video(s): {error}"
