@@ -12,15 +12,13 @@ import io
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from latent_rewards.contracts import DataError, Prompt, prompt_text
+from latent_rewards.video import encode_mp4
 
 Cell = str | float | int | None
 Series = tuple[Sequence[float] | Tensor, ...]
@@ -197,40 +195,6 @@ class Report:
     def _add(self, kind: str, **content: object) -> Report:
         self.blocks.append({"kind": kind, **content})
         return self
-
-
-def encode_mp4(video: Tensor, fps: float = 8, scale: int = 1) -> bytes:
-    """Return a clip as H.264 (yuv420p) in MP4, which every browser plays.
-
-    Args:
-        video: ``[T, 3, H, W]`` in [0, 1]; values outside are clipped.
-        fps: frames per second.
-        scale: whole-number enlargement without smoothing; odd sizes are padded by repeating the border.
-
-    Raises:
-        DataError: the shape is another, a value is not finite, or ``fps`` or ``scale`` is not positive.
-    """
-    if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape:
-        raise DataError(f"a clip is [T, 3, H, W]; got shape {tuple(video.shape)}")
-    if not bool(torch.isfinite(video).all()):
-        raise DataError("the clip holds NaN or infinity and cannot be encoded")
-    if fps <= 0 or scale < 1 or scale != int(scale):
-        raise DataError(f"fps must be positive and scale a whole number from 1; got fps={fps}, scale={scale}")
-    import av
-
-    frames = video.detach().float().cpu().clamp(0, 1).repeat_interleave(int(scale), 2).repeat_interleave(int(scale), 3)
-    height, width = frames.shape[2:]
-    frames = functional.pad(frames, (0, width % 2, 0, height % 2), mode="replicate")
-    pixels = (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"
-        stream.options = {"crf": "17", "preset": "medium", "threads": "1"}
-        for frame in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()
 
 
 def _even(size: int) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from latent_rewards.contracts import ConfigError, MetricError, MetricOutputError, MetricTimeoutError
 from latent_rewards.metrics.metric import Metric
-from latent_rewards.report import encode_mp4
+from latent_rewards.video import encode_mp4
 
 MAX_ANSWER_BYTES = 2**20
 _CHUNK = 2**14

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from latent_rewards.contracts import DataError
-from latent_rewards.report import Report, encode_mp4
+from latent_rewards.report import Report
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -51,37 +51,6 @@ def sample_report() -> Report:
 @pytest.fixture(scope="module")
 def page() -> str:
     return sample_report().render()
-
-
-@pytest.mark.parametrize(("size", "scale", "expected"), [(16, 2, 32), (15, 1, 16), (15, 3, 46)])
-def test_mp4_decodes_to_the_frames(size: int, scale: int, expected: int) -> None:
-    video = moving_square(7, 15)[..., :size, :size] if size < 16 else moving_square(7)
-    frames = decode(encode_mp4(video, fps=8, scale=scale))
-    assert frames.shape == (7, expected, expected, 3)
-    wanted = video.repeat_interleave(scale, 2).repeat_interleave(scale, 3).permute(0, 2, 3, 1).numpy() * 255
-    error = np.abs(frames[:, : size * scale, : size * scale].astype(float) - wanted)
-    assert error.mean() < 6
-    assert np.median(error) < 3
-
-
-def test_mp4_is_h264_yuv420p_at_the_frame_rate() -> None:
-    with av.open(io.BytesIO(encode_mp4(moving_square(), fps=8))) as container:
-        stream = container.streams.video[0]
-        assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
-        assert float(stream.average_rate) == 8.0
-        assert float(stream.duration * stream.time_base) == pytest.approx(9 / 8)
-
-
-def test_mp4_clips_values_and_refuses_bad_input() -> None:
-    assert decode(encode_mp4(torch.full((2, 3, 16, 16), 7.0))).min() > 250
-    with pytest.raises(DataError, match="NaN"):
-        encode_mp4(torch.full((2, 3, 16, 16), float("nan")))
-    with pytest.raises(DataError, match="shape"):
-        encode_mp4(torch.zeros(2, 1, 16, 16))
-    with pytest.raises(DataError, match="fps=0"):
-        encode_mp4(torch.zeros(2, 3, 16, 16), fps=0)
-    with pytest.raises(DataError, match=r"scale=1\.5"):
-        encode_mp4(torch.zeros(2, 3, 16, 16), scale=1.5)
 
 
 def test_page_is_self_contained(page: str) -> None:

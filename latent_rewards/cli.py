@@ -1,0 +1,244 @@
+"""``latent-rewards``: the library from a shell.
+
+    latent-rewards metrics list "motion.*"
+    latent-rewards metrics info motion.flow_direction
+    latent-rewards metrics check my_pkg.my_mod:score
+    latent-rewards metrics score videos/ --metric quality.sharpness --metric motion.flow_direction,direction=left
+
+A metric is a registered name or ``pkg.mod:attr``, with options after commas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from latent_rewards.contracts import ConfigError, DataError, LatentRewardsError
+
+Row = dict[str, float | str]
+
+
+def metric_spec(text: str) -> tuple[str, dict[str, Any]]:
+    """Read ``name,option=value,...``; values are YAML, so numbers and true are what they look like.
+
+    Raises:
+        argparse.ArgumentTypeError: an option without a value.
+    """
+    name, *options = text.split(",")
+    pairs = [option.partition("=") for option in options]
+    if wrong := [key for key, equals, _ in pairs if not (key and equals)]:
+        raise argparse.ArgumentTypeError(f"{text!r}: options are name=value; got {wrong[0]!r}")
+    return name, {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+
+
+def list_command(options: argparse.Namespace) -> int:
+    """Print the metrics that match a pattern as a table."""
+    from latent_rewards.metrics import list_metrics
+    from latent_rewards.metrics.registry import metric_table
+
+    if not list_metrics(options.pattern):
+        raise ConfigError(f"no metric matches {options.pattern!r}; `latent-rewards metrics list` shows all")
+    print(metric_table(options.pattern), end="")
+    return 0
+
+
+def info_command(options: argparse.Namespace) -> int:
+    """Print what a metric says of itself, with its options and fingerprint, as JSON."""
+    from latent_rewards.metrics import create_metric
+
+    name, settings = options.metric
+    metric = create_metric(name, **settings)
+    facts = {**metric.info, "options": metric.options, "fingerprint": metric.fingerprint}
+    print(json.dumps(facts, indent=1, default=str))
+    return 0
+
+
+def check_command(options: argparse.Namespace) -> int:
+    """Test everything a metric promises."""
+    from latent_rewards.metrics import check_metric, create_metric
+
+    name, settings = options.metric
+    check_metric(create_metric(name, **settings), seed=options.seed)
+    print(f"{name}: keeps its promises")
+    return 0
+
+
+def score_command(options: argparse.Namespace) -> int:
+    """Score the videos of a folder; returns 1 if a video or a metric failed."""
+    from tqdm import tqdm
+
+    from latent_rewards.metrics import create_metric
+    from latent_rewards.video import SUFFIXES, check_frames, read_video
+
+    check_frames(options.frames)
+    folder = Path(options.folder)
+    files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise DataError(f"{folder} holds no video; looked for {', '.join(SUFFIXES)}")
+    prompts = read_prompts(options.prompts)
+    makers = {metric_label(*spec): partial(create_metric, spec[0], **spec[1]) for spec in options.metric}
+    for make in makers.values():
+        make()  # an unknown name or option fails now, not after an hour of decoding
+    rows, faults = [], []
+    for file in tqdm(files, desc="score", unit="video", dynamic_ncols=True, disable=not sys.stderr.isatty()):
+        name = file.name if folder.is_file() else str(file.relative_to(folder))
+        row: Row = {"video": name}
+        try:
+            clip = read_video(file, frames=options.frames, short_side=options.short_side)
+        except LatentRewardsError as error:
+            faults.append(str(error))
+        else:
+            for label, make in makers.items():
+                try:
+                    row[label] = score_clip(make, clip, prompt_of(file, name, prompts))
+                except LatentRewardsError as error:
+                    faults.append(f"{name}: {error}")
+        rows.append(row)
+    text = as_csv(rows, [*makers])
+    if options.csv:
+        write_text(Path(options.csv), text)
+    print(as_table(rows, [*makers]), end="")
+    for fault in faults:
+        print(f"failed: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def score_clip(make: Any, clip: Any, prompt: str | None) -> float:  # noqa: ANN401 - a partial create_metric, a Clip
+    """Return one metric's value for one clip; a metric that depends on the frame rate is made for the clip's."""
+    metric = make()
+    if metric.needs_fps and "fps" not in make.keywords:
+        metric = make(fps=clip.fps)
+    if metric.needs_prompt and prompt is None:
+        raise DataError(
+            f"metric {metric.name!r} needs a prompt: put it beside the video as a .txt file, or use --prompts"
+        )
+    return float(metric(clip.frames[None], None if prompt is None else [prompt])[0])
+
+
+def metric_label(name: str, settings: dict[str, Any]) -> str:
+    """Return the name of a metric's column: two configurations of one metric have two."""
+    return ",".join([name, *(f"{key}={value}" for key, value in settings.items())])
+
+
+def read_prompts(path: str | None) -> dict[str, str]:
+    """Return ``{video: prompt}`` of a file whose lines are ``video<TAB>prompt``.
+
+    Raises:
+        DataError: the file is missing or a line has no tab.
+    """
+    if path is None:
+        return {}
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"prompts file {path} cannot be read: {error}") from error
+    pairs = [line.split("\t", 1) for line in lines]
+    for number, pair in enumerate(pairs, start=1):
+        if len(pair) != 2:
+            raise DataError(f"{path}, line {number}: expected video<TAB>prompt; got {pair[0]!r}")
+    return {video.strip(): prompt.strip() for video, prompt in pairs}
+
+
+def prompt_of(file: Path, name: str, prompts: dict[str, str]) -> str | None:
+    """Return the prompt of a video: from the prompts file, else from the .txt beside it, else None."""
+    beside = file.with_suffix(".txt")
+    if name in prompts:
+        return prompts[name]
+    return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
+
+
+def as_table(rows: Sequence[Row], labels: Sequence[str]) -> str:
+    """Return rows as an aligned table with the mean of each column; a value that is missing is a dash."""
+    means: Row = {"video": "mean"}
+    for label in labels:
+        known = [value for row in rows if isinstance(value := row.get(label), float) and value == value]
+        if known:
+            means[label] = sum(known) / len(known)
+    cells = [["video", *labels]]
+    for row in [*rows, means]:
+        values = [row.get(label) for label in labels]
+        cells.append([str(row["video"]), *("-" if value is None else f"{value:.4g}" for value in values)])
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = (
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in cells
+    )
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def as_csv(rows: Sequence[Row], labels: Sequence[str]) -> str:
+    """Return rows as CSV; a value that is missing is empty."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, ["video", *labels], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that a reader never sees half of."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(path.name + ".partial")
+    partial_path.write_text(text, encoding="utf-8")
+    os.replace(partial_path, path)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="latent-rewards", description=__doc__, formatter_class=style)
+    rooms = parser.add_subparsers(required=True, metavar="COMMAND")
+    metrics = rooms.add_parser("metrics", help="list, describe, test and run metrics").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+
+    command = metrics.add_parser("list", help=list_command.__doc__)
+    command.add_argument("pattern", nargs="?", default="*", help='shell-style, such as "motion.*" (default: all)')
+    command.set_defaults(run=list_command)
+
+    command = metrics.add_parser("info", help=info_command.__doc__)
+    command.add_argument("metric", type=metric_spec, help="NAME[,option=value ...]")
+    command.set_defaults(run=info_command)
+
+    command = metrics.add_parser("check", help=check_command.__doc__)
+    command.add_argument("metric", type=metric_spec, help="NAME[,option=value ...]")
+    command.add_argument("--seed", type=int, default=0, help="of the invented videos (default: %(default)s)")
+    command.set_defaults(run=check_command)
+
+    command = metrics.add_parser("score", help="score a video, or those of a folder, as a table")
+    command.add_argument("folder", help="a video, or a folder that is searched for videos")
+    command.add_argument(
+        "--metric", type=metric_spec, action="append", required=True, help="NAME[,option=value ...]; may be repeated"
+    )
+    command.add_argument("--prompts", help="file of lines video<TAB>prompt (default: the .txt beside each video)")
+    command.add_argument(
+        "--frames", default="first:64", help="all, first:N or uniform:N frames of each video (default: %(default)s)"
+    )
+    command.add_argument("--short-side", type=int, help="shrink the shorter side to so many pixels (default: as it is)")
+    command.add_argument("--csv", help="also write the values to this file")
+    command.set_defaults(run=score_command)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns 0, 1 if some of the work failed, 2 if it could not begin."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (LatentRewardsError, ImportError) as error:
+        print(f"latent-rewards: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

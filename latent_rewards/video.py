@@ -1,0 +1,152 @@
+"""Video files: reading frames of any format FFmpeg knows, and writing H.264 clips that every browser plays.
+
+PyAV (the ``metrics`` and ``report`` extras) is imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from latent_rewards.contracts import ConfigError, DataError
+
+SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpg", ".webm")
+_FRAMES = re.compile(r"(first|uniform):([1-9][0-9]*)")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames ``[T, 3, H, W]`` float32 in [0, 1], and how many of them make a second."""
+
+    frames: Tensor
+    fps: float
+
+
+def check_frames(frames: str) -> None:
+    """Raise ConfigError unless ``frames`` is "all", "first:N" or "uniform:N"."""
+    if frames != "all" and not _FRAMES.fullmatch(frames):
+        raise ConfigError(f"frames must be 'all', 'first:N' or 'uniform:N' with N from 1; got {frames!r}")
+
+
+def read_video(path: Path | str, *, frames: str = "all", short_side: int | None = None) -> Clip:
+    """Read a video; only the frames that are kept, at the size they are kept, are in memory.
+
+    Args:
+        path: a file.
+        frames: "all"; "first:N", the first N at most; or "uniform:N", N at most at equal distances, the first and last
+            among them. The clip's frame rate is that of the frames kept.
+        short_side: pixels to shrink the shorter side to (area averaging); None, or a smaller frame, keeps the size.
+
+    Raises:
+        DataError: the file is no video, has no frame, or breaks off before the first one.
+        ConfigError: ``frames`` or ``short_side`` is not what it may be.
+    """
+    check_frames(frames)
+    if short_side is not None and short_side < 1:
+        raise ConfigError(f"short_side must be at least 1 pixel; got {short_side}")
+    av = _av()
+    path = Path(path)
+    try:
+        rate, wanted = _wanted(path, frames)
+        kept = [_tensor(frame, short_side) for frame in _decoded(path, wanted)]
+    except (av.error.FFmpegError, OSError) as error:
+        raise DataError(f"{path} cannot be read as a video: {error}") from error
+    if not kept:
+        raise DataError(f"{path} holds no video frame")
+    if frames.startswith("uniform") and wanted is not None and len(wanted) > 1:
+        rate *= (len(wanted) - 1) / (max(wanted) - min(wanted))
+    return Clip(torch.stack(kept), rate)
+
+
+def _av() -> Any:  # noqa: ANN401 - a module imported on use
+    try:
+        return importlib.import_module("av")
+    except ImportError as error:
+        raise ImportError(f"videos need PyAV: pip install 'latent-rewards[metrics]' ({error})") from error
+
+
+def _wanted(path: Path, frames: str) -> tuple[float, set[int] | None]:
+    """Return the file's frame rate and the indices to keep, None for all."""
+    with _av().open(str(path)) as container:
+        if not container.streams.video:
+            raise DataError(f"{path} holds no video stream")
+        rate = float(container.streams.video[0].average_rate or 0) or 25.0
+    if frames == "all":
+        return rate, None
+    kind, _, number = frames.partition(":")
+    if kind == "first":
+        return rate, set(range(int(number)))
+    # What a header says of the number of frames is often missing and sometimes wrong: count them.
+    count = sum(1 for _ in _decoded(path))
+    return rate, {round(i) for i in torch.linspace(0, count - 1, min(int(number), count)).tolist()} if count else set()
+
+
+def _decoded(path: Path, wanted: set[int] | None = None) -> Iterator[Any]:
+    """Yield the (wanted) frames of the first video stream; a file that breaks off ends there."""
+    av = _av()
+    last = max(wanted, default=-1) if wanted is not None else math.inf
+    index = -1
+    with av.open(str(path)) as container:
+        try:
+            for index, frame in enumerate(container.decode(video=0)):
+                if wanted is None or index in wanted:
+                    yield frame
+                if index >= last:
+                    return
+        except av.error.FFmpegError:
+            if index < 0:
+                raise
+
+
+def _tensor(frame: Any, short_side: int | None) -> Tensor:  # noqa: ANN401 - av.VideoFrame
+    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 255
+    height, width = pixels.shape[-2:]
+    if short_side is None or min(height, width) <= short_side:
+        return pixels
+    factor = short_side / min(height, width)
+    size = (max(1, math.floor(height * factor + 0.5)), max(1, math.floor(width * factor + 0.5)))
+    return functional.interpolate(pixels[None], size, mode="area")[0].clamp(0, 1)
+
+
+def encode_mp4(video: Tensor, fps: float = 8, scale: int = 1) -> bytes:
+    """Return a clip as H.264 (yuv420p) in MP4, which every browser plays.
+
+    Args:
+        video: ``[T, 3, H, W]`` in [0, 1]; values outside are clipped.
+        fps: frames per second.
+        scale: whole-number enlargement without smoothing; odd sizes are padded by repeating the border.
+
+    Raises:
+        DataError: the shape is another, a value is not finite, or ``fps`` or ``scale`` is not positive.
+    """
+    if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape:
+        raise DataError(f"a clip is [T, 3, H, W]; got shape {tuple(video.shape)}")
+    if not bool(torch.isfinite(video).all()):
+        raise DataError("the clip holds NaN or infinity and cannot be encoded")
+    if fps <= 0 or scale < 1 or scale != int(scale):
+        raise DataError(f"fps must be positive and scale a whole number from 1; got fps={fps}, scale={scale}")
+    av = _av()
+    frames = video.detach().float().cpu().clamp(0, 1).repeat_interleave(int(scale), 2).repeat_interleave(int(scale), 3)
+    height, width = frames.shape[2:]
+    frames = functional.pad(frames, (0, width % 2, 0, height % 2), mode="replicate")
+    pixels = (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"
+        stream.options = {"crf": "17", "preset": "medium", "threads": "1"}
+        for frame in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()

@@ -1,0 +1,145 @@
+"""The shell commands, on real files: what is printed, what is written, and how they end."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+import torch
+
+from latent_rewards.cli import main, metric_spec
+from latent_rewards.video import encode_mp4
+
+
+def clip(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    source = torch.Generator().manual_seed(seed)
+    start = torch.rand(1, 3, height, width, generator=source)
+    return torch.cat([start.roll(t, dims=3) for t in range(count)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Videos of several sizes, rates and lengths, an animated picture, and two files that are no videos."""
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "deep").mkdir()
+    (folder / "plain.mp4").write_bytes(encode_mp4(clip(9, 32, 48), fps=8))
+    (folder / "deep" / "fast.mp4").write_bytes(encode_mp4(clip(30, 64, 32), fps=30))
+    (folder / "frame.mp4").write_bytes(encode_mp4(clip(1, 16, 16)))
+    with av.open(str(folder / "odd.gif"), "w") as container:
+        stream = container.add_stream("gif", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 33, 17, "rgb8"
+        for frame in (255 * clip(5, 17, 33)).byte().permute(0, 2, 3, 1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="rgb8")))
+        container.mux(stream.encode())
+    whole = (folder / "plain.mp4").read_bytes()
+    (folder / "corrupt.mp4").write_bytes(whole[: len(whole) // 3])
+    (folder / "notes.txt").write_text("not a video")
+    (folder / "plain.txt").write_text("a thing that moves\n")
+    return folder
+
+
+def test_score_gives_a_row_for_every_video_and_names_what_failed(folder, tmp_path, capsys):
+    wanted = [
+        "--metric",
+        "quality.sharpness",
+        "--metric",
+        "quality.temporal_flickering",
+        "--csv",
+        str(tmp_path / "a.csv"),
+    ]
+    assert main(["metrics", "score", str(folder), *wanted]) == 1
+    printed = capsys.readouterr()
+    rows = {row["video"]: row for row in csv.DictReader((tmp_path / "a.csv").open())}
+    assert sorted(rows) == sorted(["plain.mp4", "deep/fast.mp4", "frame.mp4", "odd.gif", "corrupt.mp4"])
+    assert all(float(rows[name]["quality.sharpness"]) > 0 for name in rows if name != "corrupt.mp4")
+    assert rows["corrupt.mp4"]["quality.sharpness"] == rows["frame.mp4"]["quality.temporal_flickering"] == ""
+    assert 0 < float(rows["odd.gif"]["quality.temporal_flickering"]) < 1
+    assert "corrupt.mp4 cannot be read as a video" in printed.err
+    assert "frame.mp4: metric 'quality.temporal_flickering' needs at least 2 frames; got 1" in printed.err
+    assert printed.out.splitlines()[0].split() == ["video", "quality.sharpness", "quality.temporal_flickering"]
+    mean = [float(rows[name]["quality.sharpness"]) for name in rows if rows[name]["quality.sharpness"]]
+    assert float(printed.out.splitlines()[-1].split()[1]) == pytest.approx(sum(mean) / len(mean), rel=1e-3)
+
+
+def test_options_make_columns_of_their_own_and_the_frame_rate_is_the_videos(folder, capsys):
+    video = str(folder / "deep" / "fast.mp4")
+    specs = ["motion.flow_direction,direction=right", "motion.flow_direction,direction=left", "motion.dynamic_degree"]
+    assert main(["metrics", "score", video, *(part for spec in specs for part in ("--metric", spec))]) == 0
+    header, row, _ = capsys.readouterr().out.splitlines()
+    assert header.split()[1:] == specs
+    right, left, moving = map(float, row.split()[1:])
+    assert right > 0.9 and left < -0.9
+    assert moving == 1.0  # 30 frames a second of one pixel are 8 of nearly four
+
+
+def test_prompts_come_from_beside_the_video_or_from_a_file(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "words.py").write_text(
+        "def length(videos, *, prompts):\n    return [float(len(prompt)) for prompt in prompts]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    score = ["metrics", "score", str(folder), "--metric", "words:length"]
+    assert main(score) == 1
+    printed = capsys.readouterr()
+    assert "plain.mp4" in printed.out and "18" in printed.out
+    assert "odd.gif: metric 'words:length' needs a prompt" in printed.err
+    (tmp_path / "prompts.tsv").write_text("odd.gif\tfour\nplain.mp4\tfive5\n\n")
+    main([*score, "--prompts", str(tmp_path / "prompts.tsv")])
+    values = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    assert (values["odd.gif"], values["plain.mp4"]) == ("4", "5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "{folder}", "--metric", "quality.sharpnes"], "quality.sharpness"),
+        (["score", "{folder}", "--metric", "quality.blur,windw=3"], "window"),
+        (["score", "{folder}/deep/none", "--metric", "quality.blur"], "holds no video"),
+        (["score", "{folder}", "--metric", "quality.blur", "--frames", "last:3"], "first:N"),
+        (["score", "{folder}", "--metric", "quality.blur", "--prompts", "{folder}/plain.txt"], "line 1: expected"),
+        (["score", "{folder}", "--metric", "quality.blur", "--prompts", "{folder}/none"], "cannot be read"),
+        (["list", "nothing.*"], "no metric matches"),
+        (["info", "motion.flow_direction,direction=north"], "north"),
+    ],
+)
+def test_what_cannot_begin_says_why_before_any_work(folder, capsys, arguments, message):
+    assert main(["metrics", *(argument.format(folder=folder) for argument in arguments)]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.startswith("latent-rewards: ") and not printed.out
+
+
+def test_list_info_and_check(capsys):
+    assert main(["metrics", "list", "motion.*"]) == 0
+    assert "`motion.smoothness`" in capsys.readouterr().out
+    assert main(["metrics", "info", "quality.blur,window=7"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["options"] == {"window": 7} and facts["value_range"] == [0, 1]
+    assert main(["metrics", "check", "quality.exposure"]) == 0
+    assert "keeps its promises" in capsys.readouterr().out
+
+
+def test_a_broken_promise_is_a_failure(tmp_path, monkeypatch, capsys):
+    (tmp_path / "liar.py").write_text("def wrong(videos):\n    return [1.0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["metrics", "check", "liar:wrong"]) == 2
+    assert "shape (1,)" in capsys.readouterr().err
+
+
+def test_metric_specs_are_read_as_yaml():
+    assert metric_spec("a.b,x=3,y=true,z=left") == ("a.b", {"x": 3, "y": True, "z": "left"})
+    assert metric_spec("pkg.mod:attr") == ("pkg.mod:attr", {})
+    with pytest.raises(Exception, match="options are name=value"):
+        metric_spec("a.b,x")
+
+
+def test_the_installed_command_explains_itself():
+    done = subprocess.run(
+        [sys.executable, "-m", "latent_rewards.cli", "metrics", "score", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "may be repeated" in done.stdout and "first:64" in done.stdout
