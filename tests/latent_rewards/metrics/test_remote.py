@@ -100,6 +100,11 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(b'{"score": 11}')
 
 
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
     running = Server()
