@@ -30,6 +30,8 @@ class DistillationConfig:
         step_counts: step counts the student is trained for; VSD draws one per update.
         guidance_scale: of the teacher, w in ``u + w (c - u)``; 1 is none.
         learning_rate: of the student (AdamW; beta1 = 0 with VSD, 0.9 for CD alone).
+        learning_rate_floor: share of its learning rate the student has left at the end of each stage, reached along
+            half a cosine; 1 keeps it constant. The fake score's stays constant: it has to keep up.
         fake_learning_rate: of the fake score (AdamW, beta1 = 0).
         fake_updates: fake score updates per student update.
         num_timesteps: intervals of the CD grid.
@@ -65,6 +67,7 @@ class DistillationConfig:
     step_counts: list[int] = field(default_factory=lambda: [1, 2, 4])
     guidance_scale: float = 5.0
     learning_rate: float = 1e-5
+    learning_rate_floor: float = 1.0
     fake_learning_rate: float = 1e-5
     fake_updates: int = 5
     num_timesteps: int = 50
@@ -104,6 +107,8 @@ class DistillationConfig:
         for name in ("learning_rate", "fake_learning_rate", "cd_learning_rate", "huber_c", "time_shift"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise DistillationConfigError(f"{name} must be positive; got {getattr(self, name)}")
+        if not 0 <= self.learning_rate_floor <= 1:
+            raise DistillationConfigError(f"learning_rate_floor must lie in [0, 1]; got {self.learning_rate_floor}")
         for name in ("ema_decay", "cd_ema_decay"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise DistillationConfigError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
@@ -139,7 +144,10 @@ class SettingsGuard:
     """
 
     def __init__(self, config: DistillationConfig, stage: str) -> None:
-        self.settings = {name: value for name, value in asdict(config).items() if name not in _FREE[stage]}
+        # Where the learning rate falls, the length of the stage decides how fast.
+        length = {"cd_steps" if stage == "cd" else "vsd_steps"} if config.learning_rate_floor < 1 else set()
+        free = _FREE[stage] - length
+        self.settings = {name: value for name, value in asdict(config).items() if name not in free}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings."""

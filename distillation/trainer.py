@@ -32,7 +32,7 @@ from distillation.vsd import (
     trainable,
     vsd_gradient,
 )
-from latent_rewards.training.loop import Ema, LoopConfig, TrainingLoop
+from latent_rewards.training.loop import Ema, LoopConfig, TrainingLoop, set_learning_rate, warmup_cosine
 from latent_rewards.training.randomness import sample_index, sample_noise, sample_uniform
 
 
@@ -57,8 +57,8 @@ class DistillationResult:
     Attributes:
         student: the trained student, on its EMA's weights.
         history: for each stage one dict per update; "vsd_loss", "cd_loss", "fake_loss", "temporal_loss", "grad_norm",
-            "num_steps", and "x_std", the standard deviation of the student's samples, which grows where VSD
-            over-saturates.
+            "num_steps", "learning_rate", and "x_std", the standard deviation of the student's samples, which grows
+            where VSD over-saturates.
     """
 
     student: FewStepStudent
@@ -118,8 +118,9 @@ class _Stage:
         self.with_vsd, self.with_cd = name != "cd", name != "vsd"
         network = trainable(self.student.denoiser)
         modules = {"student": network}
-        learning_rate, ema_decay = config.optimisation(name)
-        optimizers = {"student": adamw(network, learning_rate, beta1=0.0 if self.with_vsd else 0.9)}
+        self.num_steps = num_steps
+        self.learning_rate, ema_decay = config.optimisation(name)
+        optimizers = {"student": adamw(network, self.learning_rate, beta1=0.0 if self.with_vsd else 0.9)}
         if self.with_vsd:
             self.fake_score = trainable(copy.deepcopy(self.teacher))
             modules["fake_score"] = self.fake_score
@@ -154,7 +155,9 @@ class _Stage:
 
     def step(self, step: int) -> dict[str, float]:
         """Update the student once and the fake score ``fake_updates`` times."""
-        logs: dict[str, float] = {}
+        rate = self.learning_rate * warmup_cosine(step, self.num_steps, floor=self.config.learning_rate_floor)
+        set_learning_rate(self.loop.optimizers["student"], rate)
+        logs: dict[str, float] = {"learning_rate": rate}
         batch = self.draw_batch(step, "student")
         samples: Tensor | None = None
         losses: list[Tensor] = []

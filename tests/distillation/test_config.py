@@ -33,6 +33,7 @@ def test_step_counts_may_be_a_tuple():
         {"ema_decay": 1.0},
         {"cd_learning_rate": 0.0},
         {"cd_ema_decay": -0.1},
+        {"learning_rate_floor": 1.5},
         {"step_counts": ()},
     ],
 )
@@ -52,3 +53,12 @@ def test_guard_refuses_what_would_change_the_weights_and_nothing_else():
         SettingsGuard(DistillationConfig(vsd_steps=5000), "cd").load_state_dict(after_vsd)
     with pytest.raises(DistillationConfigError, match="cd_learning_rate"):
         SettingsGuard(DistillationConfig(cd_learning_rate=1e-3), "cd").load_state_dict(after_vsd)
+
+
+@pytest.mark.parametrize(("stage", "steps"), [("vsd", "vsd_steps"), ("cd", "cd_steps"), ("joint", "vsd_steps")])
+def test_a_falling_learning_rate_fixes_the_length_of_its_stage(stage, steps):
+    falling = DistillationConfig(learning_rate_floor=0.1)
+    SettingsGuard(falling, stage).load_state_dict(SettingsGuard(falling, stage).state_dict())
+    with pytest.raises(DistillationConfigError, match=steps):
+        longer = DistillationConfig(learning_rate_floor=0.1, **{steps: 5000})
+        SettingsGuard(longer, stage).load_state_dict(SettingsGuard(falling, stage).state_dict())

@@ -1,4 +1,5 @@
 import copy
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -130,6 +131,18 @@ def test_cd_has_its_own_learning_rate_and_average(world):
     slow = run(vsd_steps=2, cd_learning_rate=1e-12)
     only_vsd = weights(train(world, settings(vsd_steps=2, cd_steps=0)).student)
     assert torch.allclose(slow, only_vsd, rtol=0, atol=1e-9)
+
+
+def test_learning_rate_falls_along_half_a_cosine_in_each_stage(world):
+    history = train(world, settings(vsd_steps=4, cd_steps=2, learning_rate=0.01, learning_rate_floor=0.2)).history
+    rates = [0.01 * (0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * k / 4))) for k in range(4)]
+    assert [entry["learning_rate"] for entry in history["vsd"]] == pytest.approx(rates, rel=1e-12)
+    assert [entry["learning_rate"] for entry in history["cd"]] == pytest.approx([0.01, 0.006], rel=1e-12)
+    still = weights(train(world, settings(vsd_steps=3, cd_steps=0, learning_rate=0.0024)).student)
+    constant = settings(vsd_steps=3, cd_steps=0, learning_rate=0.0024, learning_rate_floor=1.0)
+    assert torch.equal(weights(train(world, constant).student), still)
+    falling = settings(vsd_steps=3, cd_steps=0, learning_rate=0.0024, learning_rate_floor=0.0)
+    assert not torch.equal(weights(train(world, falling).student), still)
 
 
 def test_fake_score_sees_the_students_samples_and_then_fresh_ones(world, monkeypatch):
