@@ -154,14 +154,16 @@ class SettingsGuard:
         return self.settings
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare with the stored settings.
+        """Compare with the stored settings; one that the checkpoint does not know yet had its default's effect.
 
         Raises:
             DistillationConfigError: one differs; the message names it and both values.
         """
+        defaults = asdict(DistillationConfig())
         for name, value in self.settings.items():
-            if state.get(name) != value:
+            was = state.get(name, defaults[name])
+            if was != value:
                 raise DistillationConfigError(
-                    f"the checkpoint was trained with {name} = {state.get(name)}, this run has {value}; "
+                    f"the checkpoint was trained with {name} = {was}, this run has {value}; "
                     "restore the setting or use another output_dir"
                 )

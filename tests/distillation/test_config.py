@@ -55,6 +55,14 @@ def test_guard_refuses_what_would_change_the_weights_and_nothing_else():
         SettingsGuard(DistillationConfig(cd_learning_rate=1e-3), "cd").load_state_dict(after_vsd)
 
 
+def test_a_checkpoint_from_before_a_setting_existed_is_continued_with_its_default():
+    stored = SettingsGuard(DistillationConfig(), "vsd").state_dict()
+    older = {name: value for name, value in stored.items() if name != "learning_rate_floor"}
+    SettingsGuard(DistillationConfig(), "vsd").load_state_dict(older)
+    with pytest.raises(DistillationConfigError, match=r"learning_rate_floor = 1\.0, this run has 0\.5"):
+        SettingsGuard(DistillationConfig(learning_rate_floor=0.5), "vsd").load_state_dict(older)
+
+
 @pytest.mark.parametrize(("stage", "steps"), [("vsd", "vsd_steps"), ("cd", "cd_steps"), ("joint", "vsd_steps")])
 def test_a_falling_learning_rate_fixes_the_length_of_its_stage(stage, steps):
     falling = DistillationConfig(learning_rate_floor=0.1)
