@@ -22,6 +22,8 @@ class LROConfig:
     Attributes:
         num_updates: rollouts of new samples; each gives ``num_iterations`` optimiser steps.
         learning_rate: of AdamW without weight decay, positive.
+        warmup: updates in which the learning rate rises linearly to it; 0 starts with all of it. AdamW's first steps
+            have full length whatever the gradient says, and a policy that is good already can only lose by them.
         prompts_per_update: prompts drawn for each update, without repeats until all were seen; over all ranks.
         num_generations: samples per prompt and update (one group).
         num_iterations: optimiser steps per rollout; above 1 each step's probability ratio is clipped.
@@ -67,6 +69,7 @@ class LROConfig:
 
     num_updates: int = 200
     learning_rate: float = 1e-5
+    warmup: int = 0
     prompts_per_update: int = 8
     num_generations: int = 4
     num_iterations: int = 1
@@ -119,7 +122,7 @@ class LROConfig:
         for name in ("learning_rate", "head_std"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
-        for name in ("beta", "pessimism", "anchor_weight", "min_improvement", "max_grad_norm", "max_queries"):
+        for name in ("warmup", "beta", "pessimism", "anchor_weight", "min_improvement", "max_grad_norm", "max_queries"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ConfigError(f"{name} must not be negative; got {value}")
@@ -140,6 +143,10 @@ class LROConfig:
                 raise ConfigError(unknown_name(name, str(value), [str(a) for a in allowed if a]))
         if self.num_draws < 2 or (self.antithetic and self.num_draws % 2):
             raise ConfigError(f"num_draws must be at least 2, and even if antithetic; got {self.num_draws}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of update ``step``, counted from 0."""
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup))
 
     def check_estimator(self, allowed: Sequence[str]) -> str:
         """Return the estimator to use, the last of ``allowed`` being the default, checked against the other settings.

@@ -27,7 +27,7 @@ from latent_rewards.lro.refresh import Refresher, check_fingerprints, query
 from latent_rewards.lro.sampling import Batch, SampleSource
 from latent_rewards.lro.scoring import Proxy, ProxyReward
 from latent_rewards.rollout import Trajectory, Transitions, policy_transitions, rollout, trajectory_kl
-from latent_rewards.training.loop import HasStateDict, NonFiniteError, TrainingLoop
+from latent_rewards.training.loop import HasStateDict, NonFiniteError, TrainingLoop, set_learning_rate
 
 Callback = Callable[[int, dict[str, float]], None]
 
@@ -212,6 +212,7 @@ class LatentRewardTrainer:
         batch = self._draw_batch(step)
         trajectory = self._rollout(batch)
         check_finite("latents", trajectory.final.flatten(1).sum(1), step, batch)
+        set_learning_rate(self.loop.optimizers["policy"], config.learning_rate_at(step))
         for iteration in range(config.num_iterations):
             loss, parts = self._loss(step, iteration, batch, trajectory)
             parts["grad_norm"] = self._descend(loss, batch)

@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from latent_rewards.contracts import DataError, Prompt, prompt_text
 
 Prompts = Sequence[Prompt] | Tensor
 """N texts (or mappings with one), or embeddings ``[N, D]`` or ``[N, L, D]``."""
+
+_CHUNK = 64
 
 PromptEncoder = Callable[[Sequence[str]], Tensor]
 """N texts -> embeddings ``[N, D]``, or ``[N, L, D]`` with zeros for padding."""
@@ -123,14 +126,23 @@ def _encoded(encode: PromptEncoder, prompts: Sequence[Prompt]) -> Tensor:
     """Return the encoder's embeddings of ``prompts``, each distinct text encoded once, without common padding."""
     texts = [prompt_text(prompt) for prompt in prompts]
     distinct = list(dict.fromkeys(texts))
-    embeddings = encode(distinct)
-    if not isinstance(embeddings, Tensor) or embeddings.ndim not in (2, 3) or len(embeddings) != len(distinct):
-        got = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
-        raise DataError(f"the prompt encoder returned {got} for {len(distinct)} texts; expected [N, D] or [N, L, D]")
-    embeddings = embeddings.detach().float()
-    if embeddings.ndim == 3:
-        used = real_tokens(embeddings).any(dim=0).nonzero()
-        embeddings = embeddings[:, : int(used[-1]) + 1 if len(used) else 1]
+    # In chunks, because some encoders pad every text to hundreds of tokens.
+    parts = [_embed(encode, distinct[start : start + _CHUNK]) for start in range(0, len(distinct), _CHUNK)]
+    if parts[0].ndim == 3:
+        longest = max(part.shape[1] for part in parts)
+        parts = [functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts]
     position = {text: row for row, text in enumerate(distinct)}
-    rows = torch.tensor([position[text] for text in texts], device=embeddings.device)
-    return embeddings[rows]
+    rows = torch.tensor([position[text] for text in texts], device=parts[0].device)
+    return torch.cat(parts)[rows]
+
+
+def _embed(encode: PromptEncoder, texts: list[str]) -> Tensor:
+    embeddings = encode(texts)
+    if not isinstance(embeddings, Tensor) or embeddings.ndim not in (2, 3) or len(embeddings) != len(texts):
+        got = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise DataError(f"the prompt encoder returned {got} for {len(texts)} texts; expected [N, D] or [N, L, D]")
+    embeddings = embeddings.detach().float()
+    if embeddings.ndim == 2:
+        return embeddings
+    used = real_tokens(embeddings).any(dim=0).nonzero()
+    return embeddings[:, : int(used[-1]) + 1 if len(used) else 1].clone()

@@ -23,6 +23,7 @@ from latent_rewards.training.settings import SettingsError, read_section
         ("num_draws", 7),
         ("last_k", 0),
         ("scale_rewards", "all"),
+        ("warmup", -1),
         ("beta", -1.0),
         ("beta", float("nan")),
         ("pessimism", -0.5),

@@ -229,6 +229,18 @@ def test_holdout_stops_early_and_the_best_policy_remains(linear_policy, exact_pr
     assert result.history[5]["holdout/quality"] == result.holdout_curve[1]["values"]["quality"]
 
 
+def test_learning_rate_rises_linearly_over_the_warm_up(linear_policy, exact_proxy):
+    settings = config(step_counts=[1], num_updates=6, learning_rate=0.1, warmup=4, beta=0.0)
+    assert [settings.learning_rate_at(step) for step in range(6)] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
+    assert config(learning_rate=0.1).learning_rate_at(0) == 0.1
+    policy, shifts = linear_policy(gain=0.0), [0.0]
+    watch = lambda step, logs: shifts.append(float(policy.shift.detach()))  # noqa: E731
+    DifferentiableRewardTrainer(policy, exact_proxy(target=50.0), PROMPTS, settings, callbacks=[watch]).train()
+    # The first step of Adam is as long as the learning rate.
+    assert shifts[1] - shifts[0] == pytest.approx(0.025, rel=1e-4)
+    assert shifts[2] - shifts[1] == pytest.approx(0.05, rel=0.05)
+
+
 def test_holdout_samples_are_always_the_same(linear_policy, exact_proxy):
     seen: list[Tensor] = []
 

@@ -74,6 +74,20 @@ def test_an_encoder_sees_each_text_once_and_common_padding_is_cut():
     assert read(torch.ones(1, 4, 2), 1).shape == (1, 4, 2)
 
 
+def test_many_texts_are_encoded_in_chunks_and_padded_to_the_longest():
+    sizes = []
+
+    def encode(texts):
+        sizes.append(len(texts))
+        return _letters(texts)
+
+    texts = ["a" * (1 + i // 64) + chr(97 + i % 26) * (i % 64 // 26) for i in range(130)]
+    tokens = PromptFeatures("tokens", 2, encoded=True)(texts, 130, encode)
+    assert max(sizes) <= 64 and sum(sizes) == len(set(texts))
+    assert tokens.shape[1] == max(map(len, texts)) < 9
+    assert torch.equal(tokens, _letters(texts)[:, : tokens.shape[1]])
+
+
 def test_a_missing_or_broken_encoder_is_named():
     with pytest.raises(DataError, match="pass it: RewardProxy.from_pretrained"):
         PromptFeatures("tokens", 2, encoded=True)(["a"], 1)
