@@ -23,7 +23,7 @@ from latent_rewards.proxies.ood import DistanceQuantile
 from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
 from latent_rewards.training.checkpoint import CheckpointError, commit_directory, verify_directory
 
-FORMAT = "latent-rewards/proxy/1"
+FORMAT = "latent-rewards/proxy/2"
 _DESCRIPTION = "proxy.json"
 _WEIGHTS = "proxy.safetensors"
 _CHUNK = 128
