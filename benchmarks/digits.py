@@ -131,14 +131,14 @@ def _tuning(results: list[Mapping[str, Any]], name: str) -> dict[str, dict[str, 
     for result in results:
         real, before, after = (result["rows"][row]["scores"][TUNED] for row in ("real clips", STUDENT, tuned))
         told = result["tuning"][name]
-        gaps = [point["proxy"][TUNED] - point["true"][TUNED] for point in told["true_curve"]]
+        last = told["true_curve"][-1]
         values = {
             "gap_closed": (after - before) / (real - before),
             "num_queries": told["num_queries"],
             "best_step": told["best_step"],
             "seconds": told["seconds"],
-            "proxy_gap": gaps[-1],
-            "proxy_mae": told["true_curve"][-1]["mae"][TUNED],
+            "proxy_gap": last["proxy"][TUNED] - last["true"][TUNED],
+            "proxy_mae": last["mae"][TUNED],
         }
         for key, value in values.items():
             facts.setdefault(key, []).append(value)

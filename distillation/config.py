@@ -35,8 +35,7 @@ class DistillationConfig:
         fake_learning_rate: of the fake score (AdamW, beta1 = 0).
         fake_updates: fake score updates per student update.
         num_timesteps: intervals of the CD grid.
-        solver_steps: teacher steps in one interval of it. A student that VSD trained at the times 1, .75, .5, .25 knows
-            little in between, so after VSD a grid of 4 with several solver steps asks it only what it was taught.
+        solver_steps: teacher steps in one interval of it, so that a coarse grid keeps an accurate path.
         ema_decay: weight of the past in the student's average, which is also the CD target; in [0, 1).
         temporal_weight: weight of the frame-difference terms; 0 is none.
         cd_weight: weight of CD in the joint schedule.

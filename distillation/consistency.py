@@ -140,10 +140,17 @@ def consistency_loss(
         solver_steps: teacher steps from t to s.
         huber_c: width of the quadratic part of the loss, in latent units.
     """
-    options: dict[str, Any] = {
-        "guidance_scale": guidance_scale,
-        "negative": negative,
-        "solver_steps": solver_steps,
-    }
-    prediction, aim = consistency_pair(student, target, teacher, x0, condition, noise, t, s, **options)
+    prediction, aim = consistency_pair(
+        student,
+        target,
+        teacher,
+        x0,
+        condition,
+        noise,
+        t,
+        s,
+        guidance_scale=guidance_scale,
+        negative=negative,
+        solver_steps=solver_steps,
+    )
     return pseudo_huber(prediction, aim, huber_c)

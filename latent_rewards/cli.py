@@ -19,11 +19,16 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from latent_rewards.contracts import ConfigError, DataError, LatentRewardsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latent_rewards.metrics import Metric
 
 Row = dict[str, float | str]
 
@@ -87,8 +92,8 @@ def score_command(options: argparse.Namespace) -> int:
         raise DataError(f"{folder} holds no video; looked for {', '.join(SUFFIXES)}")
     prompts = read_prompts(options.prompts)
     makers = {metric_label(*spec): partial(create_metric, spec[0], **spec[1]) for spec in options.metric}
-    for make in makers.values():
-        make()  # an unknown name or option fails now, not after an hour of decoding
+    # Made before any decoding: an unknown name or option fails now, and weights are loaded once.
+    metrics = {label: make() for label, make in makers.items()}
     rows, faults = [], []
     for file in tqdm(files, desc="score", unit="video", dynamic_ncols=True, disable=not sys.stderr.isatty()):
         name = file.name if folder.is_file() else str(file.relative_to(folder))
@@ -98,31 +103,34 @@ def score_command(options: argparse.Namespace) -> int:
         except LatentRewardsError as error:
             faults.append(str(error))
         else:
-            for label, make in makers.items():
+            for label, metric in metrics.items():
                 try:
-                    row[label] = score_clip(make, clip, prompt_of(file, name, prompts))
+                    if metric.needs_fps and "fps" not in makers[label].keywords:
+                        metric = makers[label](fps=clip.fps)
+                    row[label] = score_clip(metric, clip.frames, prompt_of(file, name, prompts))
                 except LatentRewardsError as error:
                     faults.append(f"{name}: {error}")
         rows.append(row)
-    text = as_csv(rows, [*makers])
     if options.csv:
-        write_text(Path(options.csv), text)
+        write_text(Path(options.csv), as_csv(rows, [*makers]))
     print(as_table(rows, [*makers]), end="")
     for fault in faults:
         print(f"failed: {fault}", file=sys.stderr)
     return 1 if faults else 0
 
 
-def score_clip(make: Any, clip: Any, prompt: str | None) -> float:  # noqa: ANN401 - a partial create_metric, a Clip
-    """Return one metric's value for one clip; a metric that depends on the frame rate is made for the clip's."""
-    metric = make()
-    if metric.needs_fps and "fps" not in make.keywords:
-        metric = make(fps=clip.fps)
+def score_clip(metric: Metric, frames: Tensor, prompt: str | None) -> float:
+    """Return a metric's value for the frames ``[T, C, H, W]`` of one clip.
+
+    Raises:
+        DataError: the metric needs a prompt and there is none, or it cannot score such frames.
+        MetricError: the metric failed.
+    """
     if metric.needs_prompt and prompt is None:
         raise DataError(
             f"metric {metric.name!r} needs a prompt: put it beside the video as a .txt file, or use --prompts"
         )
-    return float(metric(clip.frames[None], None if prompt is None else [prompt])[0])
+    return float(metric(frames[None], None if prompt is None else [prompt])[0])
 
 
 def metric_label(name: str, settings: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ PyAV (the ``metrics`` and ``report`` extras) is imported when first used.
 
 from __future__ import annotations
 
-import importlib
 import io
 import math
 import re
@@ -70,10 +69,10 @@ def read_video(path: Path | str, *, frames: str = "all", short_side: int | None 
 
 
 def _av() -> Any:  # noqa: ANN401 - a module imported on use
-    try:
-        return importlib.import_module("av")
-    except ImportError as error:
-        raise ImportError(f"videos need PyAV: pip install 'latent-rewards[metrics]' ({error})") from error
+    # Imported here, because the metrics' package imports this module.
+    from latent_rewards.metrics.metric import require
+
+    return require("av")
 
 
 def _wanted(path: Path, frames: str) -> tuple[float, set[int] | None]:

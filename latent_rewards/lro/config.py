@@ -22,8 +22,8 @@ class LROConfig:
     Attributes:
         num_updates: rollouts of new samples; each gives ``num_iterations`` optimiser steps.
         learning_rate: of AdamW without weight decay, positive.
-        warmup: updates in which the learning rate rises linearly to it; 0 starts with all of it. AdamW's first steps
-            have full length whatever the gradient says, and a policy that is good already can only lose by them.
+        warmup: updates in which the learning rate rises linearly to it; 0 starts with all of it. It does not keep a
+            policy from exploiting a proxy before the first refreshes: a smaller ``refresh_every`` does.
         prompts_per_update: prompts drawn for each update, without repeats until all were seen; over all ranks.
         num_generations: samples per prompt and update (one group).
         num_iterations: optimiser steps per rollout; above 1 each step's probability ratio is clipped.

@@ -14,7 +14,7 @@ class BilinearHead(nn.Module):
     """Features ``[B, F, K]`` of F frames and a prompt ``[B, P]`` -> standardised rewards ``[B, R]``.
 
     Each frame is judged by itself and the judgements are averaged: most video metrics are means over frames, and F
-    views of one label teach more than their mean does (rank correlation 0.86 instead of 0.85 on moving digits).
+    views of one label teach more than their mean does.
     The elementwise product of a projection of the features with a projection of the prompt lets the head ask whether
     the latents show what the prompt names, which a sum of the two cannot express.
     """

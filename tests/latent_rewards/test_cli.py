@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from latent_rewards.cli import main, metric_spec
+from latent_rewards.metrics import registry
 from latent_rewards.video import encode_mp4
 
 
@@ -73,6 +74,19 @@ def test_options_make_columns_of_their_own_and_the_frame_rate_is_the_videos(fold
     right, left, moving = map(float, row.split()[1:])
     assert right > 0.9 and left < -0.9
     assert moving == 1.0  # 30 frames a second of one pixel are 8 of nearly four
+
+
+def test_a_metric_that_depends_on_the_frame_rate_is_given_each_videos(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "rates.py").write_text(
+        "from latent_rewards.metrics import register_metric\n\n\n"
+        "@register_metric('test.rate', version='1', needs_fps=True)\n"
+        "def rate(videos, *, fps=1.0):\n    return [float(fps)] * len(videos)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_DEFINITIONS", dict(registry._DEFINITIONS))
+    assert main(["metrics", "score", str(folder), "--metric", "rates:rate", "--metric", "rates:rate,fps=5"]) == 1
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert (rows["plain.mp4"], rows["deep/fast.mp4"], rows["odd.gif"]) == (["8", "5"], ["30", "5"], ["10", "5"])
 
 
 def test_prompts_come_from_beside_the_video_or_from_a_file(folder, tmp_path, monkeypatch, capsys):

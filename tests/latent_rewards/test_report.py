@@ -1,11 +1,8 @@
-import io
 import json
 import re
 import shutil
 import subprocess
 
-import av
-import numpy as np
 import pytest
 import torch
 
@@ -15,11 +12,6 @@ from latent_rewards.report import Report
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
-
-
-def decode(data: bytes) -> np.ndarray:
-    with av.open(io.BytesIO(data)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def moving_square(frames: int = 9, size: int = 16) -> torch.Tensor:

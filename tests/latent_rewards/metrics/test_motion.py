@@ -177,3 +177,16 @@ def test_warping_error_of_a_clip_that_nothing_connects_is_unknown(monkeypatch: p
 
     monkeypatch.setattr(motion, "dis_flow", lambda video: np.full((len(video) - 1, 32, 32, 2), 1e3, dtype=np.float32))
     assert math.isnan(float(create_metric("motion.warping_error")(texture(1.0)[None])))
+
+
+def test_warping_error_leaves_out_where_the_flows_there_and_back_disagree(monkeypatch: pytest.MonkeyPatch) -> None:
+    from latent_rewards.metrics import motion
+
+    there, back = np.zeros((2, 1, 32, 32, 2), dtype=np.float32)
+    back[:, :, :16] = 3.0
+    clip = torch.full((1, 2, 3, 32, 32), 0.5)
+    clip[:, 1, ..., :16] = 1.0
+    flows = iter([there, back, there, there])
+    monkeypatch.setattr(motion, "dis_flow", lambda video: next(flows))
+    assert float(motion.warping_error(clip)) == 0.0
+    assert float(motion.warping_error(clip)) == pytest.approx(0.5 * 0.25)
