@@ -36,6 +36,9 @@ from latent_rewards.contracts import (
 ROUNDING = 1e-6
 """How far, relative to the bound, float32 rounding may push a value beyond its range before it is an error."""
 
+PLACES = frozenset({"weights", "device"})
+"""Options that say where something is, not what it is: they change no value, so they change no fingerprint."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricInfo:
@@ -138,8 +141,11 @@ class Metric(MetricInfo):
 
     @cached_property
     def fingerprint(self) -> str:
-        """``name@version#hash``; two configurations of one metric differ, and so do two sets of weights."""
-        text = f"{self.name}\n{self.version}\n{self._options_text()}\n{_weights_hash(self.score)}"
+        """``name@version#hash``; two configurations of one metric differ, and so do two sets of weights.
+
+        Where weights lie and where they are computed with (:data:`PLACES`) is not part of it.
+        """
+        text = f"{self.name}\n{self.version}\n{self._options_text(without=PLACES)}\n{_weights_hash(self.score)}"
         return f"{self.name}@{self.version}#{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
@@ -147,14 +153,15 @@ class Metric(MetricInfo):
         """The fields of :class:`MetricInfo`, JSON-able, without options."""
         return {entry.name: getattr(self, entry.name) for entry in fields(MetricInfo)}
 
-    def _options_text(self) -> str:
+    def _options_text(self, without: frozenset[str] = frozenset()) -> str:
         def encode(value: object) -> object:
             try:
                 return _stable(value)
             except TypeError as error:
                 raise ConfigError(f"metric {self.name!r}: {error}") from error
 
-        return json.dumps(self.options, sort_keys=True, default=encode)
+        options = {name: value for name, value in self.options.items() if name not in without}
+        return json.dumps(options, sort_keys=True, default=encode)
 
     def _check_videos(self, videos: Tensor) -> None:
         if not isinstance(videos, Tensor):

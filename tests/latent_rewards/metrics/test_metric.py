@@ -233,3 +233,12 @@ def test_a_network_is_a_metric(videos: Tensor) -> None:
 def test_a_missing_library_says_how_to_install_it() -> None:
     with pytest.raises(ImportError, match=r"pip install 'latent-rewards\[metrics\]'"):
         require("no_such_library_here")
+
+
+def test_where_weights_lie_and_are_computed_with_is_not_in_the_fingerprint():
+    def made(**options):
+        return Metric(name="m", version="1", score=lambda videos: videos.mean((1, 2, 3, 4)), options=options)
+
+    plain = made(weights="a.safetensors", device="cpu", size=3)
+    assert plain.fingerprint == made(weights="b/a.safetensors", device="cuda", size=3).fingerprint
+    assert plain.fingerprint != made(weights="a.safetensors", device="cpu", size=4).fingerprint
