@@ -55,6 +55,7 @@ class RunConfig:
         num_queries: student samples the true metrics score before the proxy is trained.
         num_steps: sampling steps the student is tuned and scored at.
         num_eval_prompts: prompts of the evaluation (four clips each in the digits world).
+        guidance_scale: of the teacher's own rows; None takes the distillation's.
         trainers: which of "reinforce" and "differentiable" tune the student.
         num_frames: frames of a video; needed where the teacher's folder does not say.
         height: pixels, likewise.
@@ -77,6 +78,7 @@ class RunConfig:
     num_queries: int = 1024
     num_steps: int = 4
     num_eval_prompts: int = 40
+    guidance_scale: float | None = None
     trainers: list[str] = field(default_factory=lambda: ["reinforce"])
     num_frames: int | None = None
     height: int | None = None
@@ -275,7 +277,7 @@ class Dollar:
     ) -> Benchmark:
         """Score every model on prompts and noise that are the same for all."""
         benchmark = self.benchmark()
-        guidance = self.settings["distillation"].guidance_scale
+        guidance = self.config.guidance_scale or self.settings["distillation"].guidance_scale
         for steps in (50, 4, 1):
             calls = steps * (1 if guidance == 1 else 2)
             sampler = self.teacher_sampler(steps, guidance)

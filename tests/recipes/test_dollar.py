@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -77,6 +78,17 @@ def test_killed_after_each_stage_it_resumes_and_ends_in_a_report(settings, tmp_p
     assert page.count("<video") == 2 * 11 and "digits.legibility" in page
     rows = [json.loads(f.read_text())["label"] for f in (tmp_path / "tiny" / "evaluation").glob("*/row.json")]
     assert {"real clips", "teacher, 50 steps", "VSD→CD, 1 step", "VSD→CD→LRO (reinforce), 4 steps"} <= set(rows)
+
+
+@pytest.mark.parametrize(("own", "expected"), [(3.0, 3.0), (None, 2.0)])
+def test_the_teachers_rows_have_a_guidance_of_their_own(settings, own, expected, monkeypatch):
+    settings["run"].guidance_scale = own
+    asked = []
+    monkeypatch.setattr(Dollar, "benchmark", lambda self: SimpleNamespace(add=lambda *a, **k: None))
+    monkeypatch.setattr(Dollar, "teacher_sampler", lambda self, steps, guidance: asked.append(guidance))
+    monkeypatch.setattr(Dollar, "student_sampler", lambda *a: None)
+    Dollar(settings).evaluate(None, None, {})
+    assert asked == [expected] * 3
 
 
 def test_other_settings_in_the_same_folder_are_refused(settings, tmp_path):
