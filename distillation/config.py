@@ -29,6 +29,8 @@ class DistillationConfig:
         batch_size: samples per update and rank.
         step_counts: step counts the student is trained for; VSD draws one per update.
         guidance_scale: of the teacher, w in ``u + w (c - u)``; 1 is none.
+        guidance_start: noise time t in [0, 1] below which the teacher is not guided; 0 guides it everywhere. A student
+            of VSD overshoots what guidance does to details, and some of it is undone this way.
         learning_rate: of the student (AdamW; beta1 = 0 with VSD, 0.9 for CD alone).
         learning_rate_floor: share of its learning rate the student has left at the end of each stage, reached along
             half a cosine; 1 keeps it constant. The fake score's stays constant: it has to keep up.
@@ -65,6 +67,7 @@ class DistillationConfig:
     batch_size: int = 8
     step_counts: list[int] = field(default_factory=lambda: [1, 2, 4])
     guidance_scale: float = 5.0
+    guidance_start: float = 0.0
     learning_rate: float = 1e-5
     learning_rate_floor: float = 1.0
     fake_learning_rate: float = 1e-5
@@ -106,8 +109,9 @@ class DistillationConfig:
         for name in ("learning_rate", "fake_learning_rate", "cd_learning_rate", "huber_c", "time_shift"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise DistillationConfigError(f"{name} must be positive; got {getattr(self, name)}")
-        if not 0 <= self.learning_rate_floor <= 1:
-            raise DistillationConfigError(f"learning_rate_floor must lie in [0, 1]; got {self.learning_rate_floor}")
+        for name in ("learning_rate_floor", "guidance_start"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise DistillationConfigError(f"{name} must lie in [0, 1]; got {getattr(self, name)}")
         for name in ("ema_decay", "cd_ema_decay"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise DistillationConfigError(f"{name} must lie in [0, 1); got {getattr(self, name)}")

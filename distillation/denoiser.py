@@ -227,3 +227,21 @@ def guided(
     blended = unconditional.value + weight * (conditional.value - unconditional.value)
     schedule: Any = denoiser.schedule
     return Prediction(x_t, t, schedule, **{conditional.native: blended})
+
+
+def limited_guidance(guidance_scale: float, t: Tensor, start: float) -> float | Tensor:
+    """Return w where t >= ``start`` and 1 (no guidance) below it: guidance decides content, and harms detail.
+
+    Kynkaanniemi et al. 2024 (arXiv 2404.07724) limit the guidance of a sampler to an interval of noise levels.
+
+    Args:
+        guidance_scale: w.
+        t: [] or [B].
+        start: time in [0, 1]; 0 guides everywhere.
+
+    Returns:
+        ``guidance_scale`` itself where ``start`` is 0, else one scale per sample, like ``t``.
+    """
+    if start == 0:
+        return guidance_scale
+    return torch.where(t >= start, torch.full_like(t, guidance_scale), torch.ones_like(t))

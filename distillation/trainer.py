@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from distillation.config import DistillationConfig, SettingsGuard
 from distillation.consistency import consistency_pair, pseudo_huber, time_grid
 from distillation.data import Batch, DistillationData
+from distillation.denoiser import limited_guidance
 from distillation.errors import DistillationConfigError
 from distillation.student import FewStepStudent
 from distillation.temporal import temporal_consistency_loss, temporal_vsd_loss
@@ -179,7 +180,8 @@ class _Stage:
     def vsd_terms(self, step: int, x: Tensor, batch: Batch, logs: dict[str, float]) -> Tensor:
         """Return the VSD loss and its temporal term."""
         t, noise = self.draw_times(step, "vsd"), self.draw_noise(step, "vsd")
-        scale, config = self.config.guidance_scale, self.config
+        config = self.config
+        scale = limited_guidance(config.guidance_scale, t, config.guidance_start)
         gradient = vsd_gradient(x, self.teacher, self.fake_score, batch.condition, t, noise, scale, batch.negative)
         loss = surrogate_loss(x, gradient)
         logs["vsd_loss"] = float(loss.detach())
@@ -204,7 +206,7 @@ class _Stage:
             self.draw_noise(step, "cd"),
             t,
             s,
-            guidance_scale=config.guidance_scale,
+            guidance_scale=limited_guidance(config.guidance_scale, t, config.guidance_start),
             negative=batch.negative,
             solver_steps=config.solver_steps,
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillation.denoiser import Prediction, guided
+from distillation.denoiser import Prediction, guided, limited_guidance
 from distillation.errors import ConditionError, DistillationConfigError, StepCountError
 from distillation.schedule import add_noise, shift_time, working_dtype
 from distillation.student import FewStepStudent, check_noise
@@ -178,6 +178,7 @@ class VSDAnchor:
         fake_score: the denoiser of the policy's samples, trained here; start it as a copy of the teacher. If none of
             its parameters asks for gradients all of them will, else (adapters) only those that do.
         guidance_scale: of the teacher.
+        guidance_start: see :func:`~distillation.denoiser.limited_guidance`.
         negative: a condition with one row, repeated for the batch; needed unless ``guidance_scale`` is 1.
         encode: makes ``negative`` from an empty prompt where none is given.
         learning_rate: of the fake score (AdamW, beta1 = 0).
@@ -197,6 +198,7 @@ class VSDAnchor:
         fake_score: nn.Module,
         *,
         guidance_scale: float = 1.0,
+        guidance_start: float = 0.0,
         negative: Any = None,  # noqa: ANN401 - any Condition
         encode: Any = None,  # noqa: ANN401 - prompts -> Condition
         learning_rate: float = 1e-5,
@@ -212,7 +214,7 @@ class VSDAnchor:
         if negative is None and guidance_scale != 1:
             raise ConditionError(f"guidance_scale = {guidance_scale} needs negative=encode(['']) or encode=")
         self.teacher, self.fake_score = teacher.eval(), trainable(fake_score)
-        self.guidance_scale, self.negative = guidance_scale, negative
+        self.guidance_scale, self.guidance_start, self.negative = guidance_scale, guidance_start, negative
         self.fake_updates, self.seed = fake_updates, seed
         self.num_steps, self.time_shift = num_steps, time_shift
         self.step = 0
@@ -234,7 +236,8 @@ class VSDAnchor:
         if negative is not None:
             rows = torch.zeros(len(x), dtype=torch.long)
             negative = negative.index_select(rows).to(x.device)
-        return vsd_loss(x, self.teacher, self.fake_score, condition, t, fresh, self.guidance_scale, negative)
+        scale = limited_guidance(self.guidance_scale, t, self.guidance_start)
+        return vsd_loss(x, self.teacher, self.fake_score, condition, t, fresh, scale, negative)
 
     @torch.no_grad()
     def observe(self, policy: Any, condition: Any, noise: Tensor) -> None:  # noqa: ANN401 - structural Policy

@@ -49,7 +49,7 @@ class RunConfig:
         weights: factor of each metric in the reward; None is 1 for each.
         holdout: metrics that are never optimised, for early stop and rollback.
         world: "moving_digits" brings its own prompts, data and benchmark; "prompts" reads ``prompts_file``.
-        prompts_file: a text file with one prompt a line; the last ``num_eval_prompts`` are kept for evaluation.
+        prompts_file: one prompt a line; the last ``num_eval_prompts`` are kept for evaluation.
         num_prompts: training prompts drawn from the digits world.
         num_latents: encoded training clips for CD; 0 distils without data. "prompts" has no data.
         num_queries: student samples the true metrics score before the proxy is trained.
@@ -251,17 +251,18 @@ class Dollar:
 
     def anchor(self, student: ds.FewStepStudent) -> VSDAnchor:
         """Return a VSD anchor whose fake score has seen the student's samples."""
-        section, seed = self.settings["anchor"], self.config.seed
+        section, distilled = self.settings["anchor"], self.settings["distillation"]
+        seed, size = self.config.seed, self.config.batch_size
         anchor = VSDAnchor(
             self.teacher.denoiser,
             copy.deepcopy(self.teacher.denoiser),
-            guidance_scale=self.settings["distillation"].guidance_scale,
+            guidance_scale=distilled.guidance_scale,
+            guidance_start=distilled.guidance_start,
             encode=self.teacher.encode,
             learning_rate=section.learning_rate,
             fake_updates=section.fake_updates,
             seed=seed,
         )
-        size = self.config.batch_size
         for step in range(section.warmup):
             prompts = [self.prompts[(step * size + row) % len(self.prompts)] for row in range(size)]
             stack = [
@@ -366,8 +367,7 @@ def remember_settings(folder: Path, settings: dict[str, Any]) -> None:
         before = json.loads(stored.read_text())
         for section, values in current.items():
             for key, value in values.items():
-                if before.get(section, {}).get(key) != value:
-                    was = before.get(section, {}).get(key)
+                if (was := before.get(section, {}).get(key)) != value:
                     raise SettingsError(
                         f"{folder} was begun with {section}.{key} = {was!r}, now {value!r}; restore it, or run under "
                         "another name"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from distillation.denoiser import GaussianDenoiser, Prediction, guided
+from distillation.denoiser import GaussianDenoiser, Prediction, guided, limited_guidance
 from distillation.errors import ConditionError, PredictionError
 from distillation.schedule import RectifiedFlow, VariancePreserving
 
@@ -101,6 +101,18 @@ def test_guidance_extrapolates_every_form(schedule, learnable_gaussian, numbers,
     per_sample = guided(denoiser, x_t, T, ask, avoid, torch.tensor([0.0, 1.0, 4.0]))
     assert torch.allclose(per_sample.x0[:2], torch.stack([u.x0[0], c.x0[1]]), rtol=0, atol=1e-12)
     assert torch.allclose(per_sample.x0[2], blend.x0[2], rtol=0, atol=1e-12)
+
+
+def test_limited_guidance_leaves_low_noise_unguided(learnable_gaussian, numbers, randn):
+    t = torch.tensor([0.2, 0.35, 0.9], dtype=torch.float64)
+    assert limited_guidance(3.0, t, 0.0) == 3.0
+    scale = limited_guidance(3.0, t, 0.35)
+    assert scale.tolist() == [1.0, 3.0, 3.0]
+    denoiser, x_t = learnable_gaussian(RectifiedFlow(), 0.1, 0.7, reach=2.0), randn(3, 1, 1, 1, 1)
+    ask, avoid = numbers(torch.ones(3)), numbers(torch.zeros(3))
+    mixed, full = (guided(denoiser, x_t, t, ask, avoid, w).x0 for w in (scale, 3.0))
+    assert torch.allclose(mixed[0], denoiser(x_t, t, ask).x0[0], rtol=0, atol=1e-12)
+    assert torch.allclose(mixed[1:], full[1:], rtol=0, atol=1e-12)
 
 
 def test_no_guidance_is_one_call_and_guidance_needs_a_negative(affine, randn):

@@ -100,15 +100,17 @@ def test_every_schedule_and_kind_of_data_trains(world, randn, schedule, name, wi
 
 def test_guidance_reaches_the_student(world, numbers):
     # The teacher's mean is M + 1 for the prompts and M for the empty one: guidance 3 pulls the student's mean to M + 3.
-    def run(scale):
+    def run(scale, start=0.0):
         teacher, student = world(gain=S, shift=M + 1)
         teacher.denoiser.reach = 1.0
         teacher.encode = lambda prompts: numbers(torch.tensor([float(bool(text)) for text in prompts]))
-        config = settings(vsd_steps=10, cd_steps=0, guidance_scale=scale, ema_decay=0.0, learning_rate=0.02)
+        chosen = {"guidance_scale": scale, "guidance_start": start, "ema_decay": 0.0, "learning_rate": 0.02}
+        config = settings(vsd_steps=10, cd_steps=0, **chosen)
         return float(DistillationTrainer(teacher, student, PROMPTS, config).train().student.denoiser.shift.detach())
 
     assert run(3.0) > M + 1.1
     assert run(1.0) < M + 1.05
+    assert run(3.0, start=1.0) < M + 1.05, "times end below 1: none is guided"
 
 
 def test_student_ends_on_the_average_of_its_weights(world):

@@ -322,3 +322,8 @@ def test_anchor_guidance_needs_a_negative_and_repeats_it(affine, learnable_gauss
     # The guided teacher sits at M + 3, the fake score at M + 1: the student is pushed up.
     assert float(student.denoiser.shift.grad) < 0
     assert teacher.mean.grad is None
+    # Unguided, the teacher and its copy agree.
+    student.zero_grad()
+    unguided = VSDAnchor(teacher, copy.deepcopy(teacher), guidance_scale=3.0, guidance_start=1.0, encode=encode)
+    unguided.loss(student, numbers(torch.ones(4)), randn(1, 4, 1, 1, 1, 1)).backward()
+    assert float(student.denoiser.shift.grad) == 0
