@@ -9,7 +9,7 @@ from typing import Any, Literal
 from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.lro.advantages import ScaleRewards
 from latent_rewards.lro.guard import MIN_REFRESH_QUERIES
-from latent_rewards.training.loop import LoopConfig
+from latent_rewards.training.loop import LoopConfig, warmup_cosine
 
 SCORE_ESTIMATORS = ("reinforce", "smoothed")
 GRADIENT_ESTIMATORS = ("hybrid", "pathwise")
@@ -24,6 +24,8 @@ class LROConfig:
         learning_rate: of AdamW without weight decay, positive.
         warmup: updates in which the learning rate rises linearly to it; 0 starts with all of it. It does not keep a
             policy from exploiting a proxy before the first refreshes: a smaller ``refresh_every`` does.
+        learning_rate_floor: share of the learning rate that is left in the last update, reached along half a cosine;
+            1 keeps it constant. A run whose rate falls cannot be prolonged later.
         prompts_per_update: prompts drawn for each update, without repeats until all were seen; over all ranks.
         num_generations: samples per prompt and update (one group).
         num_iterations: optimiser steps per rollout; above 1 each step's probability ratio is clipped.
@@ -70,6 +72,7 @@ class LROConfig:
     num_updates: int = 200
     learning_rate: float = 1e-5
     warmup: int = 0
+    learning_rate_floor: float = 1.0
     prompts_per_update: int = 8
     num_generations: int = 4
     num_iterations: int = 1
@@ -128,6 +131,8 @@ class LROConfig:
                 raise ConfigError(f"{name} must not be negative; got {value}")
         if not 0 < self.epsilon < 1:
             raise ConfigError(f"epsilon must lie in (0, 1); got {self.epsilon}")
+        if not 0 <= self.learning_rate_floor <= 1:
+            raise ConfigError(f"learning_rate_floor must lie in [0, 1]; got {self.learning_rate_floor}")
         self._check_choices()
 
     def _check_choices(self) -> None:
@@ -146,7 +151,8 @@ class LROConfig:
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of update ``step``, counted from 0."""
-        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup))
+        factor = warmup_cosine(step, self.num_updates, warmup=self.warmup, floor=self.learning_rate_floor)
+        return self.learning_rate * factor
 
     def check_estimator(self, allowed: Sequence[str]) -> str:
         """Return the estimator to use, the last of ``allowed`` being the default, checked against the other settings.
@@ -200,7 +206,9 @@ class StartedWith:
     """
 
     def __init__(self, config: LROConfig, num_prompts: int) -> None:
-        kept = {name: value for name, value in asdict(config).items() if name not in _MAY_CHANGE}
+        # Where the learning rate falls, the length of the run decides how fast.
+        free = _MAY_CHANGE if config.learning_rate_floor == 1 else _MAY_CHANGE - {"num_updates"}
+        kept = {name: value for name, value in asdict(config).items() if name not in free}
         self._settings = {**kept, "number of prompts": num_prompts}
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from latent_rewards.training.settings import SettingsError, read_section
         ("last_k", 0),
         ("scale_rewards", "all"),
         ("warmup", -1),
+        ("learning_rate_floor", 1.1),
         ("beta", -1.0),
         ("beta", float("nan")),
         ("pessimism", -0.5),
@@ -75,6 +76,9 @@ def test_a_resumed_run_keeps_its_settings():
         StartedWith(LROConfig(beta=0.2), 3).load_state_dict(stored)
     with pytest.raises(ConfigError, match="number of prompts"):
         StartedWith(LROConfig(beta=0.1), 4).load_state_dict(stored)
+    falling = StartedWith(LROConfig(learning_rate_floor=0.1, num_updates=100), 3).state_dict()
+    with pytest.raises(ConfigError, match="num_updates=100"):
+        StartedWith(LROConfig(learning_rate_floor=0.1, num_updates=900), 3).load_state_dict(falling)
 
 
 def test_a_yaml_section_is_read_strictly():

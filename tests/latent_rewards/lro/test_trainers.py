@@ -233,6 +233,8 @@ def test_learning_rate_rises_linearly_over_the_warm_up(linear_policy, exact_prox
     settings = config(step_counts=[1], num_updates=6, learning_rate=0.1, warmup=4, beta=0.0)
     assert [settings.learning_rate_at(step) for step in range(6)] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
     assert config(learning_rate=0.1).learning_rate_at(0) == 0.1
+    falling = config(num_updates=4, learning_rate=0.1, learning_rate_floor=0.2)
+    assert [falling.learning_rate_at(step) for step in (0, 2, 4)] == pytest.approx([0.1, 0.06, 0.02])
     policy, shifts = linear_policy(gain=0.0), [0.0]
     watch = lambda step, logs: shifts.append(float(policy.shift.detach()))  # noqa: E731
     DifferentiableRewardTrainer(policy, exact_proxy(target=50.0), PROMPTS, settings, callbacks=[watch]).train()
