@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.metrics import check_metric, create_metric, raft
 from latent_rewards.metrics.checks import moving_textures
+from latent_rewards.metrics.motion import sampling_stride
 from latent_rewards.metrics.weights import VARIABLE
 
 CPU = torch.device("cpu")
@@ -94,6 +95,7 @@ def test_pairs_are_counted_one_at_a_time_until_they_decide():
 
 
 def test_eight_frames_are_sampled_per_second():
+    assert [sampling_stride(fps) for fps in (4, 8, 12, 20, 23.976, 30)] == [1, 1, 2, 2, 3, 4]
     flicker = [0.0, 1.0] * 6
     assert score(levels(*flicker), fps=8)[0] == 1.0
     assert score(levels(*flicker), fps=16)[0] == 0.0
