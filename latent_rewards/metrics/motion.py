@@ -9,7 +9,7 @@ pair. A still clip is perfectly smooth and noise moves a lot: each metric here g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +61,47 @@ def dis_flow(video: Tensor) -> np.ndarray:
     return np.stack([_pair_flow(a, b, height, width) for a, b in zip(frames[:-1], frames[1:], strict=True)])
 
 
+def sampling_stride(fps: float) -> int:
+    """Return how many frames lie from one to the next of VBench's dynamic degree, which samples about 8 per second.
+
+    Raises:
+        ConfigError: ``fps`` is not positive.
+    """
+    if not fps > 0:
+        raise ConfigError(f"fps must be positive; got {fps!r}")
+    return max(1, round(fps / TARGET_FPS))
+
+
+def top_magnitude(flow: np.ndarray) -> float:
+    """Return the mean of the largest 5 % of the magnitudes of a flow ``[H, W, 2]``, pixels."""
+    magnitude = np.hypot(flow[..., 0], flow[..., 1]).ravel()
+    kept = max(1, int(TOP_SHARE * magnitude.size))
+    return float(np.partition(magnitude, magnitude.size - kept)[-kept:].mean())
+
+
+def moves(magnitudes: Iterable[float], *, frames: int, shorter_side: int, least: int = 0) -> bool:
+    """Say whether a clip moves, by VBench's rule of dynamic degree (Huang et al., arXiv 2311.17982).
+
+    Args:
+        magnitudes: :func:`top_magnitude` of each pair of neighbouring frames, pixels; no more are taken than decide.
+        frames: T, the number of sampled frames.
+        shorter_side: of the frames, pixels; a pair counts above 6/256 of it.
+        least: how many pairs must count, if round(4 T/16) is fewer. VBench's is 0: a clip of two frames always moves.
+
+    Returns:
+        Whether at least round(4 T/16) pairs count; False for a single frame.
+    """
+    needed = max(least, round(4 * frames / 16))
+    counted = 0
+    for index, magnitude in enumerate(magnitudes):
+        counted += magnitude > THRESHOLD * shorter_side
+        if counted >= needed:
+            return True
+        if counted + (frames - 2 - index) < needed:
+            return False
+    return False
+
+
 @register_metric("motion.dynamic_degree", version="1", value_range=(0, 1), minimum_frames=2, needs_fps=True)
 @dataclass(frozen=True)
 class DynamicDegree:
@@ -77,13 +118,12 @@ class DynamicDegree:
     fps: float = 8.0
 
     def __post_init__(self) -> None:
-        if not self.fps > 0:
-            raise ConfigError(f"fps must be positive; got {self.fps!r}")
+        sampling_stride(self.fps)
 
     def __call__(self, videos: Tensor) -> Tensor:
         """``[B, T, C, H, W]`` in [0, 1] -> 0 or 1 ``[B]``."""
         # A clip shorter than the stride still offers its first and last frame.
-        stride = min(max(1, round(self.fps / TARGET_FPS)), videos.shape[1] - 1)
+        stride = min(sampling_stride(self.fps), videos.shape[1] - 1)
         return torch.tensor([float(_moves(video[::stride])) for video in videos])
 
 
@@ -195,20 +235,13 @@ def _remap(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _moves(video: Tensor) -> bool:
-    count = len(video)
-    needed = max(1, round(4 * count / 16))
     height, width = video.shape[-2:]
-    threshold = THRESHOLD * min(height, width)
     frames = _enlarge(video)
-    counted = 0
-    for index in range(count - 1):
-        flow = _pair_flow(frames[index], frames[index + 1], height, width)
-        counted += _top_magnitude(flow * _textured(video[index])) > threshold
-        if counted >= needed:
-            return True
-        if counted + (count - 2 - index) < needed:
-            return False
-    return False
+    magnitudes = (
+        top_magnitude(_pair_flow(frames[index], frames[index + 1], height, width) * _textured(video[index]))
+        for index in range(len(video) - 1)
+    )
+    return moves(magnitudes, frames=len(video), shorter_side=min(height, width), least=1)
 
 
 def _textured(frame: Tensor) -> np.ndarray:
@@ -219,13 +252,6 @@ def _textured(frame: Tensor) -> np.ndarray:
     with _one_thread(cv2):
         variance = cv2.blur(grey * grey, window) - cv2.blur(grey, window) ** 2
     return (variance >= MIN_TEXTURE**2).astype(np.float32)[..., None]
-
-
-def _top_magnitude(flow: np.ndarray) -> float:
-    """Mean of the largest 5 % of a field's magnitudes ``[H, W, 2]``, pixels."""
-    magnitude = np.hypot(flow[..., 0], flow[..., 1]).ravel()
-    kept = max(1, int(TOP_SHARE * magnitude.size))
-    return float(np.partition(magnitude, magnitude.size - kept)[-kept:].mean())
 
 
 def _halfway(video: Tensor) -> Tensor:
