@@ -85,15 +85,15 @@ def load_tower(
     """Return a tower with the weights of a file, on a device.
 
     Args:
-        file: that is wanted.
+        file: the one that is wanted.
         weights: where it is, see :meth:`WeightsFile.locate`.
         model: name of an open_clip architecture, or its configuration.
         device: to compute on.
-        frames_per_batch: see :class:`ImageTextTower`, as for ``clean``.
-        sha256: that the file must have.
-        resize: see :class:`FrameTransform`, as for ``crop``.
-        crop: see there.
-        clean: see above.
+        frames_per_batch: how many frames, or texts, go through the model at once.
+        sha256: that the file must have, or its beginning.
+        resize: how frames are resized, see :class:`FrameTransform`.
+        crop: where they are cropped, see there.
+        clean: what is done to texts, see :class:`ImageTextTower`.
         rename: brings the file's tensors under open_clip's names, if they have others.
 
     Raises:
@@ -126,8 +126,8 @@ def tower_config(model: str | Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(unknown_name("open_clip architecture", model, open_clip.list_models()))
     config = open_clip.get_model_config(model) if isinstance(model, str) else dict(model)
     foreign = sorted(set(config) - set(_CONFIG_KEYS))
-    towers = [config.get(key) for key in ("vision_cfg", "text_cfg")]
-    if not all(isinstance(tower, dict) for tower in towers):
+    towers = [tower for key in ("vision_cfg", "text_cfg") if isinstance(tower := config.get(key), dict)]
+    if len(towers) < 2:
         raise ConfigError(f"the configuration of a model has vision_cfg and text_cfg; got {sorted(config)}")
     foreign += [key for tower in towers for key in tower if re.match("hf_|timm_", key)]
     if foreign:

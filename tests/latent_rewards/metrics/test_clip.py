@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, formula_weights: Callable) 
 
 @pytest.fixture(scope="module")
 def clips(formula_frames: Callable) -> Tensor:
-    return formula_frames(4, 250, 333).unflatten(0, (2, 2)) / 255
+    return formula_frames(4, 250, 334).unflatten(0, (2, 2)) / 255
 
 
 def direct(folder: Path, clips: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def direct(folder: Path, clips: Tensor, texts: list[str]) -> tuple[Tensor, Tenso
 def test_clipscore_equals_the_original(folder: Path, clips: Tensor) -> None:
     frames = torch.tensor(GOLDEN["scores"]["clip.score"])
     metric = create_metric("clip.score", weights=folder, model=SMALL)
-    singles = metric(clips.reshape(4, 1, 3, 250, 333), [prompt for prompt in PROMPTS for _ in range(2)])
+    singles = metric(clips.reshape(4, 1, 3, 250, 334), [prompt for prompt in PROMPTS for _ in range(2)])
     torch.testing.assert_close(singles, frames, atol=2e-6, rtol=0)
     torch.testing.assert_close(metric(clips, PROMPTS), frames.view(2, 2).mean(dim=1), atol=2e-6, rtol=0)
     assert 0 in frames and frames.unique().numel() == 4
