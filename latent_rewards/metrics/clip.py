@@ -45,7 +45,7 @@ CLIPSCORE_WEIGHT = 2.5
 class ClipScore:
     """CLIPScore (Hessel et al., arXiv 2104.08718): 2.5 max(cos, 0) of a frame and its prompt, mean over frames.
 
-    Values of real pairs lie around 0.6 to 0.8. Frames are resized as Pillow does it.
+    Cosines of images and captions seldom exceed 0.4, so values seldom exceed 1. Frames are resized as Pillow does it.
 
     Args:
         weights: file or folder of :data:`VIT_B_32`.
@@ -85,8 +85,9 @@ class ClipScore:
 class Aesthetic:
     """VBench's aesthetic quality: LAION's linear predictor on CLIP ViT-L/14, over 10, mean over frames.
 
-    Usually 0.3 to 0.7. Neither the predictor nor VBench clamps it; with the published head it cannot leave
-    [-2.5, 3.2]. Frames are resized without smoothing, as in VBench (Huang et al., arXiv 2311.17982).
+    Good videos reach about 0.6, which VBench's tables (Huang et al., arXiv 2311.17982) show as 60. Neither it nor the
+    predictor clamps anything; with the published head values cannot leave [-2.5, 3.2]. As in VBench, frames are resized
+    without smoothing.
 
     Args:
         weights: folder of :data:`VIT_L_14` and :data:`AESTHETIC_HEAD`, or the file of the first with the second beside.

@@ -54,13 +54,14 @@ class FrameTransform:
 
     def __call__(self, frames: Tensor) -> Tensor:
         """``[N, C, H, W]`` in [0, 1], C of 1 or 3 -> normalised ``[N, 3, size, size]``; grey is repeated."""
-        levels = _eight_bit(255 * frames).expand(-1, 3, -1, -1)
+        levels = _eight_bit(255 * frames)
         height, width = levels.shape[-2:]
         # The longer side is rounded down, as in all of the originals.
         shorter = min(height, width)
         levels = self._resized(levels, self.size * height // shorter, self.size * width // shorter)
         top, left = (self._margin(side) for side in levels.shape[-2:])
         cropped = levels[..., top : top + self.size, left : left + self.size]
+        # A grey frame becomes three channels here.
         mean, std = (torch.tensor(values).to(cropped)[:, None, None] for values in (MEAN, STD))
         return (cropped / 255 - mean) / std
 

@@ -29,7 +29,7 @@ PICKSCORE_V1 = WeightsFile(
     "PickScore_v1.safetensors",
     "Hugging Face, yuvalkirstain/PickScore_v1",
     3940,
-    "code MIT",
+    "code under MIT",
     "Save its model.safetensors under this name.",
 )
 
@@ -45,8 +45,8 @@ PICKSCORE_V1 = WeightsFile(
 class HumanPreference:
     """HPS v2.1 (Wu et al., arXiv 2306.09341): cosine of a frame and its prompt in a ViT-H/14, mean over frames.
 
-    Usually 0.2 to 0.35; its authors' tables show 100 times that. Their code leaves it to torchvision whether an image
-    is smoothed while it shrinks: versions before 0.17 do not, later ones do.
+    Its authors' tables show 100 times this: 14 to 33 for the image generators of 2023. Their code leaves it to
+    torchvision whether an image is smoothed while it shrinks: versions before 0.17 do not, later ones do.
 
     Args:
         weights: file or folder of :data:`HPS_V2_1`.
@@ -86,11 +86,11 @@ class HumanPreference:
         return self.tower.cosines(videos, prompts).mean(dim=1)
 
 
-@register_metric("preference.pickscore", version="1", needs_prompt=True, differentiable=True, licence="code MIT")
+@register_metric("preference.pickscore", version="1", needs_prompt=True, differentiable=True, licence="code under MIT")
 class PickScore:
     """PickScore v1 (Kirstain et al., arXiv 2305.01569): exp(logit_scale) cos of frame and prompt, mean over frames.
 
-    Usually 18 to 24, with a scale of about 100. Frames and prompts are prepared as transformers 4.27 does it, which is
+    The published scale is about 100. Frames and prompts are prepared as transformers 4.27 does it, which is
     what the authors pin: Pillow's resizing, and prompts in lower case whose encoding is not mended.
 
     Args:

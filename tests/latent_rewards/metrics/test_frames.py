@@ -70,7 +70,7 @@ def test_grey_frames_are_repeated() -> None:
     assert torch.equal(FrameTransform(16)(grey), FrameTransform(16)(grey.expand(-1, 3, -1, -1)))
 
 
-@pytest.mark.parametrize(("height", "width"), [(480, 832), (97, 301), (30, 45), (224, 300)])
+@pytest.mark.parametrize(("height", "width"), [(480, 832), (97, 301), (112, 150), (224, 300)])
 def test_pillow_is_met_to_the_bit(formula_frames: Callable, height: int, width: int) -> None:
     frames = formula_frames(1, height, width)
     wide = 224 * width // height
