@@ -18,7 +18,14 @@ from latent_rewards.metrics.metric import require
 from latent_rewards.metrics.registry import register_metric
 
 
-@register_metric("compression.jpeg_size", version="1", value_range=(0, float("inf")), higher_is_better=False)
+@register_metric(
+    "compression.jpeg_size",
+    version="1",
+    value_range=(0, float("inf")),
+    higher_is_better=False,
+    requires=("cv2",),
+    cheats=("grey",),
+)
 @dataclass(frozen=True)
 class JpegSize:
     """Bytes per pixel of every frame as a JPEG file, mean over frames; ``quality`` is 1 to 100.
@@ -44,7 +51,14 @@ class JpegSize:
         return torch.tensor(sizes, dtype=torch.float32).mean(dim=1) / (videos.shape[-2] * videos.shape[-1])
 
 
-@register_metric("compression.h264_size", version="1", value_range=(0, float("inf")), higher_is_better=False)
+@register_metric(
+    "compression.h264_size",
+    version="1",
+    value_range=(0, float("inf")),
+    higher_is_better=False,
+    requires=("av",),
+    cheats=("still", "grey"),
+)
 @dataclass(frozen=True)
 class H264Size:
     """Bytes per pixel and frame of the clip as an H.264 stream at constant rate factor ``crf`` (0 to 51).

@@ -111,7 +111,6 @@ def isolate(
     child = _Child(name, setup, timeout, startup_timeout)
     described = child.start()
     info = described["info"]
-    info["value_range"] = info["value_range"] and tuple(info["value_range"])
     info["differentiable"] = False  # a gradient does not cross to another process
     isolated = IsolatedMetric(**info, score=child.call, options=described["options"], origin=module, child=child)
     isolated.__dict__["fingerprint"] = described["fingerprint"]  # fills the cached property: the weights are elsewhere
