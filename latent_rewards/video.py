@@ -139,13 +139,14 @@ def _tensor(frame: Any, short_side: int | None) -> Tensor:  # noqa: ANN401 - av.
     return functional.interpolate(pixels[None], size, mode="area")[0].clamp(0, 1)
 
 
-def encode_mp4(video: Tensor, fps: float = 8, scale: int = 1) -> bytes:
+def encode_mp4(video: Tensor, fps: float = 8, scale: int = 1, *, lossless: bool = False) -> bytes:
     """Return a clip as H.264 (yuv420p) in MP4, which every browser plays.
 
     Args:
         video: ``[T, 3, H, W]`` in [0, 1]; values outside are clipped.
         fps: frames per second.
         scale: whole-number enlargement without smoothing; odd sizes are padded by repeating the border.
+        lossless: keep every pixel as its 8-bit RGB value, at its own size; FFmpeg reads that, few browsers do.
 
     Raises:
         DataError: the shape is another, a value is not finite, or ``fps`` or ``scale`` is not positive.
@@ -159,13 +160,15 @@ def encode_mp4(video: Tensor, fps: float = 8, scale: int = 1) -> bytes:
     av = _av()
     frames = video.detach().float().cpu().clamp(0, 1).repeat_interleave(int(scale), 2).repeat_interleave(int(scale), 3)
     height, width = frames.shape[2:]
-    frames = functional.pad(frames, (0, width % 2, 0, height % 2), mode="replicate")
+    if not lossless:
+        frames = functional.pad(frames, (0, width % 2, 0, height % 2), mode="replicate")
     pixels = (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"
-        stream.options = {"crf": "17", "preset": "medium", "threads": "1"}
+        encoder, layout, quality = ("libx264rgb", "rgb24", "0") if lossless else ("libx264", "yuv420p", "17")
+        stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], layout
+        stream.options = {"crf": quality, "preset": "medium", "threads": "1"}
         for frame in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
