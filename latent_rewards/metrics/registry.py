@@ -362,13 +362,24 @@ def _bind(definition: _Definition, options: dict[str, Any]) -> tuple[dict[str, A
     return {**{name: p.default for name, p in named.items() if name not in own}, **own}, view
 
 
-def metric_table(pattern: str = "*") -> str:
-    """Return a Markdown table of the registered metrics whose names match ``pattern``, as the README shows it."""
+def metric_table(pattern: str = "*", *, available: bool = False) -> str:
+    """Return a Markdown table of the metrics that :func:`list_metrics` returns, as the README shows it.
+
+    No metric is made, so weight files need not be here.
+    """
     lines = ["| metric | range | better | prompt | what it measures |", "|---|---|---|---|---|"]
-    for name in list_metrics(pattern):
-        metric = metric_info(name)
-        bounds = "any" if metric.value_range is None else " to ".join(f"{bound:g}" for bound in metric.value_range)
-        better, prompt = ("higher" if metric.higher_is_better else "lower"), ("yes" if metric.needs_prompt else "no")
-        summary = metric.description.split("\n")[0].rstrip(".").replace("|", "\\|")
-        lines.append(f"| `{name}` | {bounds} | {better} | {prompt} | {summary} |")
+    for name in list_metrics(pattern, available=available):
+        try:
+            info = metric_info(name)
+        except MetricError as error:  # a plugin that fails must not hide the others
+            lines.append(f"| `{name}` | – | – | – | {_one_line(str(error))} |")
+            continue
+        bounds = "any" if info.value_range is None else " to ".join(f"{bound:g}" for bound in info.value_range)
+        better, prompt = ("higher" if info.higher_is_better else "lower"), ("yes" if info.needs_prompt else "no")
+        lines.append(f"| `{name}` | {bounds} | {better} | {prompt} | {_one_line(info.description)} |")
     return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    """Return the first line of a text as a cell of a Markdown table."""
+    return text.partition("\n")[0].rstrip(".").replace("|", "\\|")

@@ -87,7 +87,7 @@ TABLE = [
     # fault, here, in a child
     ("raises", (MetricError, r"raised ZeroDivisionError on 2 video\(s\): division by zero"), "the same"),
     ("memory", (MetricError, r"raised MemoryError on 2 video\(s\)"), "the same"),
-    ("hangs", "still running", (MetricTimeoutError, r"did not answer within 2 s; its child process was killed")),
+    ("hangs", "still running", (MetricTimeoutError, r"did not answer within 3 s; its child process was killed")),
     ("exits", 4, (MetricCrashError, r"its child process died \(exit status 4\)")),
     ("segfault", -11, (MetricCrashError, r"its child process died \(killed by SIGSEGV\)")),
     ("killed", -9, (MetricCrashError, r"its child process died \(killed by SIGKILL\)")),
@@ -121,7 +121,7 @@ def _imported_anew() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def isolated(module: str) -> Iterator[IsolatedMetric]:
-    with isolate(f"{module}:faulty", timeout=2.0) as metric:
+    with isolate(f"{module}:faulty", timeout=3.0) as metric:
         yield metric
 
 
