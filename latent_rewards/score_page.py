@@ -49,7 +49,8 @@ def score_page(
     )
     count = max(1, min(MOST_SHOWN, MOST_PLAYERS // (2 * len(metrics))))
     for label, metric in metrics.items():
-        report.add_heading(label).add_text(metric.description)
+        warning = f"\n\nA {' or a '.join(metric.cheats)} clip is as good as any to it." if metric.cheats else ""
+        report.add_heading(label).add_text(metric.description + warning)
         ranked = values[label]
         if not ranked:
             report.add_text("No clip has a value.")

@@ -55,6 +55,7 @@ def test_best_and_worst_follow_the_direction_and_only_they_are_read(
     assert read == [(f"{name}.mp4", "uniform:64", 240) for name in "bgedfh"]
     assert "Values of 7 clip(s)" in page and "<q>a bee</q>" in page and page.count("<q>") == 1
     assert re.findall(r'<td class="number">([^<]*)</td>', page) == ["7", "0.4857", "0.2900", "0.1000", "0.9000"]
+    assert "<p>A noise clip is as good as any to it.</p>" in page
     assert not faults and "Failed" not in page
 
 
