@@ -75,9 +75,8 @@ def info_command(options: argparse.Namespace) -> int:
     except LatentRewardsError as error:  # without its weight files, for instance
         print(json.dumps({**facts, "not_available": str(error)}, indent=1, default=str))
         return 1
-    print(
-        json.dumps({**metric.info, "options": metric.options, "fingerprint": metric.fingerprint}, indent=1, default=str)
-    )
+    facts = {**metric.info, "options": metric.options, "fingerprint": metric.fingerprint}
+    print(json.dumps(facts, indent=1, default=str))
     return 0
 
 
@@ -112,6 +111,7 @@ def score_command(options: argparse.Namespace) -> int:
     rows, faults = score_files(files, makers, metrics, prompts, options)
     if options.csv:
         write_text(Path(options.csv), as_csv(rows, [*makers]))
+    print(as_table(rows, [*makers]), end="")
     if options.html:
         from latent_rewards.score_page import score_page
 
@@ -119,7 +119,6 @@ def score_command(options: argparse.Namespace) -> int:
             return prompt_of(files[name], name, prompts)
 
         score_page(str(folder), rows, metrics, files, prompt, faults, options.frames).save(options.html)
-    print(as_table(rows, [*makers]), end="")
     for fault in faults:
         print(f"failed: {fault}", file=sys.stderr)
     return 1 if faults else 0

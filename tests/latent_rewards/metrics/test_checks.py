@@ -118,7 +118,8 @@ def test_the_only_reward_is_a_warning_if_a_cheating_clip_wins_it() -> None:
         create_metric(name) for name in ("motion.smoothness", "motion.flow_direction", "quality.sharpness")
     )
     with pytest.warns(
-        UserWarning, match="'motion.smoothness' is the only.* a still or a grey clip.*dynamic_degree as"
+        UserWarning,
+        match="'motion.smoothness' is the only.* a still or a grey clip.*add motion.dynamic_degree or",
     ) as seen:
         warn_if_cheatable([still])
     assert seen[0].filename == __file__
