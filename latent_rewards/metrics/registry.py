@@ -367,16 +367,19 @@ def metric_table(pattern: str = "*", *, available: bool = False) -> str:
 
     No metric is made, so weight files need not be here.
     """
-    lines = ["| metric | range | better | prompt | what it measures |", "|---|---|---|---|---|"]
+    headers = ["metric", "range", "better", "prompt", "weights", "won by", "what it measures"]
+    lines = [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers)]
     for name in list_metrics(pattern, available=available):
         try:
             info = metric_info(name)
         except MetricError as error:  # a plugin that fails must not hide the others
-            lines.append(f"| `{name}` | – | – | – | {_one_line(str(error))} |")
+            lines.append(f"| `{name}` | – | – | – | – | – | {_one_line(str(error))} |")
             continue
         bounds = "any" if info.value_range is None else " to ".join(f"{bound:g}" for bound in info.value_range)
         better, prompt = ("higher" if info.higher_is_better else "lower"), ("yes" if info.needs_prompt else "no")
-        lines.append(f"| `{name}` | {bounds} | {better} | {prompt} | {_one_line(info.description)} |")
+        weights, cheats = ", ".join(f"`{file}`" for file in info.weights) or "–", ", ".join(info.cheats) or "–"
+        row = [f"`{name}`", bounds, better, prompt, weights, cheats, _one_line(info.description)]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -186,6 +186,7 @@ def test_plugins_are_listed_and_loaded_when_asked_for(
         create_metric("plugin.broken")
     with pytest.warns(UserWarning, match="'plugin.broken' is left out.*no licence"):
         assert list_metrics("plugin.*", available=True) == ["plugin.plain"]
+    assert "| `plugin.broken` | – | – | – | – | – | metric 'plugin.broken'" in registry.metric_table("plugin.*")
     plugins.load_plugin_modules.cache_clear()
 
 
@@ -260,7 +261,8 @@ def test_a_metric_describes_itself_without_its_weights_and_is_in_the_table() -> 
 
     info = metric_info("test.heavy")
     assert (info.weights, info.cheats, info.version) == (("head.safetensors",), ("grey",), "2")
-    assert "| `test.heavy` | 0 to 9 | higher | yes |" in registry.metric_table("test.*")
+    row = "| `test.heavy` | 0 to 9 | higher | yes | `head.safetensors` | grey | Beauty of a clip |\n"
+    assert registry.metric_table("test.*").endswith(row)
     with pytest.raises(DataError, match="head.safetensors does not exist"):
         create_metric("test.heavy", weights="/nowhere/head.safetensors")
 
