@@ -4,6 +4,7 @@
     latent-rewards metrics info motion.flow_direction
     latent-rewards metrics check my_pkg.my_mod:score
     latent-rewards metrics score videos/ --metric quality.sharpness --metric motion.flow_direction,direction=left
+    latent-rewards metrics score videos/ --metric quality.blur,resize=128,frames=uniform:8 --html page.html
 
 A metric is a registered name or ``pkg.mod:attr``, with options after commas.
 """
@@ -12,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +42,7 @@ def metric_spec(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
         argparse.ArgumentTypeError: an option without a value.
     """
-    name, *options = text.split(",")
+    name, *options = re.split(r",(?![^\[]*\])", text)  # commas in a list separate no options
     pairs = [option.partition("=") for option in options]
     if wrong := [key for key, equals, _ in pairs if not (key and equals)]:
         raise argparse.ArgumentTypeError(f"{text!r}: options are name=value; got {wrong[0]!r}")
@@ -51,18 +54,27 @@ def list_command(options: argparse.Namespace) -> int:
     from latent_rewards.metrics import list_metrics
     from latent_rewards.metrics.registry import metric_table
 
-    if not list_metrics(options.pattern):
-        raise ConfigError(f"no metric matches {options.pattern!r}; `latent-rewards metrics list` shows all")
-    print(metric_table(options.pattern), end="")
+    if not list_metrics(options.pattern, available=options.available):
+        here = " here that is available" if options.available else ""
+        raise ConfigError(f"no metric{here} matches {options.pattern!r}; `latent-rewards metrics list` shows all")
+    print(metric_table(options.pattern, available=options.available), end="")
     return 0
 
 
 def info_command(options: argparse.Namespace) -> int:
-    """Print what a metric says of itself, with its options and fingerprint, as JSON."""
+    """Print what a metric says of itself, with its options and fingerprint, as JSON; 1 if it cannot be made here."""
     from latent_rewards.metrics import create_metric
+    from latent_rewards.metrics.registry import metric_info
 
     name, settings = options.metric
-    metric = create_metric(name, **settings)
+    facts = dataclasses.asdict(metric_info(name))
+    try:
+        metric = create_metric(name, **settings)
+    except ConfigError:
+        raise
+    except LatentRewardsError as error:  # without its weight files, for instance
+        print(json.dumps({**facts, "not_available": str(error)}, indent=1, default=str))
+        return 1
     facts = {**metric.info, "options": metric.options, "fingerprint": metric.fingerprint}
     print(json.dumps(facts, indent=1, default=str))
     return 0
@@ -80,43 +92,69 @@ def check_command(options: argparse.Namespace) -> int:
 
 def score_command(options: argparse.Namespace) -> int:
     """Score the videos of a folder; returns 1 if a video or a metric failed."""
-    from tqdm import tqdm
-
     from latent_rewards.metrics import create_metric
-    from latent_rewards.video import SUFFIXES, check_frames, read_video
+    from latent_rewards.metrics.metric import require
+    from latent_rewards.video import SUFFIXES, check_frames
 
     check_frames(options.frames)
     folder = Path(options.folder)
-    files = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not files:
+    found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not found:
         raise DataError(f"{folder} holds no video; looked for {', '.join(SUFFIXES)}")
+    files = {file.name if folder.is_file() else str(file.relative_to(folder)): file for file in found}
     prompts = read_prompts(options.prompts)
+    for module in ("jinja2", "matplotlib") if options.html else ():
+        require(module, extra="report")
     makers = {metric_label(*spec): partial(create_metric, spec[0], **spec[1]) for spec in options.metric}
     # Made before any decoding: an unknown name or option fails now, and weights are loaded once.
     metrics = {label: make() for label, make in makers.items()}
-    rows, faults = [], []
-    for file in tqdm(files, desc="score", unit="video", dynamic_ncols=True, disable=not sys.stderr.isatty()):
-        name = file.name if folder.is_file() else str(file.relative_to(folder))
+    rows, faults = score_files(files, makers, metrics, prompts, options)
+    if options.csv:
+        write_text(Path(options.csv), as_csv(rows, [*makers]))
+    print(as_table(rows, [*makers]), end="")
+    if options.html:
+        from latent_rewards.score_page import score_page
+
+        def prompt(name: str) -> str | None:
+            return prompt_of(files[name], name, prompts)
+
+        score_page(str(folder), rows, metrics, files, prompt, faults, options.frames).save(options.html)
+    for fault in faults:
+        print(f"failed: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def score_files(
+    files: Mapping[str, Path],
+    makers: Mapping[str, partial[Metric]],
+    metrics: Mapping[str, Metric],
+    prompts: dict[str, str],
+    options: argparse.Namespace,
+) -> tuple[list[Row], list[str]]:
+    """Return a row of values for each video, one of which is in memory at a time, and what failed."""
+    from tqdm import tqdm
+
+    from latent_rewards.video import read_video
+
+    rows: list[Row] = []
+    faults: list[str] = []
+    hidden = not sys.stderr.isatty()
+    for name, file in tqdm(files.items(), desc="score", unit="video", dynamic_ncols=True, disable=hidden):
         row: Row = {"video": name}
+        rows.append(row)
         try:
             clip = read_video(file, frames=options.frames, short_side=options.short_side)
         except LatentRewardsError as error:
             faults.append(str(error))
-        else:
-            for label, metric in metrics.items():
-                try:
-                    if metric.needs_fps and "fps" not in makers[label].keywords:
-                        metric = makers[label](fps=clip.fps)
-                    row[label] = score_clip(metric, clip.frames, prompt_of(file, name, prompts))
-                except LatentRewardsError as error:
-                    faults.append(f"{name}: {error}")
-        rows.append(row)
-    if options.csv:
-        write_text(Path(options.csv), as_csv(rows, [*makers]))
-    print(as_table(rows, [*makers]), end="")
-    for fault in faults:
-        print(f"failed: {fault}", file=sys.stderr)
-    return 1 if faults else 0
+            continue
+        for label, metric in metrics.items():
+            try:
+                if metric.needs_fps and "fps" not in makers[label].keywords:
+                    metric = makers[label](fps=clip.fps)
+                row[label] = score_clip(metric, clip.frames, prompt_of(file, name, prompts))
+            except LatentRewardsError as error:
+                faults.append(f"{name}: {error}")
+    return rows, faults
 
 
 def score_clip(metric: Metric, frames: Tensor, prompt: str | None) -> float:
@@ -158,11 +196,18 @@ def read_prompts(path: str | None) -> dict[str, str]:
 
 
 def prompt_of(file: Path, name: str, prompts: dict[str, str]) -> str | None:
-    """Return the prompt of a video: from the prompts file, else from the .txt beside it, else None."""
+    """Return the prompt of a video: from the prompts file, else from the .txt beside it, else None.
+
+    Raises:
+        DataError: the .txt cannot be read.
+    """
     beside = file.with_suffix(".txt")
     if name in prompts:
         return prompts[name]
-    return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
+    try:
+        return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"prompt {beside} cannot be read: {error}") from error
 
 
 def as_table(rows: Sequence[Row], labels: Sequence[str]) -> str:
@@ -212,6 +257,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = metrics.add_parser("list", help=list_command.__doc__)
     command.add_argument("pattern", nargs="?", default="*", help='shell-style, such as "motion.*" (default: all)')
+    command.add_argument("--available", action="store_true", help="only those whose modules and weights are here")
     command.set_defaults(run=list_command)
 
     command = metrics.add_parser("info", help=info_command.__doc__)
@@ -234,6 +280,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--short-side", type=int, help="shrink the shorter side to so many pixels (default: as it is)")
     command.add_argument("--csv", help="also write the values to this file")
+    command.add_argument("--html", help="also write a page of the best and worst clips of each metric to this file")
     command.set_defaults(run=score_command)
     return parser
 

@@ -8,28 +8,41 @@ optional packages of the ``report`` extra (jinja2, matplotlib, av), which are im
 from __future__ import annotations
 
 import base64
-import io
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from latent_rewards.charts import Series, histogram, line_chart
 from latent_rewards.contracts import DataError, Prompt, prompt_text
 from latent_rewards.video import encode_mp4
 
 Cell = str | float | int | None
-Series = tuple[Sequence[float] | Tensor, ...]
-"""``(x, y)``, or ``(x, y, low, high)`` for a curve with a band."""
-
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's colours, which colour-blind readers tell apart; line styles differ too."""
-_LINES = ("-", "--", "-.", ":")
-_INK = "#010203"
 _SMALL = 128
 _TEMPLATE = Path(__file__).with_name("report_template.html")
+
+
+@dataclass(frozen=True)
+class ShownClip:
+    """A clip and what to print below it.
+
+    Attributes:
+        video: ``[T, 3, H, W]`` in [0, 1].
+        fps: frames per second.
+        name: of the clip.
+        value: a short text beside the name, such as its score.
+        text: such as its prompt.
+    """
+
+    video: Tensor
+    fps: float
+    name: str
+    value: str = ""
+    text: str = ""
 
 
 class Report:
@@ -114,8 +127,21 @@ class Report:
         for label, parts in series.items():
             if len(parts) not in (2, 4) or len({len(part) for part in parts}) != 1:
                 raise DataError(f"series {label!r} must be (x, y) or (x, y, low, high) of one length")
-        svg = _draw(title, series, x_label, y_label, prefix=f"c{len(self.blocks)}-")
-        return self._add("curves", title=title, svg=svg, caption=caption)
+        svg = line_chart(title, series, x_label, y_label, prefix=f"c{len(self.blocks)}-")
+        return self._add("chart", title=title, svg=svg, caption=caption)
+
+    def add_histogram(
+        self, title: str, values: Sequence[float], x_label: str, y_label: str, caption: str = ""
+    ) -> Report:
+        """Add a histogram of finite values.
+
+        Raises:
+            DataError: there is no value, or one is not finite.
+        """
+        if not values or not all(map(math.isfinite, values)):
+            raise DataError(f"histogram {title!r} needs finite values, at least one; got {len(values)} value(s)")
+        svg = histogram(title, values, x_label, y_label, prefix=f"c{len(self.blocks)}-")
+        return self._add("chart", title=title, svg=svg, caption=caption)
 
     def add_videos(
         self,
@@ -154,7 +180,7 @@ class Report:
         if len(set(sizes.values())) != 1:
             raise DataError(f"video grid {title!r} needs clips of one height and width; got {sizes}")
         height, width = next(iter(sizes.values()))
-        factor = scale or max(1, math.ceil(_SMALL / min(height, width)))
+        factor = scale or _enlargement(height, width)
         rows = []
         for i, label in enumerate(labels):
             clips = [
@@ -168,6 +194,28 @@ class Report:
         shown = {"width": _even(width * factor), "height": _even(height * factor), "columns": [*columns]}
         return self._add("videos", title=title, rows=rows, caption=caption, **shown)
 
+    def add_clips(self, title: str, clips: Sequence[ShownClip], caption: str = "") -> Report:
+        """Add looping clips of any sizes and frame rates, each above its name and what is said of it.
+
+        Args:
+            title: heading.
+            clips: at least one; those whose shorter side is below 128 pixels are enlarged by a whole number.
+            caption: what to look at.
+
+        Raises:
+            DataError: there is no clip, or one cannot be encoded.
+        """
+        if not clips:
+            raise DataError(f"gallery {title!r} needs at least one clip")
+        shown = []
+        for clip in clips:
+            height, width = clip.video.shape[-2:]
+            factor = _enlargement(height, width)
+            data = base64.b64encode(encode_mp4(clip.video, fps=clip.fps, scale=factor)).decode("ascii")
+            size = {"width": _even(width * factor), "height": _even(height * factor)}
+            shown.append({"name": clip.name, "value": clip.value, "text": clip.text, "data": data, **size})
+        return self._add("gallery", title=title, clips=shown, caption=caption)
+
     def add_settings(self, settings: Mapping[str, Any], title: str = "Settings") -> Report:
         """Add a (nested) mapping as a folded table with dotted names."""
         return self._add("settings", title=title, entries=_flatten(settings))
@@ -180,7 +228,7 @@ class Report:
             autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
         )
         template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-        has_videos = any(block["kind"] == "videos" for block in self.blocks)
+        has_videos = any(block["kind"] in ("videos", "gallery") for block in self.blocks)
         return template.render(title=self.title, blocks=self.blocks, has_videos=has_videos)
 
     def save(self, path: Path | str) -> Path:
@@ -199,6 +247,11 @@ class Report:
 
 def _even(size: int) -> int:
     return size + size % 2
+
+
+def _enlargement(height: int, width: int) -> int:
+    """Return the least whole number that makes the shorter side :data:`_SMALL` pixels."""
+    return max(1, math.ceil(_SMALL / min(height, width)))
 
 
 def _is_number(cell: object) -> bool:
@@ -228,52 +281,3 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, s
         else:
             entries.append((f"{prefix}{name}", str(value)))
     return entries
-
-
-def _draw(title: str, series: Mapping[str, Series], x_label: str, y_label: str, *, prefix: str) -> object:
-    """Return the chart as SVG markup that takes its ink from the page, with ids that no other chart uses."""
-    import matplotlib
-    from markupsafe import Markup, escape
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    settings: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "latent-rewards",
-        "text.parse_math": False,
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "axes.edgecolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "font.size": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(8, 4), layout="constrained")
-        axes = figure.add_subplot()
-        for i, (label, (x, y, *band)) in enumerate(series.items()):
-            xs, colour = [float(v) for v in x], PALETTE[i % len(PALETTE)]
-            (line,) = axes.plot(xs, [float(v) for v in y], color=colour, linestyle=_LINES[i % len(_LINES)], linewidth=2)
-            line.set_marker("o" if len(xs) <= 20 else "")
-            line.set_markersize(4)
-            # matplotlib leaves names that begin with an underscore out of the legend.
-            line.set_label(label if not label.startswith("_") else "\u200b" + label)
-            if band:
-                low, high = ([float(v) for v in edge] for edge in band)
-                axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.8)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        if all(float(v).is_integer() for x, *_ in series.values() for v in x):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        columns = max(1, min(4, len(series), 84 // (6 + max(map(len, series)))))
-        figure.legend(loc="outside upper left", ncols=columns, frameon=False, handlelength=2.6)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    for mark in ('id="', "url(#", 'href="#'):
-        svg = svg.replace(mark, mark + prefix)
-    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1))  # noqa: S704 (title escaped, matplotlib escapes the rest)

@@ -34,8 +34,32 @@ class Clip:
 
 def check_frames(frames: str) -> None:
     """Raise ConfigError unless ``frames`` is "all", "first:N" or "uniform:N"."""
-    if frames != "all" and not _FRAMES.fullmatch(frames):
+    if frames != "all" and not (isinstance(frames, str) and _FRAMES.fullmatch(frames)):
         raise ConfigError(f"frames must be 'all', 'first:N' or 'uniform:N' with N from 1; got {frames!r}")
+
+
+def most_frames(frames: str) -> int | None:
+    """Return the N of "first:N" and "uniform:N", None for "all"."""
+    check_frames(frames)
+    return None if frames == "all" else int(frames.partition(":")[2])
+
+
+def frame_indices(frames: str, count: int) -> list[int]:
+    """Return which of ``count`` frames "all", "first:N" or "uniform:N" keeps, in order; see :func:`read_video`.
+
+    Raises:
+        ConfigError: ``frames`` is something else.
+    """
+    kept = min(most_frames(frames) or count, count)
+    if frames.startswith("uniform"):
+        return [round(index) for index in torch.linspace(0, count - 1, kept).tolist()] if count else []
+    return list(range(kept))
+
+
+def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Return the height and width of a frame whose shorter side becomes ``short_side`` pixels."""
+    factor = short_side / min(height, width)
+    return max(1, math.floor(height * factor + 0.5)), max(1, math.floor(width * factor + 0.5))
 
 
 def read_video(path: Path | str, *, frames: str = "all", short_side: int | None = None) -> Clip:
@@ -81,14 +105,12 @@ def _wanted(path: Path, frames: str) -> tuple[float, set[int] | None]:
         if not container.streams.video:
             raise DataError(f"{path} holds no video stream")
         rate = float(container.streams.video[0].average_rate or 0) or 25.0
-    if frames == "all":
+    most = most_frames(frames)
+    if most is None:
         return rate, None
-    kind, _, number = frames.partition(":")
-    if kind == "first":
-        return rate, set(range(int(number)))
-    # What a header says of the number of frames is often missing and sometimes wrong: count them.
-    count = sum(1 for _ in _decoded(path))
-    return rate, {round(i) for i in torch.linspace(0, count - 1, min(int(number), count)).tolist()} if count else set()
+    # What a header says of the number of frames is often missing and sometimes wrong: count them where it matters.
+    count = sum(1 for _ in _decoded(path)) if frames.startswith("uniform") else most
+    return rate, set(frame_indices(frames, count))
 
 
 def _decoded(path: Path, wanted: set[int] | None = None) -> Iterator[Any]:
@@ -113,18 +135,18 @@ def _tensor(frame: Any, short_side: int | None) -> Tensor:  # noqa: ANN401 - av.
     height, width = pixels.shape[-2:]
     if short_side is None or min(height, width) <= short_side:
         return pixels
-    factor = short_side / min(height, width)
-    size = (max(1, math.floor(height * factor + 0.5)), max(1, math.floor(width * factor + 0.5)))
+    size = scaled_size(height, width, short_side)
     return functional.interpolate(pixels[None], size, mode="area")[0].clamp(0, 1)
 
 
-def encode_mp4(video: Tensor, fps: float = 8, scale: int = 1) -> bytes:
+def encode_mp4(video: Tensor, fps: float = 8, scale: int = 1, *, lossless: bool = False) -> bytes:
     """Return a clip as H.264 (yuv420p) in MP4, which every browser plays.
 
     Args:
         video: ``[T, 3, H, W]`` in [0, 1]; values outside are clipped.
         fps: frames per second.
         scale: whole-number enlargement without smoothing; odd sizes are padded by repeating the border.
+        lossless: keep every pixel as its 8-bit RGB value, at its own size; FFmpeg reads that, few browsers do.
 
     Raises:
         DataError: the shape is another, a value is not finite, or ``fps`` or ``scale`` is not positive.
@@ -138,13 +160,15 @@ def encode_mp4(video: Tensor, fps: float = 8, scale: int = 1) -> bytes:
     av = _av()
     frames = video.detach().float().cpu().clamp(0, 1).repeat_interleave(int(scale), 2).repeat_interleave(int(scale), 3)
     height, width = frames.shape[2:]
-    frames = functional.pad(frames, (0, width % 2, 0, height % 2), mode="replicate")
+    if not lossless:
+        frames = functional.pad(frames, (0, width % 2, 0, height % 2), mode="replicate")
     pixels = (frames * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"
-        stream.options = {"crf": "17", "preset": "medium", "threads": "1"}
+        encoder, layout, quality = ("libx264rgb", "rgb24", "0") if lossless else ("libx264", "yuv420p", "17")
+        stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], layout
+        stream.options = {"crf": quality, "preset": "medium", "threads": "1"}
         for frame in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

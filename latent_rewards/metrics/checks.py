@@ -7,7 +7,8 @@ those promises, so they are worth testing once before anything is collected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -84,6 +85,25 @@ def check_metric(
         raise MetricError(f"metric {made.name!r} breaks its contract:\n" + "\n".join(f"- {line}" for line in unique))
 
 
+def warn_if_cheatable(metrics: Iterable[object], *, stacklevel: int = 2) -> None:
+    """Warn when the only reward is a metric that a clip nobody wants maximises.
+
+    Args:
+        metrics: of all rewards; what has no ``cheats`` (see :class:`~latent_rewards.metrics.metric.MetricInfo`) is
+            taken to have none.
+        stacklevel: of the warning; 2 is the caller of this function.
+    """
+    listed = list(metrics)
+    if len(listed) != 1 or not (cheats := tuple(getattr(listed[0], "cheats", ()))):
+        return
+    remedies = {_REMEDIES[kind]: None for kind in cheats}
+    warnings.warn(
+        f"metric {getattr(listed[0], 'name', listed[0])!r} is the only reward, and a {' or a '.join(cheats)} clip is "
+        f"as good as any to it: optimisation would find that; add {' and '.join(remedies)} as another reward",
+        stacklevel=stacklevel,
+    )
+
+
 def moving_textures(count: int, *, num_frames: int = 8, size: int = 32, seed: int = 0) -> Tensor:
     """Return ``[count, num_frames, 3, size, size]``: smooth coloured textures, each drifting at a speed of its own."""
     from latent_rewards.training.randomness import generator, sample_uniform  # slow to import, and needed only here
@@ -116,6 +136,14 @@ def cheating_clips(videos: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
     )
     return {"still": still, "grey": torch.full_like(videos, 0.5), "noise": noise.to(videos)}
 
+
+_SEMANTIC = "a metric that reads the prompt"
+_REMEDIES = {
+    "still": f"motion.dynamic_degree or {_SEMANTIC}",
+    "grey": f"motion.dynamic_degree or {_SEMANTIC}",
+    "noise": _SEMANTIC,
+}
+"""What a cheating clip does not win."""
 
 _SUBJECTS = ("red ball rolling left", "blue boat", "green bird flying up", "dog", "storm over the sea")
 

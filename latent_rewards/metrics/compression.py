@@ -13,12 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_rewards.contracts import ConfigError, DataError
+from latent_rewards.contracts import ConfigError
 from latent_rewards.metrics.metric import require
 from latent_rewards.metrics.registry import register_metric
 
 
-@register_metric("compression.jpeg_size", version="1", value_range=(0, float("inf")), higher_is_better=False)
+@register_metric(
+    "compression.jpeg_size",
+    version="1",
+    value_range=(0, float("inf")),
+    higher_is_better=False,
+    requires=("cv2",),
+    cheats=("grey",),
+)
 @dataclass(frozen=True)
 class JpegSize:
     """Bytes per pixel of every frame as a JPEG file, mean over frames; ``quality`` is 1 to 100.
@@ -44,17 +51,24 @@ class JpegSize:
         return torch.tensor(sizes, dtype=torch.float32).mean(dim=1) / (videos.shape[-2] * videos.shape[-1])
 
 
-@register_metric("compression.h264_size", version="1", value_range=(0, float("inf")), higher_is_better=False)
+@register_metric(
+    "compression.h264_size",
+    version="1",
+    value_range=(0, float("inf")),
+    higher_is_better=False,
+    requires=("av",),
+    cheats=("still", "grey"),
+)
 @dataclass(frozen=True)
 class H264Size:
     """Bytes per pixel and frame of the clip as an H.264 stream at constant rate factor ``crf`` (0 to 51).
 
     Encoded in memory by libx264 through PyAV as yuv420p, without a container; the stream's headers count, some 900
-    bytes in all. One thread and no look-ahead: with either, the size of a small clip differs from run to run.
+    bytes in all. One thread and no look-ahead: with either, the size of a small clip differs from run to run. yuv420p
+    holds even sizes only: an odd one is padded by repeating its border, which is not counted as pixels.
 
     Raises:
         ConfigError: ``crf`` is out of range.
-        DataError: the height or width is odd, which yuv420p cannot hold.
     """
 
     crf: int = 23
@@ -65,11 +79,11 @@ class H264Size:
 
     def __call__(self, videos: Tensor) -> Tensor:
         """``[B, T, C, H, W]`` in [0, 1] -> bytes per pixel and frame ``[B]``."""
-        if videos.shape[-2] % 2 or videos.shape[-1] % 2:
-            raise DataError(f"h264_size needs an even height and width; got {tuple(videos.shape[-2:])}")
         av = require("av")
+        padding = ((0, 0), (0, videos.shape[-2] % 2), (0, videos.shape[-1] % 2), (0, 0))
         sizes = []
-        for clip in _eight_bit(videos):
+        for pixels in _eight_bit(videos):
+            clip = np.ascontiguousarray(np.pad(pixels, padding, mode="edge"))
             codec = av.CodecContext.create("libx264", "w")
             codec.height, codec.width, codec.pix_fmt = clip.shape[1], clip.shape[2], "yuv420p"
             codec.time_base, codec.thread_count = Fraction(1, 8), 1

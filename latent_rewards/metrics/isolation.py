@@ -14,7 +14,6 @@ import contextlib
 import importlib
 import json
 import os
-import signal
 import socket
 import struct
 import subprocess
@@ -39,6 +38,7 @@ from latent_rewards.contracts import (
     MetricError,
     MetricTimeoutError,
 )
+from latent_rewards.metrics.children import describe_exit, kill_family
 from latent_rewards.metrics.metric import Metric
 from latent_rewards.metrics.registry import create_metric, source_of
 
@@ -111,7 +111,6 @@ def isolate(
     child = _Child(name, setup, timeout, startup_timeout)
     described = child.start()
     info = described["info"]
-    info["value_range"] = info["value_range"] and tuple(info["value_range"])
     info["differentiable"] = False  # a gradient does not cross to another process
     isolated = IsolatedMetric(**info, score=child.call, options=described["options"], origin=module, child=child)
     isolated.__dict__["fingerprint"] = described["fingerprint"]  # fills the cached property: the weights are elsewhere
@@ -164,7 +163,7 @@ class _Child:
         stopped, self._running = self._running, None
         if stopped is not None:
             running, ours = stopped
-            _kill_family(running.pid)
+            kill_family(running.pid)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running.wait(timeout=1.0)
             ours.close()
@@ -180,7 +179,7 @@ class _Child:
             answer, payload = _receive(ours, lambda: _wait_more(ours, running, deadline))
         except (OSError, EOFError) as error:
             late = isinstance(error, TimeoutError) and running.poll() is None
-            ending = "" if late else _describe_exit(running)
+            ending = "" if late else describe_exit(running)
             self.stop()
             if late:
                 raise MetricTimeoutError(
@@ -207,30 +206,6 @@ def _wait_more(ours: socket.socket, running: subprocess.Popen[bytes], deadline: 
     ours.settimeout(min(left, _POLL_SECONDS))
     if running.poll() is not None:
         ours.settimeout(0.0)
-
-
-def _describe_exit(running: subprocess.Popen[bytes]) -> str:
-    try:
-        code = running.wait(timeout=1.0)
-    except subprocess.TimeoutExpired:
-        return "it closed its connection"
-    if code >= 0:
-        return f"exit status {code}"
-    return f"killed by {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"killed by signal {-code}"
-
-
-def _kill_family(leader: int) -> None:
-    """Kill a process group by its leader, and the leader's descendants that left the group."""
-    import psutil
-
-    strays: list[psutil.Process] = []
-    with contextlib.suppress(psutil.Error):
-        strays = psutil.Process(leader).children(recursive=True)
-    for stray in strays:
-        with contextlib.suppress(psutil.Error):
-            stray.kill()
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)
 
 
 def serve(descriptor: int) -> None:
@@ -275,7 +250,7 @@ def _describe_error(name: str, error: Exception) -> dict[str, str]:
 def _die_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
-    _kill_family(os.getpid())
+    kill_family(os.getpid())
 
 
 def _send(connection: socket.socket, header: dict[str, Any], raw: bytes = b"") -> None:

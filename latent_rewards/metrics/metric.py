@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,13 +31,20 @@ from latent_rewards.contracts import (
     Prompt,
     check_prompts,
     prompt_text,
+    unknown_name,
 )
 
 ROUNDING = 1e-6
 """How far, relative to the bound, float32 rounding may push a value beyond its range before it is an error."""
 
-PLACES = frozenset({"weights", "device"})
-"""Options that say where something is, not what it is: they change no value, so they change no fingerprint."""
+PLACES = frozenset({"weights", "device", "batch_size"})
+"""Options that say where something is or how much of it is done at once: they change no value, so no fingerprint."""
+
+CHEATS = ("still", "grey", "noise")
+"""Clips that nobody wants; :func:`~latent_rewards.metrics.checks.cheating_clips` makes them."""
+
+EXTRAS = {"av": "metrics", "cv2": "metrics", "skimage": "metrics"}
+"""Optional module -> the extra of this distribution that brings it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +65,11 @@ class MetricInfo:
         may_be_nan: it may answer NaN, "does not apply to this video".
         description: one sentence.
         licence: of the code and weights behind it.
+        requires: modules it imports that may be missing.
+        install: a command that brings them; made of :data:`EXTRAS` where none is given.
+        weights: names of the weight files it wants.
+        cheats: which of :data:`CHEATS` score at least as well as the real clips they stand for: it must not be the only
+            reward.
     """
 
     name: str
@@ -73,6 +85,10 @@ class MetricInfo:
     may_be_nan: bool = False
     description: str = ""
     licence: str = ""
+    requires: tuple[str, ...] = ()
+    install: str = ""
+    weights: tuple[str, ...] = ()
+    cheats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ConfigError when a field is outside what it may be."""
@@ -87,6 +103,16 @@ class MetricInfo:
             if not low < high:
                 raise ConfigError(f"metric {self.name!r}: value_range must be (low, high); got {self.value_range!r}")
             object.__setattr__(self, "value_range", (low, high))
+        for label in ("requires", "weights", "cheats"):
+            listed = getattr(self, label)
+            if isinstance(listed, str) or not all(isinstance(entry, str) and entry for entry in listed):
+                raise ConfigError(f"metric {self.name!r}: {label} must be a tuple of names; got {listed!r}")
+            object.__setattr__(self, label, tuple(listed))
+        if unknown := set(self.cheats) - set(CHEATS):
+            raise ConfigError(unknown_name(f"cheating clip of metric {self.name!r}:", min(unknown), CHEATS))
+        extras = {EXTRAS[module] for module in self.requires if module in EXTRAS}
+        if extras and not self.install:
+            object.__setattr__(self, "install", install_command(extras))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,14 +146,18 @@ class Metric(MetricInfo):
 
         Raises:
             DataError: the videos or prompts cannot be scored as they are.
-            MetricError: the metric raised; chained from what it raised.
+            MetricError: the metric raised (chained from what it raised), or wrote into the videos.
             MetricOutputError: what it returned breaks the contract.
         """
         self._check_videos(videos)
         texts = self._check_prompts(prompts, len(videos)) if self.needs_prompt else None
         with torch.no_grad():
-            values = self._run(videos.detach().contiguous(), texts)
-            return self._check_values(values, len(videos)).to(videos.device)
+            given = videos.detach().contiguous()
+            before = _write_count(given)
+            values = self._check_values(self._run(given, texts), len(videos))
+            if _write_count(given) != before:
+                raise MetricError(f"metric {self.name!r} changes the videos it is given; it must work on a copy")
+            return values.to(videos.device)
 
     def _run(self, videos: Tensor, texts: list[str] | None) -> Any:  # noqa: ANN401 - what user code returns
         try:
@@ -145,7 +175,7 @@ class Metric(MetricInfo):
 
         Where weights lie and where they are computed with (:data:`PLACES`) is not part of it.
         """
-        text = f"{self.name}\n{self.version}\n{self._options_text(without=PLACES)}\n{_weights_hash(self.score)}"
+        text = f"{self.name}\n{self.version}\n{self._options_text(without=PLACES)}\n{hash_of_weights(self.score)}"
         return f"{self.name}@{self.version}#{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
@@ -189,7 +219,7 @@ class Metric(MetricInfo):
         return texts
 
     def _check_values(self, returned: object, count: int) -> Tensor:
-        values = _as_tensor(returned, self.name, count)
+        values = as_values(returned, self.name, count)
         if torch.isinf(values).any():
             raise MetricOutputError(f"metric {self.name!r} returned infinity for samples {_where(values.isinf())}")
         missing = values.isnan()
@@ -211,6 +241,11 @@ class Metric(MetricInfo):
         return values.clamp(low, high)
 
 
+def install_command(extras: Iterable[str]) -> str:
+    """Return the command that installs this distribution with ``extras``."""
+    return f"pip install 'latent-rewards[{','.join(sorted(extras))}]'"
+
+
 def require(module: str, *, extra: str = "metrics") -> ModuleType:
     """Import an optional library when a metric first uses it.
 
@@ -220,10 +255,15 @@ def require(module: str, *, extra: str = "metrics") -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} is needed here: pip install 'latent-rewards[{extra}]' ({error})") from error
+        raise ImportError(f"{module} is needed here: {install_command([extra])} ({error})") from error
 
 
-def _as_tensor(returned: object, name: str, count: int) -> Tensor:
+def as_values(returned: object, name: str, count: int) -> Tensor:
+    """Return what a score returned as float32 ``[count]``, detached.
+
+    Raises:
+        MetricOutputError: it is not ``count`` real numbers; nothing is broadcast or squeezed.
+    """
     expected = f"expected {count} real numbers as a tensor, array or list of shape ({count},)"
     if not isinstance(returned, Tensor | np.ndarray | list | tuple):
         got = "nothing (None)" if returned is None else f"a {type(returned).__name__}"
@@ -241,6 +281,11 @@ def _as_tensor(returned: object, name: str, count: int) -> Tensor:
     if values.is_complex():
         raise MetricOutputError(f"metric {name!r} returned complex numbers ({values.dtype}); {expected}")
     return values.to(torch.float32)
+
+
+def _write_count(videos: Tensor) -> int:
+    """How often torch has written into a tensor in place; what NumPy writes is not counted."""
+    return 0 if videos.is_inference() else videos._version
 
 
 def _number(value: object) -> object:
@@ -294,7 +339,7 @@ def _module_hash(module: nn.Module) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def _weights_hash(score: object) -> str:
+def hash_of_weights(score: object) -> str:
     """Return what a score declares as ``weights_hash``, else the hash of the torch modules it is or holds."""
     target = getattr(score, "func", score)
     declared = getattr(target, "weights_hash", "")

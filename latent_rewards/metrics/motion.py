@@ -102,7 +102,15 @@ def moves(magnitudes: Iterable[float], *, frames: int, shorter_side: int, least:
     return False
 
 
-@register_metric("motion.dynamic_degree", version="1", value_range=(0, 1), minimum_frames=2, needs_fps=True)
+@register_metric(
+    "motion.dynamic_degree",
+    version="1",
+    value_range=(0, 1),
+    minimum_frames=2,
+    needs_fps=True,
+    requires=("cv2",),
+    cheats=("noise",),
+)
 @dataclass(frozen=True)
 class DynamicDegree:
     """VBench's dynamic degree, with DIS flow in place of RAFT: 1 for a clip that moves, 0 for one that does not.
@@ -127,7 +135,14 @@ class DynamicDegree:
         return torch.tensor([float(_moves(video[::stride])) for video in videos])
 
 
-@register_metric("motion.smoothness", version="1", value_range=(0, 1), minimum_frames=3)
+@register_metric(
+    "motion.smoothness",
+    version="1",
+    value_range=(0, 1),
+    minimum_frames=3,
+    requires=("cv2",),
+    cheats=("still", "grey"),
+)
 @dataclass(frozen=True)
 class Smoothness:
     """(255 - MAE)/255 of every odd frame against its interpolation from the even frames beside it; 1 is smooth.
@@ -157,7 +172,7 @@ class Smoothness:
         return 1 - (between.to(odd) - odd).abs().flatten(1).mean(dim=1)
 
 
-@register_metric("motion.flow_direction", version="1", value_range=(-1, 1), minimum_frames=2)
+@register_metric("motion.flow_direction", version="1", value_range=(-1, 1), minimum_frames=2, requires=("cv2",))
 @dataclass(frozen=True)
 class FlowDirection:
     """Cosine between the mean DIS flow of what is textured and a direction; 1 moves there, 0 not at all or across.
@@ -199,6 +214,8 @@ class FlowDirection:
     higher_is_better=False,
     minimum_frames=2,
     may_be_nan=True,
+    requires=("cv2",),
+    cheats=("still", "grey"),
 )
 def warping_error(videos: Tensor) -> Tensor:
     """Mean squared difference of each frame and the next one warped back onto it along the DIS flow; 0 is consistent.

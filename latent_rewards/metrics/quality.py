@@ -26,7 +26,14 @@ def luma(videos: Tensor) -> Tensor:
     return (videos * weights[:, None, None]).sum(dim=-3)
 
 
-@register_metric("quality.temporal_flickering", version="1", value_range=(0, 1), minimum_frames=2, differentiable=True)
+@register_metric(
+    "quality.temporal_flickering",
+    version="1",
+    value_range=(0, 1),
+    minimum_frames=2,
+    differentiable=True,
+    cheats=("still", "grey"),
+)
 def temporal_flickering(videos: Tensor) -> Tensor:
     """VBench's temporal flickering: (255 - mean |frame difference|)/255 on the 0 to 255 scale; 1 is a still clip.
 
@@ -36,7 +43,7 @@ def temporal_flickering(videos: Tensor) -> Tensor:
     return 1 - videos.diff(dim=1).abs().flatten(1).mean(dim=1)
 
 
-@register_metric("quality.sharpness", version="1", value_range=(0, 1020.0**2), differentiable=True)
+@register_metric("quality.sharpness", version="1", value_range=(0, 1020.0**2), differentiable=True, cheats=("noise",))
 def sharpness(videos: Tensor) -> Tensor:
     """Variance of the Laplacian of luma on the 0 to 255 scale, mean over frames (Pech-Pacheco et al. 2000).
 
@@ -54,7 +61,7 @@ def sharpness(videos: Tensor) -> Tensor:
     return laplacian.flatten(2).var(dim=2, correction=0).mean(dim=1)
 
 
-@register_metric("quality.colourfulness", version="1", value_range=(0, 1.3 * 255 * 2**0.5))
+@register_metric("quality.colourfulness", version="1", value_range=(0, 1.3 * 255 * 2**0.5), cheats=("noise",))
 def colourfulness(videos: Tensor) -> Tensor:
     """Hasler and Suesstrunk's (2003) M3, mean over frames: 0 is grey, 33 moderately and 82 highly colourful.
 
@@ -70,7 +77,7 @@ def colourfulness(videos: Tensor) -> Tensor:
     return (spread + 0.3 * offset).mean(dim=1)
 
 
-@register_metric("quality.exposure", version="1", value_range=(0, 1), differentiable=True)
+@register_metric("quality.exposure", version="1", value_range=(0, 1), differentiable=True, cheats=("grey",))
 def exposure(videos: Tensor, *, spread: float = 0.2) -> Tensor:
     """Well-exposedness (Mertens et al. 2007), mean over pixels and frames: 1 is mid-grey, 0 black or blown out.
 
@@ -79,7 +86,14 @@ def exposure(videos: Tensor, *, spread: float = 0.2) -> Tensor:
     return torch.exp(-((videos - 0.5) ** 2).sum(dim=2) / (2 * spread**2)).flatten(1).mean(dim=1)
 
 
-@register_metric("quality.blur", version="1", value_range=(0, 1), higher_is_better=False)
+@register_metric(
+    "quality.blur",
+    version="1",
+    value_range=(0, 1),
+    higher_is_better=False,
+    requires=("skimage",),
+    cheats=("noise",),
+)
 def blur(videos: Tensor, *, window: int = 11) -> Tensor:
     """Crete et al.'s (2007) blur effect of luma, mean over frames: 0 is sharp, 1 is blurred; scikit-image's.
 
@@ -97,7 +111,14 @@ def blur(videos: Tensor, *, window: int = 11) -> Tensor:
     return torch.tensor(values).mean(dim=1).clamp(0, 1).float()
 
 
-@register_metric("quality.frame_ssim", version="1", value_range=(-1, 1), minimum_frames=2)
+@register_metric(
+    "quality.frame_ssim",
+    version="1",
+    value_range=(-1, 1),
+    minimum_frames=2,
+    requires=("skimage",),
+    cheats=("still", "grey"),
+)
 def frame_ssim(videos: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) of the luma of neighbouring frames, mean; 1 is a still clip.
 

@@ -1,38 +1,49 @@
 """Metrics by name: registration, creation and listing.
 
 A name resolves in this order: what was registered in this session, the metrics built into this package, and the entry
-points of other distributions in the group ``latent_rewards.metrics``. Names are case-sensitive at registration and at
+points of other distributions (:mod:`~latent_rewards.metrics.plugins`). Names are case-sensitive at registration and at
 look-up alike. ``"pkg.mod:attr"`` reaches a metric that nobody registered.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import pkgutil
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
-from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from torch import nn
 
 from latent_rewards.contracts import (
     ConfigError,
+    DataError,
     DuplicateMetricError,
     LatentRewardsError,
     MetricError,
     UnknownMetricError,
     unknown_name,
 )
+from latent_rewards.metrics import plugins
 from latent_rewards.metrics.metric import Metric, MetricInfo
-
-ENTRY_POINT_GROUP = "latent_rewards.metrics"
+from latent_rewards.metrics.signatures import (
+    option_parameters,
+    parameters_of,
+    qualified_name,
+    score_parameters,
+    source_hash,
+    takes_any,
+    takes_videos,
+)
+from latent_rewards.metrics.views import VIEW_OPTIONS, View, ViewedScore
+from latent_rewards.metrics.weights import WeightsFile
 
 Target = TypeVar("Target", bound=Callable[..., Any])
 
@@ -46,6 +57,15 @@ class _Definition:
     info: MetricInfo
     target: Callable[..., Any]
     makes_score: bool
+    weights: tuple[WeightsFile, ...] = ()
+
+    def missing_modules(self) -> list[str]:
+        """Return the required modules that cannot be imported here; none is imported to find out."""
+        return [module for module in self.info.requires if not _is_importable(module)]
+
+    def is_available(self) -> bool:
+        """Whether every required module and weight file is here."""
+        return not self.missing_modules() and all(_is_located(file) for file in self.weights)
 
 
 _DEFINITIONS: dict[str, _Definition] = {}
@@ -66,6 +86,10 @@ def register_metric(
     may_be_nan: bool = False,
     description: str = "",
     licence: str = "",
+    requires: tuple[str, ...] = (),
+    install: str = "",
+    weights: tuple[WeightsFile, ...] = (),
+    cheats: tuple[str, ...] = (),
     override: bool = False,
 ) -> Callable[[Target], Target]:
     """Register a function or class as a metric; used as a decorator, which returns its target unchanged.
@@ -79,10 +103,8 @@ def register_metric(
         ConfigError: the name or a field is malformed, or the signature does not fit ``needs_prompt`` or ``needs_fps``.
         DuplicateMetricError: the name is taken and ``override`` is false.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError(f"a metric's name is letters, digits, '_' and '-' in parts joined by dots; got {name!r}")
     info = MetricInfo(
-        name=name,
+        name=_checked_name(name),
         version=version,
         value_range=value_range,
         higher_is_better=higher_is_better,
@@ -95,29 +117,42 @@ def register_metric(
         may_be_nan=may_be_nan,
         description=description,
         licence=licence,
+        requires=requires,
+        install=install,
+        weights=tuple(file.name for file in weights),
+        cheats=cheats,
     )
+    return partial(_register, info, weights, override)
 
-    def register(target: Target) -> Target:
-        if name in _DEFINITIONS and not override:
-            taken = _DEFINITIONS[name].target
-            raise DuplicateMetricError(
-                f"metric {name!r} is registered already, by {_qualified(taken)}; choose another name or override=True"
-            )
-        _DEFINITIONS[name] = _define(info, target)
-        return target
 
-    return register
+def _register(info: MetricInfo, weights: tuple[WeightsFile, ...], override: bool, target: Target) -> Target:
+    if info.name in _DEFINITIONS and not override:
+        taken = qualified_name(_DEFINITIONS[info.name].target)
+        raise DuplicateMetricError(
+            f"metric {info.name!r} is registered already, by {taken}; choose another name or override=True"
+        )
+    _DEFINITIONS[info.name] = replace(_define(info, target), weights=weights)
+    return target
+
+
+def _checked_name(name: str) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ConfigError(f"a metric's name is letters, digits, '_' and '-' in parts joined by dots; got {name!r}")
+    return name
 
 
 def create_metric(metric: str | Callable[..., Any] | Metric, **options: Any) -> Metric:  # noqa: ANN401 - options are the metric's own
     """Make a metric from a registered name, ``"pkg.mod:attr"``, a callable, or pass a :class:`Metric` through.
 
     A callable nobody registered is given a version made of its source text, so that its fingerprint changes with it.
+    ``options`` are the metric's own and, whatever these are, ``frames``, ``resize``, ``batch_size`` and ``device`` of
+    :class:`~latent_rewards.metrics.views.View`.
 
     Raises:
         UnknownMetricError: nothing has that name; close names are listed.
-        ConfigError: an option the metric does not take, or a required one that is missing.
-        MetricError: the metric could not be made (its import or constructor raised).
+        ConfigError: an option the metric does not take, a malformed one, or a required one that is missing.
+        MetricError: the metric could not be made (its import or constructor raised, or a module it requires is
+            missing).
     """
     if isinstance(metric, Metric):
         if options:
@@ -132,11 +167,29 @@ def create_metric(metric: str | Callable[..., Any] | Metric, **options: Any) -> 
     return _instantiate(definition, options)
 
 
-def list_metrics(pattern: str = "*") -> list[str]:
-    """Return the sorted names that match a shell-style, case-sensitive pattern such as ``"motion.*"``."""
+def list_metrics(pattern: str = "*", *, available: bool = False) -> list[str]:
+    """Return the sorted names that match a shell-style, case-sensitive pattern such as ``"motion.*"``.
+
+    With ``available``, only those whose required modules can be imported and whose weight files are found here. That
+    imports the plugins that match; one that fails is a warning.
+    """
     _load_built_in()
-    _load_plugin_modules()
-    return sorted(name for name in {*_DEFINITIONS, *_plugin_metrics()} if fnmatchcase(name, pattern))
+    plugins.load_plugin_modules()
+    names = sorted(name for name in {*_DEFINITIONS, *plugins.plugin_metrics()} if fnmatchcase(name, pattern))
+    return [name for name in names if _find_available(name)] if available else names
+
+
+def metric_info(name: str) -> MetricInfo:
+    """Return what a metric says of itself, without making it: weight files need not be here.
+
+    Args:
+        name: a registered name or ``"pkg.mod:attr"``.
+
+    Raises:
+        UnknownMetricError: nothing has that name; close names are listed.
+        MetricError: importing it failed.
+    """
+    return (_load_dotted(name) if ":" in name else _look_up(name)).info
 
 
 def source_of(metric: str | Callable[..., Any] | Metric) -> tuple[str, str]:
@@ -168,13 +221,39 @@ def source_of(metric: str | Callable[..., Any] | Metric) -> tuple[str, str]:
 def _look_up(name: str) -> _Definition:
     if name not in _DEFINITIONS:
         _load_built_in()
-    if name not in _DEFINITIONS and name in _plugin_metrics():
-        return _load_plugin_metric(_plugin_metrics()[name])
+    if name not in _DEFINITIONS and name in plugins.plugin_metrics():
+        found = _definition_of(plugins.load_plugin(plugins.plugin_metrics()[name]))
+        # The plugin's module may have registered it under the very name of its entry point.
+        _DEFINITIONS.setdefault(name, replace(found, info=replace(found.info, name=name)))
     if name not in _DEFINITIONS:
-        _load_plugin_modules()
+        plugins.load_plugin_modules()
     if name not in _DEFINITIONS:
-        raise UnknownMetricError(unknown_name("metric", name, {*_DEFINITIONS, *_plugin_metrics()}))
+        raise UnknownMetricError(unknown_name("metric", name, {*_DEFINITIONS, *plugins.plugin_metrics()}))
     return _DEFINITIONS[name]
+
+
+def _find_available(name: str) -> bool:
+    try:
+        return _look_up(name).is_available()
+    except MetricError as error:
+        warnings.warn(f"metric {name!r} is left out: {error}", stacklevel=3)
+        return False
+
+
+def _is_importable(module: str) -> bool:
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _is_located(file: WeightsFile) -> bool:
+    try:
+        return file.locate().is_file()
+    except DataError:
+        return False
 
 
 @cache
@@ -183,36 +262,6 @@ def _load_built_in() -> None:
     package = importlib.import_module("latent_rewards.metrics")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")
-
-
-@cache
-def _plugins() -> tuple[EntryPoint, ...]:
-    return tuple(entry_points(group=ENTRY_POINT_GROUP))
-
-
-def _plugin_metrics() -> dict[str, EntryPoint]:
-    return {point.name: point for point in _plugins() if point.attr}
-
-
-@cache
-def _load_plugin_modules() -> None:
-    for point in _plugins():
-        if not point.attr:
-            try:
-                point.load()
-            except Exception as error:  # a broken plugin must not take the others with it
-                warnings.warn(f"entry point {point.name!r} ({point.value}) failed to load: {error}", stacklevel=2)
-
-
-def _load_plugin_metric(point: EntryPoint) -> _Definition:
-    try:
-        target = point.load()
-    except Exception as error:
-        raise MetricError(f"metric {point.name!r}: entry point {point.value!r} failed to load: {error}") from error
-    if point.name not in _DEFINITIONS:
-        found = _definition_of(target)
-        _DEFINITIONS[point.name] = replace(found, info=replace(found.info, name=point.name))
-    return _DEFINITIONS[point.name]
 
 
 def _load_dotted(path: str) -> _Definition:
@@ -241,21 +290,21 @@ def _definition_of(target: Callable[..., Any], name: str = "") -> _Definition:
             return definition
     if isinstance(target, Metric):
         return _define(MetricInfo(**target.info), lambda: target)
-    needs_prompt = "prompts" in _call_parameters(target)
-    version = getattr(target, "version", None) or _source_hash(target)
-    return _define(MetricInfo(name=name or _qualified(target), version=version, needs_prompt=needs_prompt), target)
+    needs_prompt = "prompts" in score_parameters(target)
+    version = getattr(target, "version", None) or source_hash(target)
+    return _define(MetricInfo(name=name or qualified_name(target), version=version, needs_prompt=needs_prompt), target)
 
 
 def _define(info: MetricInfo, target: Callable[..., Any]) -> _Definition:
     """Check a target's signature against what its metric says of itself."""
-    parameters = _parameters(target)
-    makes_score = inspect.isclass(target) or (inspect.isfunction(target) and not _takes_videos(parameters))
-    if info.needs_fps and "fps" not in parameters and not _takes_any(parameters):
+    parameters = parameters_of(target)
+    makes_score = inspect.isclass(target) or (inspect.isfunction(target) and not takes_videos(parameters))
+    if info.needs_fps and "fps" not in parameters and not takes_any(parameters):
         raise ConfigError(f"metric {info.name!r} says needs_fps, so it must take an option `fps`")
     if not makes_score or inspect.isclass(target):
-        scored = _call_parameters(target)
+        scored = score_parameters(target)
         wanted = scored.get("prompts")
-        if info.needs_prompt and wanted is None and not _takes_any(scored):
+        if info.needs_prompt and wanted is None and not takes_any(scored):
             raise ConfigError(f"metric {info.name!r} says needs_prompt, so it must be callable as (videos, *, prompts)")
         if wanted is not None and wanted.default is wanted.empty and not info.needs_prompt:
             raise ConfigError(f"metric {info.name!r} requires prompts: register it with needs_prompt=True")
@@ -266,7 +315,11 @@ def _define(info: MetricInfo, target: Callable[..., Any]) -> _Definition:
 
 def _instantiate(definition: _Definition, options: dict[str, Any]) -> Metric:
     info, target = definition.info, definition.target
-    bound = _bind(definition, options)
+    if missing := definition.missing_modules():
+        remedy = info.install or "install what brings them"
+        raise MetricError(f"metric {info.name!r} requires {', '.join(missing)}, not installed here: {remedy}")
+    bound, view = _bind(definition, options)
+    score: Any = target
     if definition.makes_score:
         try:
             score = target(**bound)
@@ -274,79 +327,62 @@ def _instantiate(definition: _Definition, options: dict[str, Any]) -> Metric:
             raise
         except Exception as error:
             raise MetricError(f"metric {info.name!r} could not be made: {type(error).__name__}: {error}") from error
-        if isinstance(score, Metric):
-            return score
         if not callable(score):
             raise MetricError(f"metric {info.name!r} made a {type(score).__name__}, which cannot be called with videos")
-    else:
-        score = partial(target, **bound) if bound else target
+    elif bound:
+        score = partial(target, **bound)
+    if isinstance(score, Metric):
+        if view.options():
+            raise ConfigError(f"metric {info.name!r} is made elsewhere; it does not take {', '.join(view.options())}")
+        return score
+    if view.options():
+        if view.device is not None and definition.makes_score and isinstance(score, nn.Module):
+            score.to(view.device)
+        score = ViewedScore(score, view, info.name)
     described = {entry.name: getattr(info, entry.name) for entry in fields(MetricInfo)}
-    return Metric(**described, score=score, options=bound, origin=getattr(target, "__module__", ""))
+    origin = getattr(target, "__module__", "")
+    return Metric(**described, score=score, options={**bound, **view.options()}, origin=origin)
 
 
-def _bind(definition: _Definition, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options with their defaults; ConfigError for one too many or too few."""
-    parameters = _parameters(definition.target)
-    named = {name: p for name, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    if not definition.makes_score:
-        named = {name: p for name, p in named.items() if name not in ("prompts", next(iter(parameters)))}
-    for option in options:
-        if option not in named and not _takes_any(parameters):
-            takes = "" if named else " It takes none."
-            raise ConfigError(unknown_name(f"option of metric {definition.info.name!r}:", option, named) + takes)
-    missing = [name for name, p in named.items() if p.default is p.empty and name not in options]
+def _bind(definition: _Definition, options: dict[str, Any]) -> tuple[dict[str, Any], View]:
+    """Return the metric's own options with their defaults, and the view; ConfigError for one too many or too few."""
+    info, parameters = definition.info, parameters_of(definition.target)
+    named = option_parameters(parameters, makes_score=definition.makes_score)
+    shown = {name: value for name, value in options.items() if name in VIEW_OPTIONS and name not in named}
+    own = {name: value for name, value in options.items() if name not in shown}
+    for option in own:
+        if option not in named and not takes_any(parameters):
+            takes = "" if named else " It takes none of its own."
+            raise ConfigError(unknown_name(f"option of metric {info.name!r}:", option, {*named, *VIEW_OPTIONS}) + takes)
+    missing = [name for name, p in named.items() if p.default is p.empty and name not in own]
     if missing:
-        raise ConfigError(f"metric {definition.info.name!r} requires the option(s) {', '.join(missing)}")
-    return {**{name: p.default for name, p in named.items() if name not in options}, **options}
+        raise ConfigError(f"metric {info.name!r} requires the option(s) {', '.join(missing)}")
+    view = View(**shown)
+    view.check(info, own)
+    return {**{name: p.default for name, p in named.items() if name not in own}, **own}, view
 
 
-def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    try:
-        return dict(inspect.signature(target).parameters)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{target!r} has no signature to read; wrap it in a function (videos)") from error
+def metric_table(pattern: str = "*", *, available: bool = False) -> str:
+    """Return a Markdown table of the metrics that :func:`list_metrics` returns, as the README shows it.
 
-
-def _call_parameters(target: Any) -> dict[str, inspect.Parameter]:  # noqa: ANN401 - a function, class or object
-    """Return the parameters of the call that receives videos, whether ``target`` is a function, class or object."""
-    if isinstance(target, nn.Module) or (inspect.isclass(target) and issubclass(target, nn.Module)):
-        return _parameters(target.forward)
-    return _parameters(target.__call__) if inspect.isclass(target) else _parameters(target)
-
-
-def _takes_videos(parameters: dict[str, inspect.Parameter]) -> bool:
-    """Whether a function has a positional parameter that must be given: then it scores, otherwise it makes a score."""
-    first = next(iter(parameters.values()), None)
-    if first is None:
-        return False
-    positional = first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
-    return first.kind is first.VAR_POSITIONAL or (positional and first.default is first.empty)
-
-
-def _takes_any(parameters: dict[str, inspect.Parameter]) -> bool:
-    return any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
-def _qualified(target: object) -> str:
-    named = target if hasattr(target, "__qualname__") else type(target)
-    return f"{named.__module__}:{named.__qualname__}"
-
-
-def _source_hash(target: object) -> str:
-    try:
-        source = inspect.getsource(target if hasattr(target, "__qualname__") else type(target))  # type: ignore[arg-type]
-    except (OSError, TypeError):
-        return "0"
-    return "source-" + hashlib.sha256(source.encode()).hexdigest()[:8]
-
-
-def metric_table(pattern: str = "*") -> str:
-    """Return a Markdown table of the registered metrics whose names match ``pattern``, as the README shows it."""
-    lines = ["| metric | range | better | prompt | what it measures |", "|---|---|---|---|---|"]
-    for name in list_metrics(pattern):
-        metric = create_metric(name)
-        bounds = "any" if metric.value_range is None else " to ".join(f"{bound:g}" for bound in metric.value_range)
-        better, prompt = ("higher" if metric.higher_is_better else "lower"), ("yes" if metric.needs_prompt else "no")
-        summary = metric.description.split("\n")[0].rstrip(".").replace("|", "\\|")
-        lines.append(f"| `{name}` | {bounds} | {better} | {prompt} | {summary} |")
+    No metric is made, so weight files need not be here.
+    """
+    headers = ["metric", "range", "better", "prompt", "weights", "won by", "what it measures"]
+    lines = [f"| {' | '.join(headers)} |", "|" + "---|" * len(headers)]
+    for name in list_metrics(pattern, available=available):
+        try:
+            info = metric_info(name)
+        except MetricError as error:  # a plugin that fails must not hide the others
+            lines.append(f"| `{name}` | – | – | – | – | – | {_one_line(str(error))} |")
+            continue
+        bounds = "any" if info.value_range is None else " to ".join(f"{bound:g}" for bound in info.value_range)
+        better, prompt = ("higher" if info.higher_is_better else "lower"), ("yes" if info.needs_prompt else "no")
+        weights, cheats = ", ".join(f"`{file}`" for file in info.weights) or "–", ", ".join(info.cheats) or "–"
+        row = [f"`{name}`", bounds, better, prompt, weights, cheats, _one_line(info.description)]
+        lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def _one_line(text: str) -> str:
+    """Return the first line of a text as a cell of a Markdown table."""
+    return text.partition("\n")[0].rstrip(".").replace("|", "\\|")

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ import pytest
 import torch
 
 from latent_rewards.cli import main, metric_spec
-from latent_rewards.metrics import registry
+from latent_rewards.metrics import list_metrics, registry
+from latent_rewards.metrics.registry import metric_info
+from latent_rewards.metrics.weights import VARIABLE
 from latent_rewards.video import encode_mp4
 
 
@@ -23,12 +27,13 @@ def clip(count: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Videos of several sizes, rates and lengths, an animated picture, and two files that are no videos."""
+    """Videos of several sizes, rates and lengths, odd ones among them, and two files that are no videos."""
     folder = tmp_path_factory.mktemp("videos")
     (folder / "deep").mkdir()
     (folder / "plain.mp4").write_bytes(encode_mp4(clip(9, 32, 48), fps=8))
     (folder / "deep" / "fast.mp4").write_bytes(encode_mp4(clip(30, 64, 32), fps=30))
     (folder / "frame.mp4").write_bytes(encode_mp4(clip(1, 16, 16)))
+    (folder / "odd.mp4").write_bytes(encode_mp4(clip(12, 33, 51), fps=23.976, lossless=True))
     with av.open(str(folder / "odd.gif"), "w") as container:
         stream = container.add_stream("gif", rate=10)
         stream.width, stream.height, stream.pix_fmt = 33, 17, "rgb8"
@@ -54,7 +59,7 @@ def test_score_gives_a_row_for_every_video_and_names_what_failed(folder, tmp_pat
     assert main(["metrics", "score", str(folder), *wanted]) == 1
     printed = capsys.readouterr()
     rows = {row["video"]: row for row in csv.DictReader((tmp_path / "a.csv").open())}
-    assert sorted(rows) == sorted(["plain.mp4", "deep/fast.mp4", "frame.mp4", "odd.gif", "corrupt.mp4"])
+    assert sorted(rows) == sorted(["plain.mp4", "deep/fast.mp4", "frame.mp4", "odd.gif", "odd.mp4", "corrupt.mp4"])
     assert all(float(rows[name]["quality.sharpness"]) > 0 for name in rows if name != "corrupt.mp4")
     assert rows["corrupt.mp4"]["quality.sharpness"] == rows["frame.mp4"]["quality.temporal_flickering"] == ""
     assert 0 < float(rows["odd.gif"]["quality.temporal_flickering"]) < 1
@@ -63,6 +68,52 @@ def test_score_gives_a_row_for_every_video_and_names_what_failed(folder, tmp_pat
     assert printed.out.splitlines()[0].split() == ["video", "quality.sharpness", "quality.temporal_flickering"]
     mean = [float(rows[name]["quality.sharpness"]) for name in rows if rows[name]["quality.sharpness"]]
     assert float(printed.out.splitlines()[-1].split()[1]) == pytest.approx(sum(mean) / len(mean), rel=1e-3)
+
+
+def test_every_built_in_metric_scores_any_size_and_rate_and_one_frame_where_it_can(folder, tmp_path, capsys):
+    names = [name for name in list_metrics() if "." in name and not metric_info(name).weights]
+    wanted = [part for name in names for part in ("--metric", name)]
+    assert main(["metrics", "score", str(folder), *wanted, "--csv", str(tmp_path / "a.csv")]) == 1
+    rows = {row["video"]: row for row in csv.DictReader((tmp_path / "a.csv").open())}
+    for video in ("plain.mp4", "deep/fast.mp4", "odd.gif", "odd.mp4"):
+        assert all(math.isfinite(float(rows[video][name])) for name in names), video
+    for name in names:
+        assert bool(rows["frame.mp4"][name]) == (metric_info(name).minimum_frames == 1), name
+        assert not rows["corrupt.mp4"][name]
+    assert sum("corrupt.mp4" in line for line in capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_page_shows_the_best_and_worst_clips_of_each_metric(folder, tmp_path, capsys):
+    page = tmp_path / "new" / "page.html"
+    wanted = ["--metric", "quality.sharpness", "--metric", "quality.blur,frames=first:2,resize=[16, 24]"]
+    assert main(["metrics", "score", str(folder), *wanted, "--html", str(page), "--csv", str(tmp_path / "a.csv")]) == 1
+    text = page.read_text(encoding="utf-8")
+    rows = [row for row in csv.DictReader((tmp_path / "a.csv").open()) if row["quality.sharpness"]]
+    ranked = sorted(rows, key=lambda row: -float(row["quality.sharpness"]))
+    section = text[text.index("<h2>quality.sharpness") : text.index("<h2>quality.blur")]
+    shown = re.findall(r"<figcaption><b>([^<]*)</b> ([^<]*)", section)
+    expected = [*ranked[:3], *ranked[3:][::-1]]
+    assert [name for _, name in shown] == [row["video"] for row in expected]
+    assert [float(value) for value, _ in shown] == pytest.approx(
+        [float(row["quality.sharpness"]) for row in expected], rel=1e-3
+    )
+    assert "<q>a thing that moves</q>" in section and section.count("<svg") == 1
+    assert "<h2>Failed</h2>" in text and "corrupt.mp4 cannot be read as a video" in text
+    assert text.count("<video ") == 2 * len(rows) and not list(page.parent.glob("*.partial"))
+    assert "http-equiv" in text and not re.search(r"""(src|href)=["'](?!data:|#)""", text)
+
+
+def test_a_page_needs_its_packages_before_any_work(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert main(["metrics", "score", str(folder), "--metric", "quality.blur", "--html", str(tmp_path / "p.html")]) == 2
+    assert "pip install 'latent-rewards[report]'" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_no_text_is_named(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.mp4").write_bytes((folder / "plain.mp4").read_bytes())
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    assert main(["metrics", "score", str(tmp_path), "--metric", "quality.sharpness"]) == 1
+    assert "a.txt cannot be read" in capsys.readouterr().err
 
 
 def test_options_make_columns_of_their_own_and_the_frame_rate_is_the_videos(folder, capsys):
@@ -86,6 +137,7 @@ def test_a_metric_that_depends_on_the_frame_rate_is_given_each_videos(folder, tm
     monkeypatch.setattr(registry, "_DEFINITIONS", dict(registry._DEFINITIONS))
     assert main(["metrics", "score", str(folder), "--metric", "rates:rate", "--metric", "rates:rate,fps=5"]) == 1
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["odd.mp4"] == ["23.98", "5"]
     assert (rows["plain.mp4"], rows["deep/fast.mp4"], rows["odd.gif"]) == (["8", "5"], ["30", "5"], ["10", "5"])
 
 
@@ -134,6 +186,29 @@ def test_list_info_and_check(capsys):
     assert "keeps its promises" in capsys.readouterr().out
 
 
+def test_what_cannot_be_made_here_is_described_and_left_out_on_demand(tmp_path, monkeypatch, capsys):
+    (tmp_path / "heavy.py").write_text(
+        "from latent_rewards.metrics import register_metric\n"
+        "from latent_rewards.metrics.weights import WeightsFile\n"
+        "HEAD = WeightsFile('head.safetensors', 'its authors', 3)\n\n\n"
+        "@register_metric('test.heavy', version='1', weights=(HEAD,))\n"
+        "class Heavy:\n"
+        "    def __init__(self, weights=None):\n        HEAD.read(weights)\n\n"
+        "    def __call__(self, videos):\n        return videos\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(registry, "_DEFINITIONS", dict(registry._DEFINITIONS))
+    assert main(["metrics", "info", "heavy:Heavy"]) == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["weights"] == ["head.safetensors"] and "head.safetensors does not exist" in facts["not_available"]
+    assert main(["metrics", "list", "test.*"]) == 0
+    assert "`test.heavy`" in capsys.readouterr().out
+    assert main(["metrics", "list", "test.*", "--available"]) == 2
+    assert "no metric here that is available matches" in capsys.readouterr().err
+
+
 def test_a_broken_promise_is_a_failure(tmp_path, monkeypatch, capsys):
     (tmp_path / "liar.py").write_text("def wrong(videos):\n    return [1.0]\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -144,6 +219,7 @@ def test_a_broken_promise_is_a_failure(tmp_path, monkeypatch, capsys):
 def test_metric_specs_are_read_as_yaml():
     assert metric_spec("a.b,x=3,y=true,z=left") == ("a.b", {"x": 3, "y": True, "z": "left"})
     assert metric_spec("pkg.mod:attr") == ("pkg.mod:attr", {})
+    assert metric_spec("a,resize=[8, 16],frames=uniform:8") == ("a", {"resize": [8, 16], "frames": "uniform:8"})
     with pytest.raises(Exception, match="options are name=value"):
         metric_spec("a.b,x")
 

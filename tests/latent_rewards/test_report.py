@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latent_rewards.contracts import DataError
-from latent_rewards.report import Report
+from latent_rewards.report import Report, ShownClip
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -96,6 +96,32 @@ def test_video_grid_has_a_row_per_prompt_and_a_column_per_method(page: str) -> N
     assert all(f" {word} " in video for video in videos for word in ("autoplay", "loop", "muted", "playsinline"))
     assert all('width="128" height="128"' in video for video in videos)
     assert '<th scope="row">prompt two</th>' in page
+
+
+def test_a_gallery_shows_clips_of_any_size_with_name_value_and_text() -> None:
+    clips = [
+        ShownClip(moving_square(), 8, "a <b>.mp4", "0.5", 'said "so"'),
+        ShownClip(torch.rand(1, 3, 201, 301, generator=torch.Generator().manual_seed(0)), 29.97, "b"),
+    ]
+    page = Report("t").add_clips("Best", clips, caption="look").render()
+    videos = re.findall(r"<video [^>]*>", page)
+    assert [re.search('width="([0-9]+)" height="([0-9]+)"', v).groups() for v in videos] == [
+        ("128", "128"),
+        ("302", "202"),
+    ]
+    assert all(f" {word} " in video for video in videos for word in ("autoplay", "loop", "muted", "playsinline"))
+    assert "<b>0.5</b> a &lt;b&gt;.mp4<br><q>said &#34;so&#34;</q>" in page
+    assert "<script" in page and page.count("<q>") == 1
+    with pytest.raises(DataError, match="'Best' needs at least one clip"):
+        Report("t").add_clips("Best", [])
+
+
+def test_a_histogram_is_a_chart_of_finite_values() -> None:
+    page = Report("t").add_histogram("Spread", [1.0, 2.0, 2.0], "value", "clips").render()
+    assert "<h3>Spread</h3><svg" in page and ">value</text>" in page
+    for values in ([], [float("nan")], [1.0, float("inf")]):
+        with pytest.raises(DataError, match="'Spread' needs finite values"):
+            Report("t").add_histogram("Spread", values, "x", "y")
 
 
 def test_settings_are_folded_with_dotted_names(page: str) -> None:

@@ -42,6 +42,13 @@ def test_mp4_is_h264_yuv420p_at_the_frame_rate() -> None:
         assert float(stream.duration * stream.time_base) == pytest.approx(9 / 8)
 
 
+@pytest.mark.parametrize("size", [(16, 32), (17, 33)])
+def test_lossless_mp4_keeps_every_pixel_and_odd_sizes(size: tuple[int, int]) -> None:
+    video = torch.rand(5, 3, *size, generator=torch.Generator().manual_seed(0))
+    frames = decode(encode_mp4(video, fps=8, lossless=True))
+    assert np.array_equal(frames, (255 * video).round().byte().permute(0, 2, 3, 1).numpy())
+
+
 def test_mp4_clips_values_and_refuses_bad_input() -> None:
     assert decode(encode_mp4(torch.full((2, 3, 16, 16), 7.0))).min() > 250
     with pytest.raises(DataError, match="NaN"):

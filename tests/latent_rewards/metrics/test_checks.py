@@ -1,11 +1,18 @@
-"""check_metric finds every kind of broken promise, and passes the built-in metrics."""
+"""check_metric finds every kind of broken promise, and passes the built-in metrics; cheating clips win what is said."""
+
+import warnings
 
 import pytest
 import torch
 from torch import Tensor
 
 from latent_rewards.contracts import ConfigError, MetricError
-from latent_rewards.metrics import Metric, check_metric, list_metrics, register_metric
+from latent_rewards.metrics import Metric, check_metric, create_metric, list_metrics, register_metric
+from latent_rewards.metrics.checks import cheating_clips, moving_textures, warn_if_cheatable
+from latent_rewards.metrics.metric import CHEATS
+from latent_rewards.metrics.registry import metric_info
+
+WEIGHT_FREE = [name for name in list_metrics() if "." in name and not metric_info(name).weights]
 
 
 def mean(videos: Tensor) -> Tensor:
@@ -34,7 +41,7 @@ def shortest(videos: Tensor) -> Tensor:
     return mean(videos[:, 1:] - videos[:, :-1])
 
 
-@pytest.mark.parametrize("name", [n for n in list_metrics() if n.split(".")[0] in ("quality", "motion", "compression")])
+@pytest.mark.parametrize("name", WEIGHT_FREE)
 def test_built_in_metrics_keep_their_promises(name: str) -> None:
     check_metric(name, num_samples=2)
 
@@ -86,3 +93,47 @@ def test_own_videos_and_prompts_are_used(videos: Tensor) -> None:
     check_metric(Metric(name="m", score=score, needs_prompt=True), videos=videos, prompts=["1", "2", "3", "4"])
     with pytest.raises(ConfigError, match="at least 2 samples; got 1"):
         check_metric(Metric(name="m", score=mean), num_samples=1)
+
+
+@pytest.fixture(scope="module")
+def real_and_cheating() -> tuple[Tensor, dict[str, Tensor]]:
+    real = moving_textures(4, num_frames=25, seed=3)  # over a few frames H.264 does not gain by repetition
+    return real, cheating_clips(real, seed=1)
+
+
+@pytest.mark.parametrize("kind", CHEATS)
+@pytest.mark.parametrize("name", WEIGHT_FREE)
+def test_a_cheating_clip_wins_exactly_where_the_metric_says_so(
+    name: str, kind: str, real_and_cheating: tuple[Tensor, dict[str, Tensor]]
+) -> None:
+    metric = create_metric(name)
+    sign = 1.0 if metric.higher_is_better else -1.0
+    real, cheating = (sign * metric(clips) for clips in (real_and_cheating[0], real_and_cheating[1][kind]))
+    wins = bool((cheating >= real).all())
+    assert wins == (kind in metric.cheats)
+
+
+def test_the_only_reward_is_a_warning_if_a_cheating_clip_wins_it() -> None:
+    still, motion, noise = (
+        create_metric(name) for name in ("motion.smoothness", "motion.flow_direction", "quality.sharpness")
+    )
+    with pytest.warns(
+        UserWarning,
+        match="'motion.smoothness' is the only.* a still or a grey clip.*add motion.dynamic_degree or",
+    ) as seen:
+        warn_if_cheatable([still])
+    assert seen[0].filename == __file__
+    with pytest.warns(UserWarning, match="'quality.sharpness'.* a noise clip .*add a metric that reads the prompt"):
+        warn_if_cheatable({"sharp": noise}.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_cheatable([still, noise])
+        warn_if_cheatable([motion])
+        warn_if_cheatable([lambda videos: 0.0])
+
+
+def test_writing_into_the_videos_is_an_error_at_once(videos: Tensor) -> None:
+    with pytest.raises(MetricError, match="'m' changes the videos it is given"):
+        Metric(name="m", score=changes_input)(videos.clone())
+    with torch.inference_mode():
+        assert Metric(name="m", score=mean)(videos.clone()).shape == (4,)

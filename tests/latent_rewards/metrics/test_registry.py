@@ -2,15 +2,19 @@
 
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
+import tomllib
+from importlib.metadata import EntryPoint, packages_distributions
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from latent_rewards.contracts import ConfigError, DuplicateMetricError, MetricError, UnknownMetricError
-from latent_rewards.metrics import create_metric, list_metrics, register_metric, registry
+from latent_rewards.contracts import ConfigError, DataError, DuplicateMetricError, MetricError, UnknownMetricError
+from latent_rewards.metrics import create_metric, list_metrics, plugins, register_metric, registry
+from latent_rewards.metrics.metric import EXTRAS
+from latent_rewards.metrics.registry import metric_info
+from latent_rewards.metrics.weights import VARIABLE, WeightsFile
 
 
 def zeros(videos: Tensor) -> Tensor:
@@ -165,22 +169,25 @@ def test_the_fingerprint_of_a_plain_function_follows_its_source() -> None:
 def test_plugins_are_listed_and_loaded_when_asked_for(
     module: str, monkeypatch: pytest.MonkeyPatch, videos: Tensor
 ) -> None:
-    group = registry.ENTRY_POINT_GROUP
+    group = plugins.ENTRY_POINT_GROUP
     points = (
         EntryPoint("plugin.plain", f"{module}:plain", group),
         EntryPoint("anything", module, group),
         EntryPoint("plugin.broken", "metrics_that_fail:score", group),
         EntryPoint("whole_module_broken", "metrics_that_fail", group),
     )
-    monkeypatch.setattr(registry, "_plugins", lambda: points)
-    registry._load_plugin_modules.cache_clear()
+    monkeypatch.setattr(plugins, "plugins", lambda: points)
+    plugins.load_plugin_modules.cache_clear()
     assert create_metric("plugin.plain").name == "plugin.plain"
     with pytest.warns(UserWarning, match="whole_module_broken.*no licence"):
         assert set(list_metrics("*")) >= {"plugin.plain", "plugin.broken", "user.named"}
     assert create_metric("user.named").version == "7"
     with pytest.raises(MetricError, match="'plugin.broken'.*no licence"):
         create_metric("plugin.broken")
-    registry._load_plugin_modules.cache_clear()
+    with pytest.warns(UserWarning, match="'plugin.broken' is left out.*no licence"):
+        assert list_metrics("plugin.*", available=True) == ["plugin.plain"]
+    assert "| `plugin.broken` | – | – | – | – | – | metric 'plugin.broken'" in registry.metric_table("plugin.*")
+    plugins.load_plugin_modules.cache_clear()
 
 
 def test_listing_the_built_in_metrics_imports_no_heavy_library() -> None:
@@ -197,3 +204,78 @@ def test_the_readme_shows_the_registry():
     for pattern in ("compression.*", "motion.*", "quality.*"):
         for row in registry.metric_table(pattern).splitlines():
             assert row in readme.read_text(encoding="utf-8")
+
+
+HEAD = WeightsFile("head.safetensors", "its authors' page", 3)
+
+
+def test_what_is_available_has_its_modules_and_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register_metric("test.here", version="1", requires=("torch", "json"))(zeros)
+    register_metric("test.module_missing", version="1", requires=("torch", "no_such_module_here"))(lambda v: zeros(v))
+    register_metric("test.weighted", version="1", weights=(HEAD,))(lambda v: zeros(v))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert list_metrics("test.*") == ["test.here", "test.module_missing", "test.weighted"]
+    assert list_metrics("test.*", available=True) == ["test.here"]
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    (tmp_path / HEAD.name).write_bytes(b"")
+    assert list_metrics("test.*", available=True) == ["test.here", "test.weighted"]
+    monkeypatch.setitem(sys.modules, "json", None)
+    assert list_metrics("test.*", available=True) == ["test.weighted"]
+
+
+def test_a_missing_module_is_an_error_that_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(
+        MetricError, match=r"'motion.smoothness' requires cv2, .*: pip install 'latent-rewards\[metrics\]'"
+    ):
+        create_metric("motion.smoothness")
+    register_metric("test.foreign", version="1", requires=("no_such_module_here",), install="pip install foreign")(
+        zeros
+    )
+    with pytest.raises(MetricError, match="requires no_such_module_here, not installed here: pip install foreign"):
+        create_metric("test.foreign")
+
+
+def test_the_install_command_names_an_extra_that_brings_the_module() -> None:
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for module, extra in EXTRAS.items():
+        brought = {entry.partition(">")[0] for entry in project["optional-dependencies"][extra]}
+        assert set(packages_distributions()[module]) & brought, module
+    info = metric_info("compression.h264_size")
+    assert (info.requires, info.install) == (("av",), "pip install 'latent-rewards[metrics]'")
+    assert metric_info("quality.sharpness").install == ""
+
+
+def test_a_metric_describes_itself_without_its_weights_and_is_in_the_table() -> None:
+    @register_metric(
+        "test.heavy", version="2", value_range=(0, 9), needs_prompt=True, weights=(HEAD,), cheats=("grey",)
+    )
+    class Heavy:
+        """Beauty of a clip."""
+
+        def __init__(self, weights: str | None = None) -> None:
+            HEAD.read(weights)
+
+        def __call__(self, videos: Tensor, *, prompts: list[str]) -> Tensor: ...
+
+    info = metric_info("test.heavy")
+    assert (info.weights, info.cheats, info.version) == (("head.safetensors",), ("grey",), "2")
+    row = "| `test.heavy` | 0 to 9 | higher | yes | `head.safetensors` | grey | Beauty of a clip |\n"
+    assert registry.metric_table("test.*").endswith(row)
+    with pytest.raises(DataError, match="head.safetensors does not exist"):
+        create_metric("test.heavy", weights="/nowhere/head.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cheats": ("stil",)}, "'stil'.*Did you mean 'still'"),
+        ({"cheats": "still"}, "cheats must be a tuple"),
+        ({"requires": "cv2"}, "requires must be a tuple"),
+        ({"requires": (3,)}, "requires must be a tuple"),
+    ],
+)
+def test_malformed_metadata_is_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        register_metric("test.malformed", version="1", **fields)
