@@ -41,6 +41,7 @@ CLIPSCORE_WEIGHT = 2.5
     needs_prompt=True,
     differentiable=True,
     licence="MIT",
+    weights=(VIT_B_32,),
 )
 class ClipScore:
     """CLIPScore (Hessel et al., arXiv 2104.08718): 2.5 max(cos, 0) of a frame and its prompt, mean over frames.
@@ -81,7 +82,7 @@ class ClipScore:
         return (CLIPSCORE_WEIGHT * cosines.clamp(min=0)).mean(dim=1)
 
 
-@register_metric("clip.aesthetic", version="1", differentiable=True, licence="MIT")
+@register_metric("clip.aesthetic", version="1", differentiable=True, licence="MIT", weights=(VIT_L_14, AESTHETIC_HEAD))
 class Aesthetic:
     """VBench's aesthetic quality: LAION's linear predictor on CLIP ViT-L/14, over 10, mean over frames.
 

@@ -4,7 +4,7 @@ Each frame is compared, by the cosine between features of a vision transformer, 
 first (Huang et al., arXiv 2311.17982): DINO's (Caron et al., arXiv 2104.14294) for the subject, CLIP's (Radford et al.,
 arXiv 2103.00020) for the background. A still clip scores 1: weigh these against a metric of motion.
 
-Two things differ from VBench's own runs. Frames are not rounded to 8 bits first, and CLIP runs in float32, where
+Two things differ from VBench's own runs. DINO's frames are not rounded to 8 bits first, and CLIP runs in float32, where
 OpenAI's loader takes half precision on a GPU.
 """
 
@@ -19,6 +19,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from latent_rewards.contracts import ConfigError, DataError, unknown_name
+from latent_rewards.metrics.clip import VIT_B_32
+from latent_rewards.metrics.frames import FrameTransform
 from latent_rewards.metrics.metric import require
 from latent_rewards.metrics.registry import register_metric
 from latent_rewards.metrics.weights import WeightsFile, load_weights
@@ -30,14 +32,6 @@ DINO_FILE = WeightsFile(
     licence="Apache-2.0",
     note="Read the .pth with torch.load(path, weights_only=True) and write it with safetensors.torch.save_file.",
 )
-CLIP_FILE = WeightsFile(
-    "clip_vit_base_patch32_openai.safetensors",
-    "the repository timm/vit_base_patch32_clip_224.openai of the Hugging Face Hub",
-    605,
-    licence="MIT",
-    note="It is called open_clip_model.safetensors there; rename it.",
-)
-
 DINO_SIZES = {"width": 768, "depth": 12, "heads": 12}
 CLIP_SIZES = {"width": 768, "depth": 12, "heads": 12, "output": 512}
 """Of the published networks (ViT-B/16 and ViT-B/32)."""
@@ -47,7 +41,6 @@ FRAMES_AT_ONCE = 16
 """Frames go through the network in chunks of this many, which bounds its memory whatever the batch."""
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
 @dataclass(frozen=True)
@@ -105,6 +98,8 @@ def frame_consistency(features: Tensor) -> Tensor:
     differentiable=True,
     description="VBench's subject consistency: cosine of DINO features to the previous and the first frame; 1 is still",
     licence="Apache-2.0 (DINO's weights)",
+    weights=(DINO_FILE,),
+    cheats=("still", "grey"),
 )
 def subject_consistency(
     *, weights: str | Path | None = None, device: str = "cpu", model: Mapping[str, int] | None = None
@@ -135,6 +130,8 @@ def subject_consistency(
     differentiable=True,
     description="VBench's background consistency: cosine of CLIP features to the previous and first frame; 1 is still",
     licence="MIT (CLIP's weights)",
+    weights=(VIT_B_32,),
+    cheats=("still", "grey"),
 )
 def background_consistency(
     *, weights: str | Path | None = None, device: str = "cpu", model: Mapping[str, int] | None = None
@@ -142,7 +139,7 @@ def background_consistency(
     """Make VBench's background consistency: :func:`frame_consistency` of CLIP ViT-B/32 image features.
 
     Args:
-        weights: file or folder of :data:`CLIP_FILE`; see :meth:`WeightsFile.locate`. Only its tensors ``visual.*`` are
+        weights: file or folder of :data:`VIT_B_32`; see :meth:`WeightsFile.locate`. Only its tensors ``visual.*`` are
             taken.
         device: the network runs on.
         model: sizes that differ from :data:`CLIP_SIZES`, for weights of another network.
@@ -152,11 +149,11 @@ def background_consistency(
         ConfigError: an unknown size.
     """
     sizes = _sizes(model, CLIP_SIZES)
-    tensors = CLIP_FILE.read(weights)
+    tensors = VIT_B_32.read(weights)
     network = clip_image_network(**sizes)
     prefix = "visual."
     image_tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    load_weights(network, image_tensors, name=CLIP_FILE.name)
+    load_weights(network, image_tensors, name=VIT_B_32.name)
     return Consistency(network.to(device), clip_image_features, torch.device(device))
 
 
@@ -182,7 +179,7 @@ def dino_features(network: nn.Module, frames: Tensor) -> Tensor:
     Returns:
         ``[N, D]``.
     """
-    images = _normalised(_resized(frames, "bilinear"), *_IMAGENET)
+    images = _normalised(_resized(frames))
     patches = network.get_submodule("patch_embed.proj")(images).flatten(2).transpose(1, 2)
     position = _dino_position(network.get_parameter("pos_embed"), *images.shape[-2:])
     tokens = torch.cat([network.get_parameter("cls_token").expand(len(frames), -1, -1), patches], dim=1) + position
@@ -224,7 +221,7 @@ def clip_image_network(*, width: int, depth: int, heads: int, output: int) -> nn
 def clip_image_features(network: nn.Module, frames: Tensor) -> Tensor:
     """Return CLIP's image features, of frames prepared as VBench does.
 
-    The shorter side becomes 224 pixels (bicubic, no antialiasing, not clamped), then the middle 224 x 224 are cut out.
+    The shorter side becomes 224 pixels without smoothing, then the middle 224 x 224 are cut out.
 
     Args:
         network: of :func:`clip_image_network`.
@@ -233,23 +230,21 @@ def clip_image_features(network: nn.Module, frames: Tensor) -> Tensor:
     Returns:
         ``[N, D]``, not normalised.
     """
-    images = _resized(frames, "bicubic")
-    top, left = (round((side - IMAGE_SIZE) / 2) for side in images.shape[-2:])
-    images = images[..., top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
-    found: Tensor = network(_normalised(images, *_CLIP))
+    found: Tensor = network(FrameTransform(IMAGE_SIZE, resize="plain")(frames))
     return found
 
 
-def _resized(frames: Tensor, mode: str) -> Tensor:
+def _resized(frames: Tensor) -> Tensor:
     """Bring the shorter side to 224 pixels; the longer side is rounded down."""
     height, width = frames.shape[-2:]
     shorter, longer = min(height, width), IMAGE_SIZE * max(height, width) // min(height, width)
     size = (IMAGE_SIZE, longer) if height == shorter else (longer, IMAGE_SIZE)
-    return functional.interpolate(frames, size=size, mode=mode, align_corners=False)
+    return functional.interpolate(frames, size=size, mode="bilinear", align_corners=False)
 
 
-def _normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
+def _normalised(images: Tensor) -> Tensor:
+    mean, std = (images.new_tensor(values)[:, None, None] for values in _IMAGENET)
+    return (images - mean) / std
 
 
 def _sizes(changed: Mapping[str, int] | None, published: Mapping[str, int]) -> dict[str, int]:

@@ -37,7 +37,7 @@ from latent_rewards.contracts import (
 ROUNDING = 1e-6
 """How far, relative to the bound, float32 rounding may push a value beyond its range before it is an error."""
 
-PLACES = frozenset({"weights", "device", "batch_size"})
+PLACES = frozenset({"weights", "frames_per_batch", "device", "batch_size"})
 """Options that say where something is or how much of it is done at once: they change no value, so no fingerprint."""
 
 CHEATS = ("still", "grey", "noise")

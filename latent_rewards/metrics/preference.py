@@ -41,6 +41,7 @@ PICKSCORE_V1 = WeightsFile(
     needs_prompt=True,
     differentiable=True,
     licence="Apache-2.0",
+    weights=(HPS_V2_1,),
 )
 class HumanPreference:
     """HPS v2.1 (Wu et al., arXiv 2306.09341): cosine of a frame and its prompt in a ViT-H/14, mean over frames.
@@ -86,7 +87,14 @@ class HumanPreference:
         return self.tower.cosines(videos, prompts).mean(dim=1)
 
 
-@register_metric("preference.pickscore", version="1", needs_prompt=True, differentiable=True, licence="code under MIT")
+@register_metric(
+    "preference.pickscore",
+    version="1",
+    needs_prompt=True,
+    differentiable=True,
+    licence="code under MIT",
+    weights=(PICKSCORE_V1,),
+)
 class PickScore:
     """PickScore v1 (Kirstain et al., arXiv 2305.01569): exp(logit_scale) cos of frame and prompt, mean over frames.
 

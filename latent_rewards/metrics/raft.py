@@ -83,6 +83,8 @@ class RaftDynamicDegree:
     needs_fps=True,
     description="VBench's dynamic degree: 1 for a clip that moves by RAFT's optical flow, 0 for one that does not",
     licence="BSD-3-Clause (RAFT's weights)",
+    weights=(RAFT_FILES["raft_large"],),
+    cheats=("noise",),
 )
 def dynamic_degree(
     *, fps: float = 8.0, weights: str | Path | None = None, device: str = "cpu", model: str = "raft_large"

@@ -12,7 +12,7 @@ from latent_rewards.metrics import check_metric, consistency, create_metric
 from latent_rewards.metrics.weights import VARIABLE
 
 NAMES = ("vbench.subject_consistency", "vbench.background_consistency")
-FILES = dict(zip(NAMES, (consistency.DINO_FILE, consistency.CLIP_FILE), strict=True))
+FILES = dict(zip(NAMES, (consistency.DINO_FILE, consistency.VIT_B_32), strict=True))
 SIZES = {NAMES[0]: {"width": 16, "depth": 1, "heads": 2}, NAMES[1]: {"width": 16, "depth": 1, "heads": 2, "output": 8}}
 
 

@@ -138,7 +138,7 @@ def weights(tmp_path_factory) -> Path:
     visual = pseudo_weights(clip_image_network(**CLIP), gain=2.0)
     # A whole CLIP has a text tower too, which is not read.
     whole = {f"visual.{name}": value for name, value in visual.items()} | {"text_projection": torch.zeros(2, 2)}
-    save_file(whole, folder / "clip_vit_base_patch32_openai.safetensors")
+    save_file(whole, folder / "ViT-B-32-openai.safetensors")
     return folder
 
 
