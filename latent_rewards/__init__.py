@@ -15,6 +15,7 @@ _HOME = {
         "Metric",
         "as_reward_func",
         "check_metric",
+        "command_metric",
         "create_metric",
         "from_reward_func",
         "http_metric",

@@ -201,7 +201,7 @@ def test_listing_the_built_in_metrics_imports_no_heavy_library() -> None:
 
 def test_the_readme_shows_the_registry():
     readme = Path(__file__).parents[3] / "README.md"
-    for pattern in ("compression.*", "motion.*", "quality.*"):
+    for pattern in ("clip.*", "compression.*", "motion.*", "preference.*", "quality.*", "vbench.*"):
         for row in registry.metric_table(pattern).splitlines():
             assert row in readme.read_text(encoding="utf-8")
 
