@@ -281,7 +281,13 @@ def _instantiate(definition: _Definition, options: dict[str, Any]) -> Metric:
     else:
         score = partial(target, **bound) if bound else target
     described = {entry.name: getattr(info, entry.name) for entry in fields(MetricInfo)}
-    return Metric(**described, score=score, options=bound, origin=getattr(target, "__module__", ""))
+    return Metric(**described, score=score, options=bound, origin=_origin(info.name, target))
+
+
+def _origin(name: str, target: Callable[..., Any]) -> str:
+    """Return the module that makes a target when imported; empty for an object, whose state no import brings back."""
+    nameless = not (inspect.isroutine(target) or inspect.isclass(target)) and name == _qualified(target)
+    return "" if nameless else getattr(target, "__module__", "")
 
 
 def _bind(definition: _Definition, options: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from latent_rewards.collect import GIVE_UP_AFTER, MetricOracle, collect_rewards
+from latent_rewards.collect import collect_rewards
+from latent_rewards.collection import GIVE_UP_AFTER
 from latent_rewards.contracts import ConfigError, DataError, MetricError, MetricOutputError
 from latent_rewards.dataset import RewardDataset
+from latent_rewards.oracle import MetricOracle
 from latent_rewards.training.checkpoint import CheckpointError
 
 
