@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -21,19 +23,19 @@ class Ranks:
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.count > 1:
-            from accelerate import PartialState
-
-            PartialState().wait_for_everyone()
+            torch.distributed.barrier()
 
 
 def current_ranks() -> Ranks:
     """Return this process's place in its launch; joins the launch's process group if that is still to be done."""
-    import torch.distributed
+    if not torch.distributed.is_available():
+        return Ranks()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if not launched and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return Ranks()  # accelerate is not asked, for that would fix the device of this process
-    from accelerate import PartialState
-
-    state = PartialState()
-    return Ranks(state.process_index, state.num_processes)
+        # Without being told, accelerate takes the processes of a launch on CPUs for strangers.
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    if not torch.distributed.is_initialized():
+        return Ranks()
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
