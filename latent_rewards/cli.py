@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from latent_rewards import collect_command
 from latent_rewards.contracts import ConfigError, DataError, LatentRewardsError
 
 if TYPE_CHECKING:
@@ -235,6 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--short-side", type=int, help="shrink the shorter side to so many pixels (default: as it is)")
     command.add_argument("--csv", help="also write the values to this file")
     command.set_defaults(run=score_command)
+    collect_command.add_parser(rooms)
     return parser
 
 

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 import warnings
 
 import pytest
@@ -117,7 +115,7 @@ def test_a_part_of_another_collection_is_not_taken_for_ours(toys, tmp_path):
         RewardDataset.load(tmp_path / "a")
 
 
-SCRIPT = '''
+SCRIPT = """
 import json, os, signal, sys, time, warnings
 from pathlib import Path
 import torch
@@ -163,7 +161,7 @@ except RankError as error:
     told["error"] = str(error)
 collect("resumed")
 collect("killed", end=lambda: os.kill(os.getpid(), signal.SIGKILL))
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from latent_rewards.contracts import ConfigError, MetricCrashError, MetricError
 from latent_rewards.metrics import create_metric, from_reward_func
 from latent_rewards.metrics.workers import MetricWorkers
 
-SOURCE = '''
+SOURCE = """
 import os, time
 
 def pid(videos, *, pause=0.0):
@@ -37,7 +37,7 @@ class Scaled:
 
 def here_only(videos):
     return videos.flatten(1).mean(1)
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,8 @@ def test_work_runs_side_by_side_and_waits_when_the_queue_is_full(workers: Metric
 def test_a_crash_and_an_error_reach_their_own_work_only(workers: MetricWorkers) -> None:
     bright, dark = torch.ones(3, 5, 3, 8, 8), torch.zeros(3, 5, 3, 8, 8)
     asked = [
-        workers.submit(lambda ask, v=videos: next(iter(ask(["mean"], v, [""] * 3)))) for videos in (bright, dark, clips())
+        workers.submit(lambda ask, v=videos: next(iter(ask(["mean"], v, [""] * 3))))
+        for videos in (bright, dark, clips())
     ]
     with pytest.raises(MetricCrashError, match=r"'metrics_of_workers:mean' with 3 sample\(s\).*exit status 7"):
         asked[0].result()
