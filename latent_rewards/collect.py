@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latent_rewards.collection import Collection, Outcome
+from latent_rewards.collection import Begin, Collection, Outcome
 from latent_rewards.contracts import ConfigError, Policy, Prompt, check_prompts, prompt_text
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.oracle import MetricOracle, PendingScores, Scores
@@ -85,14 +85,18 @@ def collect_rewards(
         "policy": _policy_digest(policy),
     }
     root = Path(output_dir) if output_dir is not None else None
-    ahead = parts_ahead(oracle, batch_size)
-    return Collection(num_samples, batch_size, settings, root=root, ahead=ahead, progress=progress).run(begin)
+    return run_with(oracle, begin, Collection(num_samples, batch_size, settings, root=root, progress=progress))
 
 
-def parts_ahead(oracle: MetricOracle, batch_size: int) -> int:
-    """Return how many parts to begin ahead so that the oracle's workers and their queue have work."""
-    chunks = math.ceil(batch_size / oracle.chunk_size)
-    return math.ceil((oracle.num_workers + 1) / chunks) if oracle.num_workers else 0
+def run_with(oracle: MetricOracle, begin: Begin, collection: Collection) -> RewardDataset:
+    """Run a collection with enough parts begun ahead for the oracle's workers; they end with it if it fails."""
+    chunks = math.ceil(collection.batch_size / oracle.chunk_size)
+    collection.ahead = math.ceil((oracle.num_workers + 1) / chunks) if oracle.num_workers else 0
+    try:
+        return collection.run(begin)
+    except BaseException:
+        oracle.close()  # or leaving would wait for what is still being scored
+        raise
 
 
 def begin_part(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latent_rewards.collect import begin_part, parts_ahead
+from latent_rewards.collect import begin_part, run_with
 from latent_rewards.collection import Collection, Outcome
 from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.dataset import RewardDataset
@@ -97,8 +97,7 @@ def collect_videos(
         "latent_space": oracle.latent_space,
     }
     root = Path(output_dir) if output_dir is not None else None
-    ahead = parts_ahead(oracle, batch_size)
-    return Collection(len(names), batch_size, settings, root=root, ahead=ahead, progress=progress).run(begin)
+    return run_with(oracle, begin, Collection(len(names), batch_size, settings, root=root, progress=progress))
 
 
 def find_videos(videos: str | Path | Sequence[str | Path]) -> dict[str, Path]:

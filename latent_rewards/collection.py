@@ -184,7 +184,7 @@ class Collection:
             warnings.warn(
                 f"{len(dataset.failures)} of {self.num_samples} samples could not be scored and are left out (see "
                 f"dataset.failures); {_first(dataset.failures)}",
-                stacklevel=4,
+                stacklevel=5,
             )
         return dataset
 

@@ -57,8 +57,9 @@ class MetricOracle:
         codec: latents -> videos.
         metrics: metric names or metrics, whose names become the reward names; or ``{reward name: metric}``.
         chunk_size: most videos decoded and scored at once. With workers, ``num_workers + 2`` chunks may be in memory.
-        num_workers: processes that score while the caller goes on; 0 scores in this one. Each holds every metric, and
-            starts with the first query. A metric that crashes, or takes too long, is an error for its chunk only.
+        num_workers: processes that score while the caller goes on; 0 scores in this one. Each holds every metric,
+            uses as many threads as this process, and starts with the first query. A metric that crashes, or takes too
+            long, is an error for its chunk only.
         timeout: seconds a metric may take for a chunk in a worker.
         cache_dir: folder that keeps the scores of deterministic metrics; see :mod:`latent_rewards.score_cache`.
 
@@ -176,7 +177,7 @@ class MetricOracle:
         begun: list[tuple[int, Future[Scores]]] = []
         try:
             for videos, texts in chunks:
-                begun.append((len(videos), self._workers.submit(partial(self._score, videos, texts))))
+                begun.append((len(videos), self._workers.submit(partial(self._score, videos.cpu(), texts))))
         except BaseException:
             _cancel(begun)
             raise

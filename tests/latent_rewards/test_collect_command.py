@@ -8,7 +8,6 @@ import torch
 
 from latent_rewards import collect_command
 from latent_rewards.cli import main
-from latent_rewards.contracts import ConfigError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.video import encode_mp4
 
@@ -120,10 +119,3 @@ def test_help_explains_and_one_source_is_needed(capsys):
             main(["collect", *arguments])
         printed = capsys.readouterr()
         assert part in printed.out + printed.err
-
-
-def test_the_installed_loaders_reach_what_they_name():
-    points = {point.name: point for point in collect_command.entry_points(group=collect_command.POLICIES)}
-    assert callable(points["few_step_student"].load())
-    with pytest.raises(ConfigError, match="brings no codec"):
-        collect_command.codec_of(object(), "folder")
