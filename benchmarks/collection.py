@@ -252,13 +252,13 @@ def main() -> None:
     result: dict[str, Any] = {"metrics": METRICS, "note": options.note}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        result["workers"] = measure_workers(options.samples, options.repeats)
         result["cache"] = measure_cache(options.samples, scratch)
         result["memory"] = measure_memory(options.samples // 4, scratch / "memory")
         small = Work(options.samples, batch_size=2, metrics=CHEAP_METRICS)
         result["kills"] = measure_kills(small, options.kills, scratch / "plain")
         aided = replace(small, num_workers=1, cache_dir=str(scratch / "kept"))
         result["kills_with_worker_and_cache"] = measure_kills(aided, options.kills // 4, scratch / "aided")
+        result["workers"] = measure_workers(options.samples, options.repeats)
     RESULT.write_text(json.dumps({**result, **provenance()}, indent=1))
     print(json.dumps(result, indent=1))
 

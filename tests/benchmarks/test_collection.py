@@ -16,7 +16,7 @@ class Forked:
 
     def __post_init__(self):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.collection"])
+        context.set_forkserver_preload(["benchmarks.collection", "pyarrow.parquet", "latent_rewards.metrics"])
         ready = context.Event()
         self.process = context.Process(target=self.work.run, args=(ready.set,))
         self.process.start()
