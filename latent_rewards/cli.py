@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from latent_rewards import collect_command
 from latent_rewards.contracts import ConfigError, DataError, LatentRewardsError
 
 if TYPE_CHECKING:
@@ -282,6 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--csv", help="also write the values to this file")
     command.add_argument("--html", help="also write a page of the best and worst clips of each metric to this file")
     command.set_defaults(run=score_command)
+    collect_command.add_parser(rooms)
     return parser
 
 

@@ -141,6 +141,10 @@ class MetricCrashError(MetricError, RuntimeError):
     """A metric's process died."""
 
 
+class RankError(LatentRewardsError, RuntimeError):
+    """Another process of the launch failed, so the work they share cannot be finished."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Return an error message that names ``name``, the closest known names, and all of them when they are few."""
     names = sorted(known)

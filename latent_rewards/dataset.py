@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -19,7 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latent_rewards.contracts import DataError, FingerprintMismatchError, Prompt, check_latents, prompt_text
-from latent_rewards.training.checkpoint import CheckpointError, commit_directory, verify_directory
+from latent_rewards.training.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    commit_directory,
+    file_sha256,
+    verify_directory,
+)
 
 FORMAT = "latent-rewards/dataset/1"
 DESCRIPTION = "dataset.json"
@@ -199,17 +206,7 @@ class RewardDataset:
             FingerprintMismatchError: latent spaces or metric fingerprints differ.
             DataError: reward names, latent shapes or dtypes differ.
         """
-        self._check_joinable(other)
-        offset = sum(shard.count for shard in self._shards)
-        return RewardDataset(
-            self._shards + other._shards,
-            torch.cat([self._rows, other._rows + offset]),
-            self.prompts + other.prompts,
-            {name: torch.cat([values, other.rewards[name]]) for name, values in self.rewards.items()},
-            latent_space=self.latent_space,
-            metric_fingerprints=self.metric_fingerprints,
-            failures={**self.failures, **other.failures},
-        )
+        return join([self, other])
 
     def _check_joinable(self, other: RewardDataset) -> None:
         check_same_fingerprint("latent space", self.latent_space, other.latent_space)
@@ -261,7 +258,7 @@ class RewardDataset:
         if (folder / COMPLETE).is_dir():
             verify_directory(folder / COMPLETE)
             content = json.loads((folder / COMPLETE / "parts.json").read_text())
-            joined = join([cls.load(folder / name) for name in content["parts"]])
+            joined = join([_load_part(folder, entry) for entry in content["parts"]])
             joined.failures = {int(index): error for index, error in content["failures"]}
             return joined
         if not (folder / DESCRIPTION).is_file():
@@ -281,8 +278,14 @@ class RewardDataset:
             raise CheckpointError(f"{folder} has format {description.get('format')!r}; this version reads {FORMAT!r}")
         table = parquet.read_table(folder / TABLE)
         names = table.column_names[1:]
+        shards = [_FileShard(folder / name) for name in description["shards"]]
+        if table.num_rows != sum(shard.count for shard in shards):
+            raise CheckpointError(
+                f"{folder} has {table.num_rows} rows in {TABLE} and {sum(shard.count for shard in shards)} latents; "
+                "write it again"
+            )
         return cls(
-            [_FileShard(folder / name) for name in description["shards"]],
+            shards,
             torch.arange(table.num_rows),
             table.column(0).to_pylist(),
             {name: torch.tensor(table.column(i + 1).to_numpy(), dtype=torch.float32) for i, name in enumerate(names)},
@@ -294,10 +297,49 @@ class RewardDataset:
 
 def join(parts: Sequence[RewardDataset]) -> RewardDataset:
     """Return the concatenation of one or more datasets; see :meth:`RewardDataset.concatenate`."""
-    joined = parts[0]
+    first = parts[0]
     for part in parts[1:]:
-        joined = joined.concatenate(part)
-    return joined
+        first._check_joinable(part)
+    starts = accumulate((sum(shard.count for shard in part._shards) for part in parts), initial=0)
+    return RewardDataset(
+        [shard for part in parts for shard in part._shards],
+        torch.cat([part._rows + start for part, start in zip(parts, starts, strict=False)]),
+        [prompt for part in parts for prompt in part.prompts],
+        {name: torch.cat([part.rewards[name] for part in parts]) for name in first.rewards},
+        latent_space=first.latent_space,
+        metric_fingerprints=first.metric_fingerprints,
+        failures={index: error for part in parts for index, error in part.failures.items()},
+    )
+
+
+def write_complete(root: Path, parts: Sequence[Path], failures: Mapping[int, str]) -> None:
+    """Commit the list of a finished collection's parts, each with its rows and the sha256 of its manifest."""
+    from pyarrow import parquet
+
+    entries = [
+        {
+            "name": part.name,
+            "rows": parquet.read_metadata(part / TABLE).num_rows,
+            "sha256": file_sha256(part / MANIFEST),
+        }
+        for part in parts
+    ]
+    with commit_directory(root / COMPLETE) as folder:
+        content = {"parts": entries, "failures": list(failures.items())}
+        (folder / "parts.json").write_text(json.dumps(content, indent=1))
+
+
+def _load_part(root: Path, entry: str | Mapping[str, Any]) -> RewardDataset:
+    if isinstance(entry, str):  # as collections were listed before rows and hashes were
+        return RewardDataset.load(root / entry)
+    folder = root / entry["name"]
+    part = RewardDataset.load(folder)
+    if len(part) != entry["rows"] or file_sha256(folder / MANIFEST) != entry["sha256"]:
+        raise CheckpointError(
+            f"{folder} is not the part that the collection finished with ({len(part)} rows, {entry['rows']} then); "
+            "restore it, or collect again"
+        )
+    return part
 
 
 def check_reward(name: str, values: Tensor, count: int) -> Tensor:

@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,17 +48,25 @@ _ENTRY = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from {module}
 
 
 class ChildTraceback(Exception):
-    """The traceback of an error that was raised in a child process; the cause of the error raised in its parent."""
+    """The traceback of an error that was raised in a child process; the cause of the error raised in its parent.
+
+    Attributes:
+        message: what the error said there.
+    """
+
+    def __init__(self, traceback: str, message: str) -> None:
+        super().__init__(traceback)
+        self.message = message
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IsolatedMetric(Metric):
     """A metric that runs in a child process; also a context manager that closes it."""
 
-    child: _Child
+    child: MetricChild
 
     def _run(self, videos: Tensor, texts: list[str] | None) -> Tensor:
-        return self.child.call(videos, prompts=texts)
+        return self.child.call(videos, prompts=texts)[0]
 
     def close(self) -> None:
         """Kill the child and everything it started; a later call would start a new one."""
@@ -99,36 +107,66 @@ def isolate(
     for label, seconds in (("timeout", timeout), ("startup_timeout", startup_timeout)):
         if not seconds > 0:
             raise ConfigError(f"{label} must be positive seconds; got {seconds!r}")
-    name, module = source_of(metric)
-    if isinstance(metric, Metric):
-        if options:
-            raise ConfigError(f"metric {name!r} is made already; options {sorted(options)} have no effect")
-        options = dict(metric.options)
-    try:
-        setup = json.dumps({"name": name, "module": module, "options": options})
-    except TypeError as error:
-        raise ConfigError(f"metric {name!r}: options travel to the child as JSON: {error}") from error
-    child = _Child(name, setup, timeout, startup_timeout)
-    described = child.start()
+    recipe = recipe_of(metric, options)
+    child = MetricChild([recipe], timeout, startup_timeout)
+    (described,) = child.start()
     info = described["info"]
     info["differentiable"] = False  # a gradient does not cross to another process
-    isolated = IsolatedMetric(**info, score=child.call, options=described["options"], origin=module, child=child)
+    isolated = IsolatedMetric(
+        **info, score=child.call, options=described["options"], origin=recipe["module"], child=child
+    )
     isolated.__dict__["fingerprint"] = described["fingerprint"]  # fills the cached property: the weights are elsewhere
     weakref.finalize(isolated, child.stop)
     return isolated
 
 
-class _Child:
-    """The parent's end: a child process that is started when needed and killed with all its descendants."""
+def recipe_of(metric: str | Callable[..., Any] | Metric, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what another process needs to make a metric, as JSON-able ``{"name", "module", "options"}``.
 
-    def __init__(self, name: str, setup: str, timeout: float, startup_timeout: float) -> None:
-        self.name, self._setup = name, setup
+    Args:
+        metric: a registered name, ``"pkg.mod:attr"``, an importable function or class, or a metric made of one.
+        options: the metric's options; none for a metric that is made already, which brings its own.
+
+    Raises:
+        ConfigError: an option is not JSON, or the metric cannot be imported by another process.
+        UnknownMetricError: nothing has that name.
+    """
+    name, module = source_of(metric)
+    options = dict(options or {})
+    if isinstance(metric, Metric):
+        if options:
+            raise ConfigError(f"metric {name!r} is made already; options {sorted(options)} have no effect")
+        options = dict(metric.options)
+    recipe = {"name": name, "module": module, "options": options}
+    try:
+        json.dumps(recipe)
+    except TypeError as error:
+        raise ConfigError(f"metric {name!r}: options travel to the child as JSON: {error}") from error
+    return recipe
+
+
+class MetricChild:
+    """The parent's end: a child process that is started when needed and killed with all its descendants.
+
+    Args:
+        recipes: of the metrics it holds, see :func:`recipe_of`.
+        timeout: seconds one metric may take for a call, transfer included.
+        startup_timeout: seconds it may take to start and make its metrics.
+    """
+
+    def __init__(self, recipes: Sequence[dict[str, Any]], timeout: float, startup_timeout: float) -> None:
+        self._recipes = list(recipes)
+        self._names = [str(recipe["name"]) for recipe in recipes]
         self._timeout, self._startup_timeout = timeout, startup_timeout
         self._lock = threading.RLock()
         self._running: tuple[subprocess.Popen[bytes], socket.socket] | None = None
 
-    def start(self) -> dict[str, Any]:
-        """Start a child and return what it says of its metric."""
+    def start(self) -> list[dict[str, Any]]:
+        """Start a child and return what it says of each metric: ``{"info", "options", "fingerprint"}``.
+
+        Raises:
+            MetricError: a metric could not be made; its subclasses say that the child died or took too long.
+        """
         with self._lock:
             self.stop()
             ours, theirs = socket.socketpair()
@@ -139,24 +177,39 @@ class _Child:
                     command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
                 )
             self._running = running, ours
-            request = {**json.loads(self._setup), "threads": torch.get_num_threads()}
+            name = "', '".join(self._names)
+            request = {"metrics": self._recipes, "threads": torch.get_num_threads()}
             try:
-                described, _ = self._exchange(request, b"", self._startup_timeout, "to start")
+                answer, _ = self._exchange(name, request, b"", self._startup_timeout, "to start")
             except LatentRewardsError:
                 self.stop()
                 raise
-            self.name = described["info"]["name"]
+            described: list[dict[str, Any]] = answer["metrics"]
+            self._names = [entry["info"]["name"] for entry in described]
             return described
 
-    def call(self, videos: Tensor, *, prompts: list[str] | None = None) -> Tensor:
-        """Return the metric's values ``[B]`` for videos ``[B, T, C, H, W]``."""
+    def call(
+        self, videos: Tensor, *, prompts: Sequence[str] | None = None, slots: Sequence[int] = (0,)
+    ) -> list[Tensor]:
+        """Return the values ``[B]`` of the metrics at ``slots`` of its list for videos ``[B, T, C, H, W]``.
+
+        The videos travel once. The first metric that fails ends the call.
+
+        Raises:
+            MetricError: a metric failed; its subclasses say that the child died or took too long.
+        """
         with self._lock:
             if self._running is None:
                 self.start()
-            request = {"shape": list(videos.shape), "prompts": prompts}
-            raw = videos.cpu().numpy().tobytes()
-            _, payload = self._exchange(request, raw, self._timeout, f"with {len(videos)} sample(s)")
-            return torch.from_numpy(np.frombuffer(payload, dtype=np.float32).copy())
+            columns: list[Tensor] = []
+            for slot in slots:
+                sent = bool(columns)
+                request = {"slot": slot, "prompts": prompts, "shape": None if sent else list(videos.shape)}
+                raw = b"" if sent else videos.cpu().numpy().tobytes()
+                what = f"with {len(videos)} sample(s)"
+                _, payload = self._exchange(self._names[slot], request, raw, self._timeout, what)
+                columns.append(torch.from_numpy(np.frombuffer(payload, dtype=np.float32).copy()))
+            return columns
 
     def stop(self) -> None:
         """Kill the child and everything it started, even while another thread waits for its answer."""
@@ -168,9 +221,11 @@ class _Child:
                 running.wait(timeout=1.0)
             ours.close()
 
-    def _exchange(self, request: dict[str, Any], raw: bytes, seconds: float, what: str) -> tuple[dict[str, Any], bytes]:
+    def _exchange(
+        self, name: str, request: dict[str, Any], raw: bytes, seconds: float, what: str
+    ) -> tuple[dict[str, Any], bytes]:
         if self._running is None:
-            raise MetricCrashError(f"metric {self.name!r} has no child process")
+            raise MetricCrashError(f"metric '{name}' has no child process")
         running, ours = self._running
         deadline = time.monotonic() + seconds
         try:
@@ -183,9 +238,9 @@ class _Child:
             self.stop()
             if late:
                 raise MetricTimeoutError(
-                    f"metric {self.name!r} {what} did not answer within {seconds:g} s; its child process was killed"
+                    f"metric '{name}' {what} did not answer within {seconds:g} s; its child process was killed"
                 ) from None
-            raise MetricCrashError(f"metric {self.name!r} {what}: its child process died ({ending})") from None
+            raise MetricCrashError(f"metric '{name}' {what}: its child process died ({ending})") from None
         except BaseException:
             self.stop()  # an interrupted exchange would answer the next call with this one's reply
             raise
@@ -194,7 +249,7 @@ class _Child:
             known = isinstance(kind, type) and issubclass(kind, LatentRewardsError)
             raise (kind if known else MetricError)(
                 f"{answer['message']} (in a child process, {what})"
-            ) from ChildTraceback(answer["traceback"])
+            ) from ChildTraceback(answer["traceback"], answer["message"])
         return answer, payload
 
 
@@ -215,22 +270,29 @@ def serve(descriptor: int) -> None:
         os.set_inheritable(descriptor, False)
         request, _ = _receive(ours)
         torch.set_num_threads(request["threads"])
-        try:
-            if request["module"]:
-                importlib.import_module(request["module"])
-            metric = create_metric(request["name"], **request["options"])
-            described = {"info": metric.info, "options": metric.options, "fingerprint": metric.fingerprint}
-            json.dumps(described)
-        except Exception as error:
-            _send(ours, _describe_error(request["name"], error))
-            return
-        _send(ours, described)
+        metrics: list[Metric] = []
+        described: list[dict[str, Any]] = []
+        for recipe in request["metrics"]:
+            try:
+                if recipe["module"]:
+                    importlib.import_module(recipe["module"])
+                metric = create_metric(recipe["name"], **recipe["options"])
+                described.append({"info": metric.info, "options": metric.options, "fingerprint": metric.fingerprint})
+                json.dumps(described)
+            except Exception as error:
+                _send(ours, _describe_error(recipe["name"], error))
+                return
+            metrics.append(metric)
+        _send(ours, {"metrics": described})
+        videos = torch.empty(0)
         while True:
             try:
                 request, raw = _receive(ours)
             except EOFError:
                 return
-            videos = torch.from_numpy(np.frombuffer(raw, dtype=np.float32).copy()).reshape(request["shape"])
+            metric = metrics[request["slot"]]
+            if request["shape"] is not None:
+                videos = torch.from_numpy(np.frombuffer(raw, dtype=np.float32).copy()).reshape(request["shape"])
             try:
                 values = metric(videos, request["prompts"])
             except Exception as error:

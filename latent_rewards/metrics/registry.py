@@ -340,8 +340,14 @@ def _instantiate(definition: _Definition, options: dict[str, Any]) -> Metric:
             score.to(view.device)
         score = ViewedScore(score, view, info.name)
     described = {entry.name: getattr(info, entry.name) for entry in fields(MetricInfo)}
-    origin = getattr(target, "__module__", "")
-    return Metric(**described, score=score, options={**bound, **view.options()}, origin=origin)
+    shown = {**bound, **view.options()}
+    return Metric(**described, score=score, options=shown, origin=_origin(info.name, target))
+
+
+def _origin(name: str, target: Callable[..., Any]) -> str:
+    """Return the module that makes a target when imported; empty for an object, whose state no import brings back."""
+    nameless = not (inspect.isroutine(target) or inspect.isclass(target)) and name == qualified_name(target)
+    return "" if nameless else getattr(target, "__module__", "")
 
 
 def _bind(definition: _Definition, options: dict[str, Any]) -> tuple[dict[str, Any], View]:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
-_TEMPORARY_PREFIX = ".tmp-"
+TEMPORARY_PREFIX = ".tmp-"
+"""How the names of folders begin that are being written; what a crash leaves of them may be removed."""
 
 
 class CheckpointError(RuntimeError):
@@ -53,7 +54,7 @@ def commit_directory(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f"{_TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
+    temporary = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     try:
         yield temporary
@@ -69,7 +70,7 @@ def commit_directory(path: str | Path) -> Iterator[Path]:
 
 
 def _replace(temporary: Path, target: Path) -> None:
-    previous = target.parent / f"{_TEMPORARY_PREFIX}old-{target.name}-{uuid.uuid4().hex[:8]}"
+    previous = target.parent / f"{TEMPORARY_PREFIX}old-{target.name}-{uuid.uuid4().hex[:8]}"
     if target.exists():
         target.rename(previous)
     temporary.rename(target)

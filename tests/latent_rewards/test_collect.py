@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from latent_rewards.collect import GIVE_UP_AFTER, MetricOracle, collect_rewards
-from latent_rewards.contracts import ConfigError, DataError, MetricError, MetricOutputError
+from latent_rewards.collect import collect_rewards
+from latent_rewards.collection import GIVE_UP_AFTER
+from latent_rewards.contracts import ConfigError, DataError, MetricError
 from latent_rewards.dataset import RewardDataset
+from latent_rewards.oracle import MetricOracle
 from latent_rewards.training.checkpoint import CheckpointError
 
 
@@ -92,32 +94,6 @@ def same(a, b):
         and torch.equal(a.rewards["mean"], b.rewards["mean"])
         and a.failures == b.failures
     )
-
-
-def test_oracle_decodes_in_chunks_and_counts():
-    codec = Codec()
-    oracle = MetricOracle(codec, {"one": Mean(), "two": Mean()}, chunk_size=4)
-    latents = torch.randn(10, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    scores = oracle(latents, ["p"] * 10)
-    assert codec.batch_sizes == [4, 4, 2] and oracle.num_queries == 10
-    assert list(scores) == ["one", "two"]
-    torch.testing.assert_close(scores["two"], latents.flatten(1).mean(1))
-    assert oracle.fingerprints == {"one": "mean@1", "two": "mean@1"} and oracle.latent_space == "toy-codec"
-
-
-def test_oracle_refuses_what_it_cannot_use():
-    for metrics, message in [([], "at least one"), ("mean", "pass a list"), ([Mean(), Mean()], "two metrics")]:
-        with pytest.raises(ConfigError, match=message):
-            MetricOracle(Codec(), metrics)
-    with pytest.raises(DataError, match="1 prompts for 2 latents"):
-        MetricOracle(Codec(), [Mean()])(torch.zeros(2, 2, 1, 2, 2), ["a"])
-
-    class Scalar(Mean):
-        def __call__(self, videos, prompts=None):
-            return videos.mean()
-
-    with pytest.raises(MetricOutputError, match="'mean' returned shape"):
-        MetricOracle(Codec(), [Scalar()])(torch.zeros(2, 2, 1, 2, 2), ["a", "b"])
 
 
 def test_samples_do_not_depend_on_batches_or_storage(tmp_path):

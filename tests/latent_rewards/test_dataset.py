@@ -7,7 +7,7 @@ import torch
 
 from latent_rewards.contracts import DataError, FingerprintMismatchError
 from latent_rewards.dataset import DESCRIPTION, RewardDataset
-from latent_rewards.training.checkpoint import CheckpointError
+from latent_rewards.training.checkpoint import CheckpointError, commit_directory
 
 
 def make(count=6, *, seed=0, latent_space="vae-a", fingerprint="m@1", dtype=torch.float32):
@@ -110,3 +110,13 @@ def test_the_table_opens_with_hugging_face_datasets_format(tmp_path):
     make(3).save(tmp_path / "data")
     table = parquet.read_table(tmp_path / "data" / "samples.parquet")
     assert table.column_names == ["prompt", "score", "motion"] and table.num_rows == 3
+
+
+def test_rows_that_do_not_match_the_latents_are_found_though_every_hash_is_right(tmp_path):
+    make(6).save(tmp_path / "six")
+    make(5).save(tmp_path / "five")
+    with commit_directory(tmp_path / "mixed") as folder:
+        for name, source in (("samples.parquet", "six"), ("latents-00000.safetensors", "five"), (DESCRIPTION, "six")):
+            (folder / name).write_bytes((tmp_path / source / name).read_bytes())
+    with pytest.raises(CheckpointError, match="6 rows in samples.parquet and 5 latents"):
+        RewardDataset.load(tmp_path / "mixed")

@@ -1,0 +1,74 @@
+"""A collection that is killed at random moments ends with the bytes of one that was left alone."""
+
+import multiprocessing
+from dataclasses import dataclass, replace
+
+import pytest
+
+from benchmarks.collection import CHEAP_METRICS, Work, content, start, survive
+
+
+@dataclass
+class Forked:
+    """A collecting process that has imported everything before it was born: a kill costs no three seconds."""
+
+    work: Work
+
+    def __post_init__(self):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["benchmarks.collection", "pyarrow.parquet", "latent_rewards.metrics"])
+        ready = context.Event()
+        self.process = context.Process(target=self.work.run, args=(ready.set,))
+        self.process.start()
+        assert ready.wait(timeout=100)
+
+    def kill(self):
+        self.process.kill()
+
+    def wait(self):
+        self.process.join(timeout=100)
+        return self.process.exitcode
+
+
+def test_five_kills_change_no_byte(tmp_path):
+    work = Work(60, batch_size=2, metrics=CHEAP_METRICS[:1], folder=str(tmp_path / "whole"))
+    seconds = work.run()["seconds"]
+    disturbed = replace(work, folder=str(tmp_path / "disturbed"))
+    result = survive(lambda: Forked(disturbed), tmp_path / "disturbed", kills=5, seconds=seconds, seed=1)
+    assert result["kills"] == 5 and result["exit_status"] == 0
+    assert result["parts_after_kill"] == sorted(result["parts_after_kill"]) and result["parts_after_kill"][-1] > 0
+    whole = content(tmp_path / "whole")
+    assert len(whole) == 30 * 4 + 2 + 2 and content(tmp_path / "disturbed") == whole
+
+
+def test_a_killed_interpreter_with_worker_and_cache_changes_no_byte_either(tmp_path):
+    work = Work(12, batch_size=2, metrics=CHEAP_METRICS[:1], folder=str(tmp_path / "whole"))
+    seconds = work.run()["seconds"]
+    aided = replace(work, folder=str(tmp_path / "aided"), num_workers=1, cache_dir=str(tmp_path / "cache"))
+    result = survive(lambda: start(aided), tmp_path / "aided", kills=1, seconds=seconds, seed=3)
+    assert result["kills"] == 1 and result["exit_status"] == 0
+    assert content(tmp_path / "aided") == content(tmp_path / "whole")
+
+
+def test_survive_counts_only_kills_that_found_it_running(tmp_path):
+    class Finished:
+        def kill(self):
+            pass
+
+        def wait(self):
+            return 0
+
+    result = survive(Finished, tmp_path, kills=3, seconds=0.0, seed=0)
+    assert result == {"kills": 0, "half_written": 0, "parts_after_kill": [], "exit_status": 0}
+
+
+@pytest.mark.parametrize("status", [-9, 1])
+def test_survive_tells_how_the_last_run_ended(tmp_path, status):
+    class Ending:
+        def kill(self):
+            pass
+
+        def wait(self):
+            return status
+
+    assert survive(Ending, tmp_path, kills=2, seconds=0.0, seed=0)["exit_status"] == status
