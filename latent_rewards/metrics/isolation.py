@@ -288,7 +288,7 @@ def serve(descriptor: int) -> None:
         while True:
             try:
                 request, raw = _receive(ours)
-            except EOFError:
+            except (EOFError, ConnectionError):
                 return
             metric = metrics[request["slot"]]
             if request["shape"] is not None:

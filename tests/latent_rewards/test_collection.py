@@ -82,6 +82,32 @@ def test_it_gives_up_only_while_nothing_was_scored(tmp_path):
             assert len(Collection(**settings, root=root).run(begin)) == 26
 
 
+def test_later_failures_are_no_reason_to_give_up():
+    def begin(indices):
+        failed = (None, {index: "ValueError: no" for index in indices})
+        return lambda: (part(), {}) if indices[0] == GIVE_UP_AFTER - 2 else failed
+
+    with pytest.warns(UserWarning, match="38 of 40"):
+        assert len(Collection(40, 2, {}, progress=False).run(begin)) == 2
+
+
+def test_a_part_that_failed_and_then_succeeds_leaves_no_trace(tmp_path):
+    def begin(indices):
+        if indices[0] == stop:
+            raise KeyboardInterrupt
+        failed = (None, {index: "OSError: the judge is down" for index in indices})
+        return lambda: failed if indices[0] == broken else (part(), {})
+
+    stop, broken = 6, 2
+    with pytest.raises(KeyboardInterrupt):
+        Collection(8, 2, {}, root=tmp_path / "a", progress=False).run(begin)
+    assert (tmp_path / "a" / "failed-000001").is_dir()
+    stop = broken = None
+    for name in ("a", "b"):
+        assert Collection(8, 2, {}, root=tmp_path / name, progress=False).run(begin).failures == {}
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
 def test_parts_are_begun_ahead_and_kept_in_order(tmp_path):
     log = []
 
