@@ -95,14 +95,10 @@ def score_command(options: argparse.Namespace) -> int:
     """Score the videos of a folder; returns 1 if a video or a metric failed."""
     from latent_rewards.metrics import create_metric
     from latent_rewards.metrics.metric import require
-    from latent_rewards.video import SUFFIXES, check_frames
+    from latent_rewards.video import check_frames, find_videos
 
     check_frames(options.frames)
-    folder = Path(options.folder)
-    found = [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-    if not found:
-        raise DataError(f"{folder} holds no video; looked for {', '.join(SUFFIXES)}")
-    files = {file.name if folder.is_file() else str(file.relative_to(folder)): file for file in found}
+    files = find_videos(options.folder)
     prompts = read_prompts(options.prompts)
     for module in ("jinja2", "matplotlib") if options.html else ():
         require(module, extra="report")
@@ -119,7 +115,7 @@ def score_command(options: argparse.Namespace) -> int:
         def prompt(name: str) -> str | None:
             return prompt_of(files[name], name, prompts)
 
-        score_page(str(folder), rows, metrics, files, prompt, faults, options.frames).save(options.html)
+        score_page(options.folder, rows, metrics, files, prompt, faults, options.frames).save(options.html)
     for fault in faults:
         print(f"failed: {fault}", file=sys.stderr)
     return 1 if faults else 0

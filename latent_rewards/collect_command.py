@@ -113,7 +113,8 @@ def _from_policy(options: argparse.Namespace) -> RewardDataset:
 
 
 def _from_videos(options: argparse.Namespace) -> RewardDataset:
-    from latent_rewards.collect_videos import collect_videos, find_videos
+    from latent_rewards.collect_videos import collect_videos
+    from latent_rewards.video import find_videos
 
     if options.codec is None:
         raise ConfigError("--videos needs --codec: the folder of a stored student or teacher whose codec encodes them")

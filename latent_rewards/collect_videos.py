@@ -16,7 +16,7 @@ from latent_rewards.collection import Collection, Outcome
 from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.oracle import MetricOracle, PendingScores
-from latent_rewards.video import SUFFIXES, Clip, check_frames, read_video
+from latent_rewards.video import Clip, check_frames, find_videos, read_video
 
 
 def collect_videos(
@@ -98,30 +98,6 @@ def collect_videos(
     }
     root = Path(output_dir) if output_dir is not None else None
     return run_with(oracle, begin, Collection(len(names), batch_size, settings, root=root, progress=progress))
-
-
-def find_videos(videos: str | Path | Sequence[str | Path]) -> dict[str, Path]:
-    """Return ``{name: file}`` of a folder's videos, sorted, or of files as they are given.
-
-    Raises:
-        DataError: there is none, or a file is missing or named twice.
-    """
-    if isinstance(videos, str | Path):
-        folder = Path(videos)
-        if folder.is_file():
-            return {folder.name: folder}
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not files:
-            raise DataError(f"{folder} holds no video; looked for {', '.join(SUFFIXES)}")
-        return {str(file.relative_to(folder)): file for file in files}
-    named = {str(file): Path(file) for file in videos}
-    if not named:
-        raise DataError("no videos: the list is empty; give at least one file")
-    if len(named) < len(videos):
-        raise DataError(f"{len(videos) - len(named)} of the {len(videos)} videos are named twice; give each once")
-    if missing := [name for name, file in named.items() if not file.is_file()]:
-        raise DataError(f"{len(missing)} of the {len(named)} videos are no files, such as {missing[0]}")
-    return named
 
 
 def _prompts_of(files: Mapping[str, Path], prompts: Mapping[str, str] | str | Path | None) -> list[str]:

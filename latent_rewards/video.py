@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -60,6 +60,30 @@ def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     """Return the height and width of a frame whose shorter side becomes ``short_side`` pixels."""
     factor = short_side / min(height, width)
     return max(1, math.floor(height * factor + 0.5)), max(1, math.floor(width * factor + 0.5))
+
+
+def find_videos(videos: str | Path | Sequence[str | Path]) -> dict[str, Path]:
+    """Return ``{name: file}`` of a folder's videos, sorted, or of files as they are given.
+
+    Raises:
+        DataError: there is none, or a file is missing or named twice.
+    """
+    if isinstance(videos, str | Path):
+        folder = Path(videos)
+        if folder.is_file():
+            return {folder.name: folder}
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not files:
+            raise DataError(f"{folder} holds no video; looked for {', '.join(SUFFIXES)}")
+        return {str(file.relative_to(folder)): file for file in files}
+    named = {str(file): Path(file) for file in videos}
+    if not named:
+        raise DataError("no videos: the list is empty; give at least one file")
+    if len(named) < len(videos):
+        raise DataError(f"{len(videos) - len(named)} of the {len(videos)} videos are named twice; give each once")
+    if missing := [name for name, file in named.items() if not file.is_file()]:
+        raise DataError(f"{len(missing)} of the {len(named)} videos are no files, such as {missing[0]}")
+    return named
 
 
 def read_video(path: Path | str, *, frames: str = "all", short_side: int | None = None) -> Clip:

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from latent_rewards.collect_videos import collect_videos, find_videos
+from latent_rewards.collect_videos import collect_videos
 from latent_rewards.contracts import ConfigError, DataError, MetricError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.metrics import create_metric, register_metric, registry
 from latent_rewards.oracle import MetricOracle
-from latent_rewards.video import encode_mp4, read_video
+from latent_rewards.video import encode_mp4, find_videos, read_video
 
 
 def clip(seed, count=5, height=16, width=16):
