@@ -200,7 +200,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def measure_workers(num_samples: int, repeats: int) -> dict[str, Any]:
-    """Return the seconds of runs with 0, 1 and 2 workers, taken in turn, and the medians of neighbours' ratios."""
+    """Return the seconds of runs with 0, 1 and 2 workers, taken in turn, and the median ratios."""
     taken: dict[int, list[float]] = {0: [], 1: [], 2: []}
     for _ in range(repeats):
         for count, seconds in taken.items():
