@@ -254,23 +254,33 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each number of workers")
     parser.add_argument("--kills", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--note", default="", help="what else the machine did; stored with the result")
+    parser.add_argument("--only", nargs="+", help="sections to measure again; the others are kept as they are")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         print(json.dumps(Work(**options.work).run(lambda: print("ready", flush=True))))
         return
-    result: dict[str, Any] = {"metrics": METRICS, "note": options.note}
+    result: dict[str, Any] = json.loads(RESULT.read_text()) if options.only else {}
+    result |= {"metrics": METRICS}
     with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        result["cache"] = measure_cache(options.samples, scratch)
-        result["memory"] = measure_memory(options.samples // 4, scratch / "memory")
-        small = Work(options.samples, batch_size=2, metrics=CHEAP_METRICS)
-        result["kills"] = measure_kills(small, options.kills, scratch / "plain")
-        aided = replace(small, num_workers=1, cache_dir=str(scratch / "kept"))
-        result["kills_with_worker_and_cache"] = measure_kills(aided, options.kills // 4, scratch / "aided")
-        result["workers"] = measure_workers(options.samples, options.repeats)
+        for section, measure in sections(options.samples, options.repeats, options.kills, Path(name)).items():
+            if section in (options.only or [section]):
+                result[section] = {"note": options.note, **measure()}
     RESULT.write_text(json.dumps({**result, **provenance()}, indent=1))
     print(json.dumps(result, indent=1))
+
+
+def sections(num_samples: int, repeats: int, kills: int, scratch: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return what there is to measure, by name."""
+    small = Work(num_samples, batch_size=2, metrics=CHEAP_METRICS)
+    aided = replace(small, num_workers=1, cache_dir=str(scratch / "kept"))
+    return {
+        "workers": lambda: measure_workers(num_samples, repeats),
+        "cache": lambda: measure_cache(num_samples, scratch),
+        "memory": lambda: measure_memory(num_samples // 4, scratch / "memory"),
+        "kills": lambda: measure_kills(small, kills, scratch / "plain"),
+        "kills_with_worker_and_cache": lambda: measure_kills(aided, kills // 4, scratch / "aided"),
+    }
 
 
 if __name__ == "__main__":
