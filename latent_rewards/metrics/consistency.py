@@ -27,7 +27,7 @@ from latent_rewards.metrics.weights import WeightsFile, load_weights
 
 DINO_FILE = WeightsFile(
     "dino_vitbase16_pretrain.safetensors",
-    "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    "GitHub, facebookresearch/dino (dino_vitbase16_pretrain.pth)",
     343,
     licence="Apache-2.0",
     note="Read the .pth with torch.load(path, weights_only=True) and write it with safetensors.torch.save_file.",

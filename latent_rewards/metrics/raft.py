@@ -25,14 +25,14 @@ _CONVERT = "Read the .pth with torch.load(path, weights_only=True) and write it 
 RAFT_FILES = {
     "raft_large": WeightsFile(
         "raft_large_C_T_V1.safetensors",
-        "https://download.pytorch.org/models/raft_large_C_T_V1-22a6c225.pth",
+        "torchvision, Raft_Large_Weights.C_T_V1 (raft_large_C_T_V1-22a6c225.pth)",
         21,
         licence="BSD-3-Clause",
         note=_CONVERT,
     ),
     "raft_small": WeightsFile(
         "raft_small_C_T_V1.safetensors",
-        "https://download.pytorch.org/models/raft_small_C_T_V1-ad48884c.pth",
+        "torchvision, Raft_Small_Weights.C_T_V1 (raft_small_C_T_V1-ad48884c.pth)",
         4,
         licence="BSD-3-Clause",
         note=_CONVERT,
