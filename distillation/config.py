@@ -29,8 +29,7 @@ class DistillationConfig:
         batch_size: samples per update and rank.
         step_counts: step counts the student is trained for; VSD draws one per update.
         guidance_scale: of the teacher, w in ``u + w (c - u)``; 1 is none.
-        guidance_start: noise time t in [0, 1] below which the teacher is not guided; 0 guides it everywhere. A student
-            of VSD overshoots what guidance does to details, and some of it is undone this way.
+        guidance_start: noise time t in [0, 1] below which the teacher is not guided; 0 guides it everywhere.
         learning_rate: of the student (AdamW; beta1 = 0 with VSD, 0.9 for CD alone).
         learning_rate_floor: share of its learning rate the student has left at the end of each stage, reached along
             half a cosine; 1 keeps it constant. The fake score's stays constant: it has to keep up.
