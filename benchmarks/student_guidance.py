@@ -98,8 +98,8 @@ def main() -> None:
                 "distillation": dataclasses.replace(settings["distillation"], **chosen),
             }
         )
-        selection = Selection(pipeline, options.num_prompts)
         if not scores:
+            selection = Selection(pipeline, options.num_prompts)
             guidance = float(settings["run"].guidance_scale)
             scores["teacher, 50 steps"] = selection.score(pipeline.teacher_sampler(50, guidance), 1)
         student = pipeline.distil("student_vsd")

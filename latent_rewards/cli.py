@@ -95,7 +95,7 @@ def score_command(options: argparse.Namespace) -> int:
     """Score the videos of a folder; returns 1 if a video or a metric failed."""
     from latent_rewards.metrics import create_metric
     from latent_rewards.metrics.metric import require
-    from latent_rewards.video import check_frames, find_videos
+    from latent_rewards.video import check_frames, find_videos, prompt_of, read_prompts
 
     check_frames(options.frames)
     files = find_videos(options.folder)
@@ -131,7 +131,7 @@ def score_files(
     """Return a row of values for each video, one of which is in memory at a time, and what failed."""
     from tqdm import tqdm
 
-    from latent_rewards.video import read_video
+    from latent_rewards.video import prompt_of, read_video
 
     rows: list[Row] = []
     faults: list[str] = []
@@ -171,40 +171,6 @@ def score_clip(metric: Metric, frames: Tensor, prompt: str | None) -> float:
 def metric_label(name: str, settings: dict[str, Any]) -> str:
     """Return the name of a metric's column: two configurations of one metric have two."""
     return ",".join([name, *(f"{key}={value}" for key, value in settings.items())])
-
-
-def read_prompts(path: str | None) -> dict[str, str]:
-    """Return ``{video: prompt}`` of a file whose lines are ``video<TAB>prompt``.
-
-    Raises:
-        DataError: the file is missing or a line has no tab.
-    """
-    if path is None:
-        return {}
-    try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"prompts file {path} cannot be read: {error}") from error
-    pairs = [line.split("\t", 1) for line in lines]
-    for number, pair in enumerate(pairs, start=1):
-        if len(pair) != 2:
-            raise DataError(f"{path}, line {number}: expected video<TAB>prompt; got {pair[0]!r}")
-    return {video.strip(): prompt.strip() for video, prompt in pairs}
-
-
-def prompt_of(file: Path, name: str, prompts: dict[str, str]) -> str | None:
-    """Return the prompt of a video: from the prompts file, else from the .txt beside it, else None.
-
-    Raises:
-        DataError: the .txt cannot be read.
-    """
-    beside = file.with_suffix(".txt")
-    if name in prompts:
-        return prompts[name]
-    try:
-        return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"prompt {beside} cannot be read: {error}") from error
 
 
 def as_table(rows: Sequence[Row], labels: Sequence[str]) -> str:

@@ -89,10 +89,11 @@ def collect_command(options: argparse.Namespace) -> int:
 
 def _from_policy(options: argparse.Namespace) -> RewardDataset:
     from latent_rewards.collect import collect_rewards
+    from latent_rewards.video import read_lines
 
     if options.prompts is None:
         raise ConfigError("--policy needs --prompts: a file with one prompt a line")
-    prompts = read_lines(options.prompts)
+    prompts = [line.strip() for line in read_lines(options.prompts)]
     if not prompts:
         raise DataError(f"prompts file {options.prompts} holds no prompt; write one a line")
     policy = load_stored(options.policy, options.kind, [POLICIES])
@@ -145,19 +146,6 @@ def _oracle(codec: Codec, options: argparse.Namespace) -> MetricOracle:
     return MetricOracle(
         codec, metrics, chunk_size=options.batch_size, num_workers=options.workers, cache_dir=options.cache
     )
-
-
-def read_lines(path: str) -> list[str]:
-    """Return the lines of a file that are not blank.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"prompts file {path} cannot be read: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def load_stored(path: str, kind: str | None, groups: Sequence[str]) -> Any:  # noqa: ANN401 - what the loader returns

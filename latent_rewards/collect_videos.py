@@ -16,7 +16,7 @@ from latent_rewards.collection import Collection, Outcome
 from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.oracle import MetricOracle, PendingScores
-from latent_rewards.video import Clip, check_frames, find_videos, read_video
+from latent_rewards.video import Clip, check_frames, find_videos, prompt_of, read_prompts, read_video
 
 
 def collect_videos(
@@ -101,9 +101,6 @@ def collect_videos(
 
 
 def _prompts_of(files: Mapping[str, Path], prompts: Mapping[str, str] | str | Path | None) -> list[str]:
-    # The command that scores videos owns how prompts are found; it imports nothing heavy.
-    from latent_rewards.cli import prompt_of, read_prompts
-
     stated = dict(prompts) if isinstance(prompts, Mapping) else read_prompts(None if prompts is None else str(prompts))
     return [prompt_of(file, name, stated) or "" for name, file in files.items()]
 

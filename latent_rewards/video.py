@@ -1,4 +1,4 @@
-"""Video files: reading frames of any format FFmpeg knows, and writing H.264 clips that every browser plays.
+"""Video files and their prompts: frames of any format FFmpeg knows, and H.264 clips that every browser plays.
 
 PyAV (the ``metrics`` and ``report`` extras) is imported when first used.
 """
@@ -84,6 +84,49 @@ def find_videos(videos: str | Path | Sequence[str | Path]) -> dict[str, Path]:
     if missing := [name for name, file in named.items() if not file.is_file()]:
         raise DataError(f"{len(missing)} of the {len(named)} videos are no files, such as {missing[0]}")
     return named
+
+
+def read_lines(path: str) -> list[str]:
+    """Return the lines of a file that are not blank.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"prompts file {path} cannot be read: {error}") from error
+    return [line for line in lines if line.strip()]
+
+
+def read_prompts(path: str | None) -> dict[str, str]:
+    """Return ``{video: prompt}`` of a file whose lines are ``video<TAB>prompt``.
+
+    Raises:
+        DataError: the file is missing or a line has no tab.
+    """
+    if path is None:
+        return {}
+    pairs = [line.split("\t", 1) for line in read_lines(path)]
+    for number, pair in enumerate(pairs, start=1):
+        if len(pair) != 2:
+            raise DataError(f"{path}, line {number}: expected video<TAB>prompt; got {pair[0]!r}")
+    return {video.strip(): prompt.strip() for video, prompt in pairs}
+
+
+def prompt_of(file: Path, name: str, prompts: dict[str, str]) -> str | None:
+    """Return the prompt of a video: from the prompts file, else from the .txt beside it, else None.
+
+    Raises:
+        DataError: the .txt cannot be read.
+    """
+    beside = file.with_suffix(".txt")
+    if name in prompts:
+        return prompts[name]
+    try:
+        return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"prompt {beside} cannot be read: {error}") from error
 
 
 def read_video(path: Path | str, *, frames: str = "all", short_side: int | None = None) -> Clip:

@@ -44,6 +44,14 @@ def test_chunks_are_bounded_and_queries_counted(toys):
     assert oracle.fingerprints == {"one": "mean@1", "two": "mean@1"} and oracle.latent_space == "toy-codec"
 
 
+def test_a_single_reward_that_a_trivial_clip_wins_is_warned_of(toys):
+    with pytest.warns(UserWarning, match="'quality.frame_ssim' is the only reward, and a still or a grey clip"):
+        MetricOracle(toys.Codec(), ["quality.frame_ssim"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MetricOracle(toys.Codec(), ["quality.frame_ssim", "motion.dynamic_degree"])
+
+
 def test_what_cannot_be_used_is_refused(toys):
     codec = toys.Codec()
     for metrics, message in [([], "at least one"), ("mean", "pass a list"), ([Mean(), Mean()], "two metrics")]:

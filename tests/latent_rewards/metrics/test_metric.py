@@ -240,5 +240,6 @@ def test_where_weights_lie_and_are_computed_with_is_not_in_the_fingerprint():
         return Metric(name="m", version="1", score=lambda videos: videos.mean((1, 2, 3, 4)), options=options)
 
     plain = made(weights="a.safetensors", device="cpu", size=3)
-    assert plain.fingerprint == made(weights="b/a.safetensors", device="cuda", size=3).fingerprint
+    elsewhere = made(weights="b/a.safetensors", device="cuda", frames_per_batch=2, batch_size=1, size=3)
+    assert plain.fingerprint == elsewhere.fingerprint
     assert plain.fingerprint != made(weights="a.safetensors", device="cpu", size=4).fingerprint
