@@ -27,7 +27,7 @@ class DistillationConfig:
         vsd_steps: student updates by VSD; 0 leaves the stage out.
         cd_steps: student updates by CD; 0 leaves the stage out.
         batch_size: samples per update and rank.
-        step_counts: step counts the student is trained for; VSD draws one per update.
+        step_counts: step counts the student is trained for; VSD draws one of their calls per update, all alike.
         guidance_scale: of the teacher, w in ``u + w (c - u)``; 1 is none.
         guidance_start: noise time t in [0, 1] below which the teacher is not guided; 0 guides it everywhere.
         learning_rate: of the student (AdamW; beta1 = 0 with VSD, 0.9 for CD alone).

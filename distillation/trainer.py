@@ -146,6 +146,7 @@ class _Stage:
         self.dtype = torch.float64 if wide else torch.float32
         first = self.loop.accelerator.process_index * config.batch_size
         self.indices = range(first, first + config.batch_size)
+        self.calls = [(count, exit_step) for count in config.step_counts for exit_step in range(count)]
 
     def run(self) -> list[dict[str, Any]]:
         """Train, then give the student its EMA's weights."""
@@ -243,10 +244,13 @@ class _Stage:
             logs["fake_grad_norm"] = self.loop.update("fake_score", loss)
 
     def draw_samples(self, step: int, role: str, batch: Batch) -> tuple[Tensor, int]:
-        """Return the student's x0 at a random exit of a random step count (the same on every rank), and that count."""
-        counts, seed = self.config.step_counts, self.config.seed
-        num_steps = counts[sample_index(seed, f"{self.name}/{role}/count", step, len(counts))]
-        exit_step = sample_index(seed, f"{self.name}/{role}/exit", step, num_steps)
+        """Return the student's x0 after one of the calls it can make, and the step count; the same on every rank.
+
+        All calls of all step counts are equally likely. A step count drawn first, and then its exit, would give the
+        last call of four steps a seventh of the updates that the call at pure noise has; so it has a third.
+        """
+        call = sample_index(self.config.seed, f"{self.name}/{role}/call", step, len(self.calls))
+        num_steps, exit_step = self.calls[call]
         stack = self.draw_stack(step, role, num_steps)
         return backward_simulation(self.student, batch.condition, stack, num_steps, exit_step), num_steps
 

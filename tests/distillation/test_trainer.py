@@ -2,10 +2,12 @@ import copy
 import math
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from scipy.stats import chisquare
 
 import distillation
 from distillation.config import DistillationConfig
@@ -13,6 +15,7 @@ from distillation.errors import DistillationConfigError, MissingPartError, StepC
 from distillation.schedule import RectifiedFlow, VariancePreserving
 from distillation.student import FewStepStudent
 from distillation.trainer import DistillationTrainer
+from distillation.vsd import backward_simulation
 
 M, S = 0.3, 0.7
 SHAPE = (1, 3, 3, 3)
@@ -96,6 +99,21 @@ def test_every_schedule_and_kind_of_data_trains(world, randn, schedule, name, wi
     assert expected <= set(first)
     assert ("cd_loss" in first) is (name == "joint")
     assert bool(torch.isfinite(weights(result.student)).all())
+
+
+def test_every_call_the_student_can_make_is_trained_equally_often(world, monkeypatch):
+    calls = []
+
+    def record(student, condition, noise, num_steps, exit_step):
+        calls.append((num_steps, exit_step))
+        return backward_simulation(student, condition, noise, num_steps, exit_step)
+
+    monkeypatch.setattr("distillation.trainer.backward_simulation", record)
+    train(world, settings(vsd_steps=350, cd_steps=0, step_counts=[1, 2, 4], batch_size=1))
+    possible = [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]
+    counts = Counter(calls)
+    assert sorted(counts) == possible
+    assert chisquare([counts[call] for call in possible]).pvalue > 1e-3  # 700 draws: student and fake score
 
 
 def test_guidance_reaches_the_student(world, numbers):
