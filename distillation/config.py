@@ -29,6 +29,9 @@ class DistillationConfig:
         batch_size: samples per update and rank.
         step_counts: step counts the student is trained for; VSD draws one of their calls per update, all alike.
         guidance_scale: of the teacher, w in ``u + w (c - u)``; 1 is none.
+        refine_guidance_scale: in place of ``guidance_scale`` where VSD trains a call that refines, which is every call
+            of a chain but its first, and in CD; None takes ``guidance_scale``. Content is decided at pure noise and
+            wants a strong guidance, a single step most of all; where it is refined, a strong one shows as flicker.
         guidance_start: noise time t in [0, 1] below which the teacher is not guided; 0 guides it everywhere.
         learning_rate: of the student (AdamW; beta1 = 0 with VSD, 0.9 for CD alone).
         learning_rate_floor: share of its learning rate the student has left at the end of each stage, reached along
@@ -66,6 +69,7 @@ class DistillationConfig:
     batch_size: int = 8
     step_counts: list[int] = field(default_factory=lambda: [1, 2, 4])
     guidance_scale: float = 5.0
+    refine_guidance_scale: float | None = None
     guidance_start: float = 0.0
     learning_rate: float = 1e-5
     learning_rate_floor: float = 1.0
@@ -105,7 +109,8 @@ class DistillationConfig:
         for name, least in lowest.items():
             if not getattr(self, name) >= least:
                 raise DistillationConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        for name in ("learning_rate", "fake_learning_rate", "cd_learning_rate", "huber_c", "time_shift"):
+        positive = ("learning_rate", "fake_learning_rate", "cd_learning_rate", "huber_c", "time_shift")
+        for name in (*positive, "guidance_scale", "refine_guidance_scale"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise DistillationConfigError(f"{name} must be positive; got {getattr(self, name)}")
         for name in ("learning_rate_floor", "guidance_start"):
@@ -127,6 +132,16 @@ class DistillationConfig:
         rate = self.cd_learning_rate if stage == "cd" else None
         decay = self.cd_ema_decay if stage == "cd" else None
         return self.learning_rate if rate is None else rate, self.ema_decay if decay is None else decay
+
+    def guidance(self, exit_step: int) -> float:
+        """Return the teacher's guidance where VSD trains the call ``exit_step`` of a chain."""
+        refined = self.refine_guidance_scale if exit_step else None
+        return self.guidance_scale if refined is None else refined
+
+    @property
+    def guides(self) -> bool:
+        """Whether the teacher is guided anywhere, so that a negative condition is needed."""
+        return any(self.guidance(exit_step) != 1 for exit_step in (0, 1))
 
     @property
     def stages(self) -> dict[str, int]:

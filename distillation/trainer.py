@@ -58,8 +58,8 @@ class DistillationResult:
     Attributes:
         student: the trained student, on its EMA's weights.
         history: for each stage one dict per update; "vsd_loss", "cd_loss", "fake_loss", "temporal_loss", "grad_norm",
-            "num_steps", "learning_rate", and "x_std", the standard deviation of the student's samples, which grows
-            where VSD over-saturates.
+            "num_steps" and "exit_step" (the call that was trained), "learning_rate", and "x_std", the standard
+            deviation of the student's samples, which grows where VSD over-saturates.
     """
 
     student: FewStepStudent
@@ -95,8 +95,8 @@ class DistillationTrainer:
         for count in self.config.step_counts:
             student.timesteps(count)
         _check_pair(self.teacher, student.denoiser)
-        guided = self.config.guidance_scale != 1
-        self.data = DistillationData(prompts_or_latents, getattr(teacher, "encode", None), guided=guided)
+        encode = getattr(teacher, "encode", None)
+        self.data = DistillationData(prompts_or_latents, encode, guided=self.config.guides)
         if self.data.latents is None:
             first = self.data.batch(torch.zeros(1, dtype=torch.long), "cpu")
             self.latent_shape = tuple(student.latent_shape(first.condition))
@@ -165,9 +165,9 @@ class _Stage:
         losses: list[Tensor] = []
         with self.loop.accelerator.autocast():
             if self.with_vsd:
-                samples, num_steps = self.draw_samples(step, "student", batch)
-                losses.append(self.vsd_terms(step, samples, batch, logs))
-                logs |= {"num_steps": num_steps, "x_std": float(samples.detach().std())}
+                samples, (num_steps, exit_step) = self.draw_samples(step, "student", batch)
+                losses.append(self.vsd_terms(step, samples, batch, exit_step, logs))
+                logs |= {"num_steps": num_steps, "exit_step": exit_step, "x_std": float(samples.detach().std())}
                 samples = samples.detach()
             if self.with_cd:
                 weight = self.config.cd_weight if self.with_vsd else 1.0
@@ -178,11 +178,11 @@ class _Stage:
         self.ema.update()
         return logs
 
-    def vsd_terms(self, step: int, x: Tensor, batch: Batch, logs: dict[str, float]) -> Tensor:
-        """Return the VSD loss and its temporal term."""
+    def vsd_terms(self, step: int, x: Tensor, batch: Batch, exit_step: int, logs: dict[str, float]) -> Tensor:
+        """Return the VSD loss of samples that left the chain at ``exit_step``, and its temporal term."""
         t, noise = self.draw_times(step, "vsd"), self.draw_noise(step, "vsd")
         config = self.config
-        scale = limited_guidance(config.guidance_scale, t, config.guidance_start)
+        scale = limited_guidance(config.guidance(exit_step), t, config.guidance_start)
         gradient = vsd_gradient(x, self.teacher, self.fake_score, batch.condition, t, noise, scale, batch.negative)
         loss = surrogate_loss(x, gradient)
         logs["vsd_loss"] = float(loss.detach())
@@ -207,7 +207,7 @@ class _Stage:
             self.draw_noise(step, "cd"),
             t,
             s,
-            guidance_scale=limited_guidance(config.guidance_scale, t, config.guidance_start),
+            guidance_scale=limited_guidance(config.guidance(exit_step=1), t, config.guidance_start),
             negative=batch.negative,
             solver_steps=config.solver_steps,
         )
@@ -243,8 +243,10 @@ class _Stage:
             logs["fake_loss"] = float(loss.detach())
             logs["fake_grad_norm"] = self.loop.update("fake_score", loss)
 
-    def draw_samples(self, step: int, role: str, batch: Batch) -> tuple[Tensor, int]:
-        """Return the student's x0 after one of the calls it can make, and the step count; the same on every rank.
+    def draw_samples(self, step: int, role: str, batch: Batch) -> tuple[Tensor, tuple[int, int]]:
+        """Return the student's x0 after one of the calls it can make, and that call; the same on every rank.
+
+        A call is a step count and the step of its chain that is left.
 
         All calls of all step counts are equally likely. A step count drawn first, and then its exit, would give the
         last call of four steps a seventh of the updates that the call at pure noise has; so it has a third.
@@ -252,7 +254,7 @@ class _Stage:
         call = sample_index(self.config.seed, f"{self.name}/{role}/call", step, len(self.calls))
         num_steps, exit_step = self.calls[call]
         stack = self.draw_stack(step, role, num_steps)
-        return backward_simulation(self.student, batch.condition, stack, num_steps, exit_step), num_steps
+        return backward_simulation(self.student, batch.condition, stack, num_steps, exit_step), (num_steps, exit_step)
 
     def draw_batch(self, step: int, role: str) -> Batch:
         """Return rows of the data, drawn with replacement."""

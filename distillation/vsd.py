@@ -178,8 +178,9 @@ class VSDAnchor:
         fake_score: the denoiser of the policy's samples, trained here; start it as a copy of the teacher. If none of
             its parameters asks for gradients all of them will, else (adapters) only those that do.
         guidance_scale: of the teacher.
+        refine_guidance_scale: in its place for every call of the chain but the first; None takes ``guidance_scale``.
         guidance_start: see :func:`~distillation.denoiser.limited_guidance`.
-        negative: a condition with one row, repeated for the batch; needed unless ``guidance_scale`` is 1.
+        negative: a condition with one row, repeated for the batch; needed unless both scales are 1.
         encode: makes ``negative`` from an empty prompt where none is given.
         learning_rate: of the fake score (AdamW, beta1 = 0).
         fake_updates: fake score updates per policy update, each with its own times and noise.
@@ -198,6 +199,7 @@ class VSDAnchor:
         fake_score: nn.Module,
         *,
         guidance_scale: float = 1.0,
+        refine_guidance_scale: float | None = None,
         guidance_start: float = 0.0,
         negative: Any = None,  # noqa: ANN401 - any Condition
         encode: Any = None,  # noqa: ANN401 - prompts -> Condition
@@ -209,12 +211,15 @@ class VSDAnchor:
     ) -> None:
         if fake_updates < 1:
             raise DistillationConfigError(f"fake_updates must be at least 1; got {fake_updates}")
-        if negative is None and encode is not None and guidance_scale != 1:
+        refined = guidance_scale if refine_guidance_scale is None else refine_guidance_scale
+        guides = guidance_scale != 1 or refined != 1
+        if negative is None and encode is not None and guides:
             negative = encode([""])
-        if negative is None and guidance_scale != 1:
-            raise ConditionError(f"guidance_scale = {guidance_scale} needs negative=encode(['']) or encode=")
+        if negative is None and guides:
+            raise ConditionError(f"guidance {guidance_scale} and {refined} needs negative=encode(['']) or encode=")
         self.teacher, self.fake_score = teacher.eval(), trainable(fake_score)
-        self.guidance_scale, self.guidance_start, self.negative = guidance_scale, guidance_start, negative
+        self.guidance_scale, self.refine_guidance_scale = guidance_scale, refined
+        self.guidance_start, self.negative = guidance_start, negative
         self.fake_updates, self.seed = fake_updates, seed
         self.num_steps, self.time_shift = num_steps, time_shift
         self.step = 0
@@ -230,13 +235,14 @@ class VSDAnchor:
             noise: stack [num_steps, B, C, F, H, W].
         """
         stage = f"anchor/{len(self._samples)}"
-        x = self._sample(policy, condition, noise)
+        x, exit_step = self._sample(policy, condition, noise)
         t, fresh = self._draw(stage, x)
         negative = self.negative
         if negative is not None:
             rows = torch.zeros(len(x), dtype=torch.long)
             negative = negative.index_select(rows).to(x.device)
-        scale = limited_guidance(self.guidance_scale, t, self.guidance_start)
+        wanted = self.refine_guidance_scale if exit_step else self.guidance_scale
+        scale = limited_guidance(wanted, t, self.guidance_start)
         return vsd_loss(x, self.teacher, self.fake_score, condition, t, fresh, scale, negative)
 
     @torch.no_grad()
@@ -247,8 +253,8 @@ class VSDAnchor:
         """
         self._sample(policy, condition, noise)
 
-    def _sample(self, policy: Any, condition: Any, noise: Tensor) -> Tensor:  # noqa: ANN401 - structural Policy
-        """Return the policy's x0 with its gradient, and keep it for the fake score."""
+    def _sample(self, policy: Any, condition: Any, noise: Tensor) -> tuple[Tensor, int]:  # noqa: ANN401 - structural
+        """Return the policy's x0 with its gradient and the step it left the chain at; keep x0 for the fake score."""
         num_steps = self.num_steps or len(noise)
         check_noise(noise[:num_steps], num_steps, condition)
         self._place(noise.device)
@@ -256,10 +262,11 @@ class VSDAnchor:
             exit_step = sample_index(self.seed, "anchor/exit", self.step, num_steps)
             x = backward_simulation(policy, condition, noise[:num_steps], num_steps, exit_step)
         else:
-            latents = _run_chain(policy, condition, noise, num_steps, num_steps - 1)
-            x, _ = policy.transition(latents, num_steps - 1, num_steps, condition)
+            exit_step = num_steps - 1
+            latents = _run_chain(policy, condition, noise, num_steps, exit_step)
+            x, _ = policy.transition(latents, exit_step, num_steps, condition)
         self._samples.append((x.detach(), condition))
-        return x
+        return x, exit_step
 
     def after_step(self) -> None:
         """Train the fake score on the samples seen since the last call."""

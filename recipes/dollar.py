@@ -257,6 +257,7 @@ class Dollar:
             self.teacher.denoiser,
             copy.deepcopy(self.teacher.denoiser),
             guidance_scale=distilled.guidance_scale,
+            refine_guidance_scale=distilled.refine_guidance_scale,
             guidance_start=distilled.guidance_start,
             encode=self.teacher.encode,
             learning_rate=section.learning_rate,
@@ -280,10 +281,9 @@ class Dollar:
         benchmark = self.benchmark()
         guidance = self.config.guidance_scale or self.settings["distillation"].guidance_scale
         for steps in (50, 4, 1):
-            calls = steps * (1 if guidance == 1 else 2)
-            sampler = self.teacher_sampler(steps, guidance)
+            sampler, calls = self.teacher_sampler(steps, guidance), steps if guidance == 1 else 2 * steps
             benchmark.add(f"teacher, {counted(steps)}", sampler, num_steps=1, network_evaluations=calls)
-        rows = {"VSD": vsd, "VSD→CD": student, **{f"VSD→CD→LRO ({name})": model for name, model in tuned.items()}}
+        rows = {"VSD": vsd, "VSD→CD": student} | {f"VSD→CD→LRO ({name})": model for name, model in tuned.items()}
         for label, model in rows.items():
             for steps in sorted({1, self.config.num_steps}, reverse=True):
                 sampler = self.student_sampler(model, steps)

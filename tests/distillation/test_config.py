@@ -35,6 +35,8 @@ def test_step_counts_may_be_a_tuple():
         {"cd_ema_decay": -0.1},
         {"learning_rate_floor": 1.5},
         {"step_counts": ()},
+        {"guidance_scale": 0.0},
+        {"refine_guidance_scale": -1.0},
     ],
 )
 def test_values_out_of_range_are_named(wrong):

@@ -10,6 +10,7 @@ import torch
 from scipy.stats import chisquare
 
 import distillation
+import distillation.trainer as trainer_module
 from distillation.config import DistillationConfig
 from distillation.errors import DistillationConfigError, MissingPartError, StepCountError
 from distillation.schedule import RectifiedFlow, VariancePreserving
@@ -129,6 +130,27 @@ def test_guidance_reaches_the_student(world, numbers):
     assert run(3.0) > M + 1.1
     assert run(1.0) < M + 1.05
     assert run(3.0, start=1.0) < M + 1.05, "times end below 1: none is guided"
+
+
+def test_calls_that_refine_have_a_guidance_of_their_own(world, numbers, monkeypatch):
+    seen = {"vsd": [], "cd": []}
+
+    def record(name, function):
+        def recorded(*args, **options):
+            seen[name].append(options["guidance_scale"] if name == "cd" else args[6])
+            return function(*args, **options)
+
+        monkeypatch.setattr(trainer_module, function.__name__, recorded)
+
+    record("vsd", trainer_module.vsd_gradient)
+    record("cd", trainer_module.consistency_pair)
+    teacher, student = world()
+    teacher.encode = lambda prompts: numbers(torch.zeros(len(prompts)))
+    config = settings(vsd_steps=40, cd_steps=2, step_counts=[1, 2], guidance_scale=3.0, refine_guidance_scale=1.5)
+    history = DistillationTrainer(teacher, student, PROMPTS, config).train().history
+    wanted = [1.5 if entry["exit_step"] else 3.0 for entry in history["vsd"]]
+    assert seen == {"vsd": wanted, "cd": [1.5, 1.5]}
+    assert set(wanted) == {1.5, 3.0}
 
 
 def test_student_ends_on_the_average_of_its_weights(world):

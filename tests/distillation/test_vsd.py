@@ -309,10 +309,31 @@ def test_anchor_serves_any_policy_at_its_last_step(learnable_gaussian, numbers, 
     assert torch.allclose(anchor._samples[0][0], 1.2 * (0.5 * noise[0] + 0.5 * noise[1]), rtol=0, atol=1e-14)
 
 
+def test_anchor_guides_calls_that_refine_by_their_own_scale(affine, learnable_gaussian, numbers, randn, monkeypatch):
+    scales, exits = [], []
+
+    def loss(x, teacher, fake_score, condition, t, noise, scale, negative):
+        scales.append(scale)
+        return x.sum()
+
+    def simulate(student, condition, noise, num_steps, exit_step):
+        exits.append(exit_step)
+        return backward_simulation(student, condition, noise, num_steps, exit_step)
+
+    monkeypatch.setattr("distillation.vsd.vsd_loss", loss)
+    monkeypatch.setattr("distillation.vsd.backward_simulation", simulate)
+    student = FewStepStudent(affine(RectifiedFlow()), timesteps={2: [1.0, 0.5]})
+    encode = lambda prompts: numbers(torch.zeros(len(prompts)))  # noqa: E731
+    anchor = make_anchor(learnable_gaussian, guidance_scale=3.0, refine_guidance_scale=1.5, encode=encode)
+    train_with_anchor(student, anchor, numbers, randn, 12)
+    assert scales == [1.5 if exit_step else 3.0 for exit_step in exits]
+    assert set(exits) == {0, 1}
+
+
 def test_anchor_guidance_needs_a_negative_and_repeats_it(affine, learnable_gaussian, numbers, randn):
     schedule = RectifiedFlow()
     teacher = learnable_gaussian(schedule, M, S, reach=1.0)
-    with pytest.raises(ConditionError, match="guidance_scale = 3"):
+    with pytest.raises(ConditionError, match="guidance 3.0 and 3.0"):
         VSDAnchor(teacher, copy.deepcopy(teacher), guidance_scale=3.0)
     encode = lambda prompts: numbers(torch.zeros(len(prompts)))  # noqa: E731
     anchor = VSDAnchor(teacher, copy.deepcopy(teacher).requires_grad_(False), guidance_scale=3.0, encode=encode)
