@@ -1,8 +1,9 @@
 """How strong a guidance VSD should distil, looked at without the judge: ``python -m benchmarks.student_guidance``.
 
-A student of a few hundred updates is trained at each scale and compared with the 50-step teacher on held-in prompts:
-closeness of the pixel metrics to real clips, the tuned metric, and the spread of latents under one prompt. Students
-are kept below ``runs/`` and not trained twice.
+A student of a few hundred updates is trained at each pair of scales, that of the call at pure noise and that of the
+calls that refine it, and compared with the 50-step teacher on held-in prompts: closeness of the pixel metrics to real
+clips, the tuned metric, and the spread of latents under one prompt. Students are kept below ``runs/`` and not trained
+twice.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from recipes.moving_digits.scores import closeness
 from recipes.moving_digits.world import parse_prompt, render
 from recipes.prompted import Sampler
 
-CANDIDATES = (1.5, 2.0, 3.0)
+CANDIDATES = ((3.0, 3.0), (1.5, 1.5), (3.0, 1.5))
 RESULT = Path(__file__).parent / "results" / "student_guidance.json"
 _REAL_SEED, _REAL_PER_PROMPT = 777, 10
 
@@ -88,14 +89,14 @@ def main() -> None:
     options = parser.parse_args()
     settings = seeded(CONFIG, 0)
     scores: dict[str, dict[str, float]] = {}
-    for scale in CANDIDATES:
-        name = f"student_guidance_{scale:g}_{options.vsd_steps}"
-        chosen = {"guidance_scale": scale, "vsd_steps": options.vsd_steps, "cd_steps": 0, "ema_decay": 0.97}
+    for scale, refined in CANDIDATES:
+        name = f"student_guidance_{scale:g}_{refined:g}_{options.vsd_steps}"
+        chosen = {"guidance_scale": scale, "refine_guidance_scale": refined, "vsd_steps": options.vsd_steps}
         pipeline = Dollar(
             {
                 **settings,
                 "run": dataclasses.replace(settings["run"], name=name),
-                "distillation": dataclasses.replace(settings["distillation"], **chosen),
+                "distillation": dataclasses.replace(settings["distillation"], **chosen, cd_steps=0),
             }
         )
         if not scores:
@@ -105,8 +106,8 @@ def main() -> None:
         student = pipeline.distil("student_vsd")
         for steps in (4, 1):
             row = selection.score(pipeline.student_sampler(student, steps), steps)
-            scores[f"VSD at {scale:g}, {steps} step(s)"] = row
-            print(scale, steps, {key: round(value, 3) for key, value in row.items()}, flush=True)
+            scores[f"VSD at {scale:g} and {refined:g}, {steps} step(s)"] = row
+            print(scale, refined, steps, {key: round(value, 3) for key, value in row.items()}, flush=True)
     RESULT.write_text(json.dumps({"vsd_steps": options.vsd_steps, "scores": scores, **provenance()}, indent=1))
     print(f"written to {RESULT}")
 
