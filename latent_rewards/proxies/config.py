@@ -36,7 +36,7 @@ class ProxyConfig:
             latents can be scored (``proxy(latents, prompts, t=...)``); None for clean latents only.
         adapter_rank: rank of LoRA adapters that the trunk "backbone" trains in its transformer; 0 for none.
         selection_budget: for "auto", most sample updates (one forward and backward pass of one sample) spent on
-            choosing; None spends as many as one full training.
+            choosing; None spends as many as one full training, or what 25 updates of each take.
         ridge_alpha: penalty of the linear trunk, as scikit-learn's; None chooses it on held-out data.
         seed: root of all randomness.
         device: torch device; None takes the accelerator if there is one. The proxy stays there.

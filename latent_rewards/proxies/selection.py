@@ -56,12 +56,13 @@ def updates_each(config: ProxyConfig, num_training: int, num_trained: int) -> in
     """
     size = min(config.batch_size, num_training)
     most = config.updates(num_training)
-    budget = config.selection_budget or config.ensemble_size * most * size
     share = num_trained * NUM_FOLDS * size
-    if num_trained and budget < EVALUATE_EVERY * share:
+    least = EVALUATE_EVERY * share
+    budget = config.selection_budget or max(least, config.ensemble_size * most * size)
+    if budget < least:
         raise ConfigError(
             f"selection_budget={budget} sample updates are too few to compare {num_trained} trunks in {NUM_FOLDS} "
-            f"folds at batches of {size}; give at least {EVALUATE_EVERY * share}"
+            f"folds at batches of {size}; give at least {least}"
         )
     return min(most, budget // share) if num_trained else 0
 

@@ -1,4 +1,4 @@
-"""Every trunk is found by its name, an unknown one by its neighbours, and a user's own is trained, stored and loaded."""
+"""Every trunk is found by its name, an unknown one by its neighbours; one of the user's own is a trunk like any."""
 
 import pytest
 import torch
