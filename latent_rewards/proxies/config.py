@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from latent_rewards.contracts import ConfigError, unknown_name
-
-TRUNKS = ("conv3d", "linear")
+from latent_rewards.contracts import ConfigError
+from latent_rewards.proxies.trunks import AUTO, trunk_kind
 
 
 @dataclass
@@ -14,9 +13,13 @@ class ProxyConfig:
     """Settings of :func:`latent_rewards.proxies.train_proxy`.
 
     Attributes:
-        trunk: "conv3d" (an ensemble of small residual networks) or "linear" (one exact ridge regression).
-        width: channels of the conv3d trunk, a multiple of 8.
-        depth: residual blocks of the conv3d trunk.
+        trunk: "conv3d" (an ensemble of small residual networks), "transformer" (of factorised space-time transformers),
+            "linear" (one exact ridge regression), "backbone" (an ensemble of heads on features of a frozen video
+            transformer), "backbone_linear" (ridge regression on them), one added by
+            :func:`latent_rewards.proxies.trunks.register_trunk`, or "auto": chosen among those by cross-validation,
+            see :mod:`latent_rewards.proxies.selection`.
+        width: channels of a trunk and hidden units of its head, a multiple of 8.
+        depth: blocks of a trunk.
         ensemble_size: networks; each leaves another part of the data out. A linear proxy has one.
         num_updates: most updates per network; None chooses ``clamp(18 N / batch_size, 200, 600)`` for N samples.
         batch_size: samples per update.
@@ -29,6 +32,11 @@ class ProxyConfig:
         min_samples: fewest samples, in all and per reward, that are accepted.
         use_prompts: condition on the prompts, where there are any.
         text_features: dimensions prompts are hashed to.
+        noise_levels: (low, high) in [0, 1]: train on ``alpha(t) x0 + sigma(t) eps`` for t in that range, so that noisy
+            latents can be scored (``proxy(latents, prompts, t=...)``); None for clean latents only.
+        adapter_rank: rank of LoRA adapters that the trunk "backbone" trains in its transformer; 0 for none.
+        selection_budget: for "auto", most sample updates (one forward and backward pass of one sample) spent on
+            choosing; None spends as many as one full training, or what 25 updates of each take.
         ridge_alpha: penalty of the linear trunk, as scikit-learn's; None chooses it on held-out data.
         seed: root of all randomness.
         device: torch device; None takes the accelerator if there is one. The proxy stays there.
@@ -49,6 +57,9 @@ class ProxyConfig:
     min_samples: int = 32
     use_prompts: bool = True
     text_features: int = 256
+    noise_levels: tuple[float, float] | None = None
+    adapter_rank: int = 0
+    selection_budget: int | None = None
     ridge_alpha: float | None = None
     seed: int = 0
     device: str | None = None
@@ -56,8 +67,9 @@ class ProxyConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError when a setting is outside what it may be."""
-        if self.trunk not in TRUNKS:
-            raise ConfigError(unknown_name("trunk", self.trunk, TRUNKS))
+        if self.trunk != AUTO:
+            trunk_kind(self.trunk)
+        self._check_conditioning()
         for name in ("width", "depth", "ensemble_size", "batch_size", "patience", "text_features"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -77,6 +89,22 @@ class ProxyConfig:
             raise ConfigError(f"min_samples must be at least 16; got {self.min_samples}")
         if self.ridge_alpha is not None and not self.ridge_alpha > 0:
             raise ConfigError(f"ridge_alpha must be positive, or None; got {self.ridge_alpha}")
+
+    def _check_conditioning(self) -> None:
+        closed = self.trunk != AUTO and trunk_kind(self.trunk).closed_form
+        if self.noise_levels is not None:
+            if len(self.noise_levels) != 2 or not 0 <= self.noise_levels[0] < self.noise_levels[1] <= 1:
+                raise ConfigError(f"noise_levels must be (low, high), 0 <= low < high <= 1; got {self.noise_levels}")
+            if closed:
+                raise ConfigError(f"trunk {self.trunk!r} is linear and has no time; set noise_levels=None")
+            # JSON and YAML give a list.
+            self.noise_levels = (float(self.noise_levels[0]), float(self.noise_levels[1]))
+        if self.adapter_rank < 0:
+            raise ConfigError(f"adapter_rank must not be negative; got {self.adapter_rank}")
+        if self.adapter_rank and self.trunk not in (AUTO, "backbone"):
+            raise ConfigError(f"adapter_rank={self.adapter_rank} needs trunk='backbone'; got {self.trunk!r}")
+        if self.selection_budget is not None and self.selection_budget < 1:
+            raise ConfigError(f"selection_budget must be at least 1, or None; got {self.selection_budget}")
 
     def updates(self, count: int) -> int:
         """Return the number of updates for ``count`` training samples."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from latent_rewards.proxies.noise import Draw, fixed_draws, fresh_draws
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.samples import Samples
 from latent_rewards.training.randomness import generator
@@ -18,12 +20,16 @@ EVALUATE_EVERY = 25
 
 _CHUNK = 128
 
-Batch = tuple[Tensor, Tensor | None, Tensor]
-"""Normalised latents ``[B, C, F, H, W]``, read prompts ``[B, D]``, standardised rewards ``[B, R]`` with NaN."""
+Batch = tuple[Any, ...]
+"""Normalised latents ``[B, C, F, H, W]``, read prompts ``[B, D]`` or None, standardised rewards ``[B, R]`` with NaN;
+and t ``[B]``, for a proxy of noisy latents."""
 
 
 class Reader:
     """Reads batches of samples as the members of a proxy want them.
+
+    For a proxy of noisy latents every sample has a time and a noise that follow from its index, unless the reader is
+    one that :meth:`noised` or :meth:`at` returned.
 
     Args:
         proxy: its scales and device are used.
@@ -35,24 +41,53 @@ class Reader:
         self._prompts = proxy.read_prompts(samples.prompts, len(samples))
         mean, scale = proxy.reward_mean.to("cpu", torch.float64), proxy.reward_std.to("cpu", torch.float64)
         self.rewards = ((samples.rewards - mean) / scale).to(proxy.reward_mean)
+        self._draw: Draw | None = None
+        if proxy.noise is not None:
+            self._draw = fixed_draws(proxy.config.seed, proxy.noise.bounds)
+
+    def noised(self, source: torch.Generator) -> Reader:
+        """Return a reader that draws times and noise from ``source``, for training; itself for clean latents."""
+        return self._drawing(lambda bounds: fresh_draws(source, bounds))
+
+    def at(self, level: float) -> Reader:
+        """Return a reader whose every sample is at time ``level``; itself for clean latents."""
+        return self._drawing(lambda bounds: fixed_draws(self._proxy.config.seed, bounds, level))
+
+    def _drawing(self, make: Callable[[tuple[float, float]], Draw]) -> Reader:
+        if self._proxy.noise is None:
+            return self
+        reader = copy(self)
+        reader._draw = make(self._proxy.noise.bounds)
+        return reader
+
+    def inputs(self, indices: Tensor) -> tuple[Any, ...]:
+        """Return a batch without its rewards: what the members take."""
+        prompts = None if self._prompts is None else self._prompts[indices.to(self._prompts.device)]
+        latents = self._samples.latents(indices)
+        if self._draw is None or self._proxy.noise is None:
+            return self._proxy.normalise(latents), prompts
+        latents = latents.to(self._proxy.latent_mean)
+        t, noise = self._draw(indices, self._samples.latent_shape)
+        t = t.to(latents)
+        return self._proxy.normalise(self._proxy.noise.corrupt(latents, t, noise)), prompts, t
 
     def __call__(self, indices: Tensor) -> Batch:
         """Return the batch at ``indices`` (int64 ``[B]``, on the CPU)."""
-        prompts = None if self._prompts is None else self._prompts[indices.to(self._prompts.device)]
-        return self._proxy.normalise(self._samples.latents(indices)), prompts, self.targets(indices)
+        latents, prompts, *level = self.inputs(indices)
+        return latents, prompts, self.targets(indices), *level
 
     def targets(self, indices: Tensor) -> Tensor:
         """Return the standardised rewards ``[B, R]`` at ``indices``."""
         return self.rewards[indices.to(self.rewards.device)]
 
     @torch.no_grad()
-    def map(self, function: Callable[[Tensor, Tensor | None], Tensor], indices: Tensor) -> Tensor:
-        """Return ``function(latents, prompts)`` over all of ``indices``, in chunks and without gradient."""
-        return torch.cat([function(*self(chunk)[:2]) for chunk in indices.split(_CHUNK)])
+    def map(self, function: Callable[..., Tensor], indices: Tensor) -> Tensor:
+        """Return ``function(latents, prompts[, t])`` over all of ``indices``, in chunks and without gradient."""
+        return torch.cat([function(*self.inputs(chunk)) for chunk in indices.split(_CHUNK)])
 
     def ensemble(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ensemble's means and variances ``[B, R]``, standardised, on the CPU."""
-        both = self.map(lambda latents, prompts: torch.stack(self._proxy.ensemble(latents, prompts), dim=1), indices)
+        both = self.map(lambda *inputs: torch.stack(self._proxy.ensemble(*inputs), dim=1), indices)
         return both[:, 0].cpu(), both[:, 1].cpu()
 
 
@@ -103,11 +138,11 @@ def train_member(
     )
     with torch.enable_grad():
         for number, indices in enumerate(batches):
-            latents, prompts, target = reader(indices)
+            latents, prompts, target, *level = reader(indices)
             if input_noise:
                 noise = torch.randn(latents.shape, generator=source, dtype=latents.dtype)
                 latents = latents + input_noise * noise.to(latents.device)
-            loss = masked_error(member(latents, prompts), target)
+            loss = masked_error(member(latents, prompts, *level), target)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(member.parameters(), 1.0)
@@ -137,7 +172,7 @@ def fit_members(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Ten
             source = generator(config.seed, "proxy/batches", 0, number)
             train_member(
                 member,
-                reader,
+                reader.noised(source),
                 shuffled_batches(training[~left_out], config.batch_size, count, source),
                 learning_rate=config.learning_rate,
                 weight_decay=config.weight_decay,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from latent_rewards.proxies.noise import TimeEmbedding
 from latent_rewards.proxies.text import PromptFeatures, real_tokens
-from latent_rewards.proxies.trunks import Conv3dTrunk
+from latent_rewards.proxies.trunks import Builder, Conv3dTrunk
 
 
 class BilinearHead(nn.Module):
@@ -55,7 +58,7 @@ class TokenAttention(nn.Module):
 
 
 class ConvMember(nn.Module):
-    """One network of an ensemble: prompt embedding, conv3d trunk, bilinear head.
+    """One network of an ensemble: prompt embedding, time embedding if there is a time, trunk, bilinear head.
 
     The embedding of the prompt features is linear. With a nonlinear one the network learns prompts by heart: on
     "is the digit the one that the prompt names" the held-out rank correlation fell from 0.50 to 0.32.
@@ -65,11 +68,21 @@ class ConvMember(nn.Module):
         prompts: how prompts are read.
         num_rewards: R.
         width: channels and hidden units.
-        depth: residual blocks.
+        depth: blocks.
+        make_trunk: see :data:`latent_rewards.proxies.trunks.Builder`.
+        timed: latents come with a time, which joins the prompt in the vector that modulates trunk and head.
     """
 
     def __init__(
-        self, latent_shape: tuple[int, ...], prompts: PromptFeatures, num_rewards: int, *, width: int, depth: int
+        self,
+        latent_shape: tuple[int, ...],
+        prompts: PromptFeatures,
+        num_rewards: int,
+        *,
+        width: int,
+        depth: int,
+        make_trunk: Builder = Conv3dTrunk,
+        timed: bool = False,
     ) -> None:
         super().__init__()
         prompt_width = width if prompts.dim else 0
@@ -78,14 +91,25 @@ class ConvMember(nn.Module):
             self.embedding = TokenAttention(prompts.dim, width)
         elif prompts.dim:
             self.embedding = nn.Linear(prompts.dim, width, bias=False)
-        self.trunk = Conv3dTrunk(latent_shape, width, depth, prompt_width)
-        self.head = BilinearHead(self.trunk.num_features, prompt_width, width, num_rewards)
+        self.time = TimeEmbedding(width) if timed else None
+        condition_width = prompt_width + (width if timed else 0)
+        self.trunk = make_trunk(latent_shape, width, depth, condition_width)
+        num_features = cast(int, self.trunk.num_features)
+        self.head = BilinearHead(num_features, condition_width, width, num_rewards)
 
-    def features(self, latents: Tensor, prompt_features: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the trunk's features ``[B, F, K]`` and the embedded prompt ``[B, width]``, if any."""
-        prompt = self.embedding(prompt_features) if self.embedding is not None else None
-        return self.trunk(latents, prompt), prompt
+    def features(
+        self, latents: Tensor, prompt_features: Tensor | None, t: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the trunk's features ``[B, F, K]`` and the embedded prompt and time ``[B, P]``, if any."""
+        condition = self.embedding(prompt_features) if self.embedding is not None else None
+        if self.time is not None:
+            time = self.time(t)
+            condition = time if condition is None else torch.cat([condition, time], dim=1)
+        return self.trunk(latents, condition), condition
 
-    def forward(self, latents: Tensor, prompt_features: Tensor | None) -> Tensor:
-        """Return standardised rewards ``[B, R]`` of normalised latents ``[B, C, F, H, W]``."""
-        return self.head(*self.features(latents, prompt_features))
+    def forward(self, latents: Tensor, prompt_features: Tensor | None, t: Tensor | None = None) -> Tensor:
+        """Return standardised rewards ``[B, R]`` of what the trunk reads, e.g. normalised latents ``[B, C, F, H, W]``.
+
+        A timed member needs t ``[B]``.
+        """
+        return self.head(*self.features(latents, prompt_features, t))

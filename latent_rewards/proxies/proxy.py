@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,11 +16,13 @@ from latent_rewards.contracts import DataError, FingerprintMismatchError, check_
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.calibration import Calibration
 from latent_rewards.proxies.config import ProxyConfig
-from latent_rewards.proxies.features import latent_statistics, linear_features
-from latent_rewards.proxies.heads import ConvMember
-from latent_rewards.proxies.linear import LinearMember
+from latent_rewards.proxies.members import combine, describe, description_size, make_members, make_shared, member_inputs
+from latent_rewards.proxies.noise import NoiseLevels, Schedule, read_level
 from latent_rewards.proxies.ood import DistanceQuantile
 from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
+from latent_rewards.proxies.trunks import trunk_kind
+from latent_rewards.proxies.trunks.backbone import VideoBackbone
+from latent_rewards.proxies.trunks.shared import check_backbone
 from latent_rewards.training.checkpoint import CheckpointError, commit_directory, verify_directory
 
 FORMAT = "latent-rewards/proxy/2"
@@ -70,6 +72,15 @@ class RewardProxy(nn.Module):
         metric_fingerprints: ``{reward name: fingerprint}``, empty if unknown.
         report: see :func:`latent_rewards.proxies.report.evaluate`.
         encode: embeds texts, for a proxy whose prompts are read so; it is not saved.
+        backbone: the video transformer of the trunks that read one; it is not saved.
+        schedule: of the noise, for a proxy of noisy latents; see :class:`latent_rewards.proxies.noise.NoiseLevels`.
+        schedule_probe: what identifies the schedule a stored proxy was trained with.
+
+    Attributes:
+        selection: how the trunk was chosen, see :func:`latent_rewards.proxies.selection.choose_trunk`; else empty.
+
+    Raises:
+        ConfigError: the trunk is "auto", or needs a backbone and there is none, or the other way round.
     """
 
     latent_mean: Tensor
@@ -90,6 +101,9 @@ class RewardProxy(nn.Module):
         metric_fingerprints: Mapping[str, str] | None = None,
         report: dict[str, dict[str, Any]] | None = None,
         encode: PromptEncoder | None = None,
+        backbone: VideoBackbone | None = None,
+        schedule: Schedule | None = None,
+        schedule_probe: list[list[float]] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -99,6 +113,7 @@ class RewardProxy(nn.Module):
         self.latent_space = latent_space
         self.metric_fingerprints = dict(metric_fingerprints or {})
         self.report = report or {}
+        self.selection: dict[str, Any] = {}
         self._encoder = _Shared(encode)
         channels, num_rewards = self.latent_shape[0], len(self.reward_names)
         self.register_buffer("latent_mean", torch.zeros(channels, 1, 1, 1))
@@ -107,29 +122,21 @@ class RewardProxy(nn.Module):
         self.register_buffer("prompt_scale", torch.ones(()))
         self.register_buffer("reward_mean", torch.zeros(num_rewards))
         self.register_buffer("reward_std", torch.ones(num_rewards))
-        self.members = nn.ModuleList(self._make_members())
+        self.noise: NoiseLevels | None = None
+        if config.noise_levels is not None:
+            self.noise = NoiseLevels(config.noise_levels, num_rewards, schedule, schedule_probe)
+        self.shared = make_shared(config, backbone, self.latent_shape, prompt_features)
+        self.members = nn.ModuleList(make_members(config, self.latent_shape, prompt_features, num_rewards, self.shared))
         self.calibration = Calibration(num_rewards)
-        trunk_features = 0 if self.is_linear else cast(ConvMember, self.members[0]).trunk.num_features
-        self.distance = DistanceQuantile(3 * channels + trunk_features)
+        self.distance = DistanceQuantile(description_size(self.members[0], channels))
         if self.is_linear:
             self.double()
         self.requires_grad_(False).eval()
 
-    def _make_members(self) -> list[nn.Module]:
-        num_rewards, prompts = len(self.reward_names), self.prompt_features
-        if self.is_linear:
-            size = linear_features(torch.zeros(1, *self.latent_shape), torch.zeros(1, prompts.dim)).shape[1]
-            return [LinearMember(size, num_rewards)]
-        width, depth = self.config.width, self.config.depth
-        return [
-            ConvMember(self.latent_shape, prompts, num_rewards, width=width, depth=depth)
-            for _ in range(self.config.ensemble_size)
-        ]
-
     @property
     def is_linear(self) -> bool:
-        """Whether the trunk is the ridge regression."""
-        return self.config.trunk == "linear"
+        """Whether the proxy is a ridge regression, on latents or on features of a backbone."""
+        return trunk_kind(self.config.trunk).closed_form
 
     def __repr__(self) -> str:
         return (
@@ -169,71 +176,98 @@ class RewardProxy(nn.Module):
         scaled = (features - self.prompt_mean) * self.prompt_scale
         return scaled * real_tokens(features)[..., None] if features.ndim == 3 else scaled
 
-    def ensemble(self, latents: Tensor, prompt_features: Tensor | None) -> tuple[Tensor, Tensor]:
+    def member_inputs(self, latents: Tensor, prompt_features: Tensor | None, *level: Tensor) -> tuple[Any, ...]:
+        """Return what the members take; see :func:`latent_rewards.proxies.members.member_inputs`."""
+        return member_inputs(self, latents, prompt_features, *level)
+
+    def ensemble(self, latents: Tensor, prompt_features: Tensor | None, *level: Tensor) -> tuple[Tensor, Tensor]:
         """Return the members' mean and variance ``[B, R]``, standardised, of normalised latents and read prompts."""
-        outputs = torch.stack([member(latents, prompt_features) for member in self.members])
-        mean = outputs.mean(dim=0)
-        return mean, (outputs - mean).square().sum(dim=0) / max(1, len(self.members) - 1)
+        return combine(self.members, self.member_inputs(latents, prompt_features, *level))
 
-    def distance_features(self, latents: Tensor, prompt_features: Tensor | None) -> Tensor:
+    def distance_features(self, latents: Tensor, prompt_features: Tensor | None, *level: Tensor) -> Tensor:
         """Return what :attr:`distance` looks at: latent statistics and the first member's trunk features."""
-        statistics = latent_statistics(latents)
-        if self.is_linear:
-            return statistics
-        features, _ = cast(ConvMember, self.members[0]).features(latents, prompt_features)
-        return torch.cat([statistics, features.mean(dim=1)], dim=1)
+        inputs = self.member_inputs(latents, prompt_features, *level)
+        return describe(self.members[0], latents, inputs)
 
-    def _moments(self, latents: Tensor, prompts: Prompts | None) -> tuple[Tensor, Tensor]:
-        normalised = self.normalise(latents)
-        mean, variance = self.ensemble(normalised, self.read_prompts(prompts, len(latents)))
+    def _level(self, t: Tensor | float | None, count: int) -> tuple[Tensor, ...]:
+        return read_level(self.noise, t, count, like=self.latent_mean)
+
+    def deviation(self, variance: Tensor, *level: Tensor) -> Tensor:
+        """Return the calibrated, standardised deviation ``[B, R]`` for the members' variance and, if noisy, t."""
+        std = self.calibration(variance)
+        return std if self.noise is None else std * self.noise.factor(*level)
+
+    def _moments(self, latents: Tensor, prompts: Prompts | None, t: Tensor | float | None) -> tuple[Tensor, Tensor]:
+        normalised, level = self.normalise(latents), self._level(t, len(latents))
+        mean, variance = self.ensemble(normalised, self.read_prompts(prompts, len(latents)), *level)
         dtype = torch.promote_types(torch.float32, latents.dtype)
         return (
             (mean * self.reward_std + self.reward_mean).to(dtype),
-            (self.calibration(variance) * self.reward_std).to(dtype),
+            (self.deviation(variance, *level) * self.reward_std).to(dtype),
         )
 
     def _by_name(self, values: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.reward_names, values.unbind(dim=1), strict=True))
 
-    def forward(self, latents: Tensor, prompts: Prompts | None = None) -> Tensor | dict[str, Tensor]:
+    def forward(
+        self, latents: Tensor, prompts: Prompts | None = None, *, t: Tensor | float | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """Predict rewards of ``[B, C, F, H, W]``, differentiably.
+
+        Args:
+            latents: ``[B, C, F, H, W]``.
+            prompts: B of them, if the proxy reads prompts.
+            t: noise level of the latents, one number or ``[B]``, for a proxy trained with ``noise_levels``; None is 0.
 
         Returns:
             ``[B]`` for a proxy of one reward, else ``{reward name: [B]}``, in the metrics' units.
 
         Raises:
-            DataError: wrong latent shape; prompts that are missing or of another kind than at fit.
+            DataError: wrong latent shape; prompts that are missing or of another kind than at fit; t outside the
+                levels trained on.
         """
-        scores = self.scores(latents, prompts)
+        scores = self.scores(latents, prompts, t=t)
         return scores[self.reward_names[0]] if len(scores) == 1 else scores
 
-    def scores(self, latents: Tensor, prompts: Prompts | None = None, *, pessimism: float = 0.0) -> dict[str, Tensor]:
+    def scores(
+        self,
+        latents: Tensor,
+        prompts: Prompts | None = None,
+        *,
+        pessimism: float = 0.0,
+        t: Tensor | float | None = None,
+    ) -> dict[str, Tensor]:
         """Return ``{reward name: mean - pessimism * std}``, each ``[B]``, differentiably in the latents.
 
         Raises:
             DataError: see :meth:`forward`.
         """
-        mean, std = self._moments(latents, prompts)
+        mean, std = self._moments(latents, prompts, t)
         return self._by_name(mean - pessimism * std if pessimism else mean)
 
     @torch.no_grad()
-    def predict(self, latents: Tensor, prompts: Prompts | None = None) -> ProxyPrediction:
+    def predict(
+        self, latents: Tensor, prompts: Prompts | None = None, *, t: Tensor | float | None = None
+    ) -> ProxyPrediction:
         """Return mean, calibrated standard deviation and out-of-distribution score, without gradient, in chunks.
 
         Raises:
             DataError: see :meth:`forward`; also NaN or infinite latents.
         """
         check_latents(latents)
+        levels = self._level(t, len(latents))
         features = self.read_prompts(prompts, len(latents))
         means, variances, distances = [], [], []
         for start in range(0, len(latents), _CHUNK):
             chunk = slice(start, start + _CHUNK)
             normalised = self.normalise(latents[chunk])
             read = None if features is None else features[chunk]
-            mean, variance = self.ensemble(normalised, read)
+            level = [values[chunk] for values in levels]
+            inputs = self.member_inputs(normalised, read, *level)
+            mean, variance = combine(self.members, inputs)
             means.append(mean * self.reward_std + self.reward_mean)
-            variances.append(self.calibration(variance) * self.reward_std)
-            distances.append(self.distance(self.distance_features(normalised, read)))
+            variances.append(self.deviation(variance, *level) * self.reward_std)
+            distances.append(self.distance(describe(self.members[0], normalised, inputs)))
         dtype = torch.promote_types(torch.float32, latents.dtype)
         ood = torch.cat(distances).to(dtype)
         return ProxyPrediction(
@@ -295,20 +329,36 @@ class RewardProxy(nn.Module):
             "latent_space": self.latent_space,
             "metric_fingerprints": self.metric_fingerprints,
             "report": self.report,
+            "selection": self.selection,
+            "backbone": None if self.shared is None else self.shared.fingerprint,
+            "schedule": None if self.noise is None else self.noise.probed,
         }
         with commit_directory(path) as folder:
             save_file({name: value.cpu().contiguous() for name, value in self.state_dict().items()}, folder / _WEIGHTS)
             (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, encode: PromptEncoder | None = None) -> RewardProxy:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        encode: PromptEncoder | None = None,
+        backbone: VideoBackbone | None = None,
+        schedule: Schedule | None = None,
+    ) -> RewardProxy:
         """Load a proxy, on the CPU.
 
         Args:
             path: what :meth:`save_pretrained` wrote.
-            encode: the prompt encoder it was fitted with, if there was one; needed to score with texts.
+            encode: the prompt encoder it was fitted with, if there was one; needed to score with texts. The
+                backbone's ``embed``, if it has one, need not be repeated here.
+            backbone: the one it was fitted with, if there was one.
+            schedule: the one it was fitted with, if it was fitted with ``noise_levels`` and another schedule than
+                rectified flow; needed to update it, not to score.
 
         Raises:
+            ConfigError: the proxy reads a backbone and none is given, or the other way round.
+            FingerprintMismatchError: backbone or schedule are others than at training; the message names both.
             CheckpointError: a file is missing, altered, or of another format.
         """
         folder = Path(path)
@@ -318,6 +368,7 @@ class RewardProxy(nn.Module):
         description = json.loads((folder / _DESCRIPTION).read_text())
         if description.get("format") != FORMAT:
             raise CheckpointError(f"{folder} has format {description.get('format')!r}; this version reads {FORMAT!r}")
+        check_backbone(description.get("backbone"), backbone)
         proxy = cls(
             ProxyConfig(**description["config"]),
             tuple(description["latent_shape"]),
@@ -326,7 +377,11 @@ class RewardProxy(nn.Module):
             latent_space=description["latent_space"],
             metric_fingerprints=description["metric_fingerprints"],
             report=description["report"],
-            encode=encode,
+            encode=encode or getattr(backbone, "embed", None),
+            backbone=backbone,
+            schedule=schedule,
+            schedule_probe=description.get("schedule"),
         )
+        proxy.selection = description.get("selection") or {}
         proxy.load_state_dict(load_file(folder / _WEIGHTS), assign=True)
         return proxy.requires_grad_(False)

@@ -16,6 +16,7 @@ from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.ensemble import Reader, shuffled_batches, train_member
 from latent_rewards.proxies.fit import fit_linear, settle
+from latent_rewards.proxies.joint import continue_jointly
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.report import accuracy
 from latent_rewards.proxies.samples import Rewards, Samples, concatenate_samples, gather_samples
@@ -96,19 +97,23 @@ def _train(proxy: RewardProxy, reader: Reader, fresh: Tensor, old: Tensor, count
     """Take ``count`` updates of every member; half of each batch is ``fresh`` and half ``old``, if there is any."""
     config = proxy.config
     half = max(1, config.batch_size // 2)
+    rate, warmup = LEARNING_RATE_FACTOR, 0.1
     for index, member in enumerate(proxy.members):
         source = generator(seed, "proxy/update/batches", 0, index)
         batches = shuffled_batches(fresh, half if len(old) else config.batch_size, count, source)
         if len(old):
             replayed = shuffled_batches(old, half, count, source)
             batches = [torch.cat(pair) for pair in zip(batches, replayed, strict=True)]
+        if proxy.shared is not None:
+            continue_jointly(proxy, reader, batches, source, rate=rate, warmup=warmup)
+            return
         train_member(
             member,
-            reader,
+            reader.noised(source),
             batches,
-            learning_rate=LEARNING_RATE_FACTOR * config.learning_rate,
+            learning_rate=rate * config.learning_rate,
             weight_decay=config.weight_decay,
-            warmup=0.1,
+            warmup=warmup,
             stop=lambda number: False,
             input_noise=config.input_noise,
             source=source,

@@ -1,6 +1,5 @@
-"""Trunks: latents (and a prompt vector) -> features.
+"""The conv3d trunk: a strided 3-d convolution, then residual blocks of one spatial and one temporal convolution.
 
-The conv3d trunk is a strided 3-d convolution followed by residual blocks of one spatial and one temporal convolution.
 The prompt enters each block by feature-wise modulation, ``h * (1 + gamma) + beta`` (Perez et al. 2018). The features
 of a frame are the mean and the maximum over its positions, so any latent size is accepted.
 """
@@ -10,6 +9,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+def make_stem(latent_shape: tuple[int, ...], width: int) -> nn.Conv3d:
+    """Return the strided convolution that turns latents of ``(C, F, H, W)`` into ``width`` channels; F is kept.
+
+    The spatial stride is 1, 2 or 4 for frames whose shorter side is below 6, below 32, or larger: on 8 x 8 latents
+    stride 2 costs a quarter and keeps every value, since 64 channels hold a 2 x 2 patch of 16.
+    """
+    channels, _, height, breadth = latent_shape
+    shorter = min(height, breadth)
+    stride = 1 if shorter < 6 else 2 if shorter < 32 else 4
+    kernel, padding = (3, 1) if stride == 1 else (2 * stride, stride // 2)
+    return nn.Conv3d(channels, width, (3, kernel, kernel), stride=(1, stride, stride), padding=(1, padding, padding))
+
+
+def pool_positions(x: Tensor) -> Tensor:
+    """Return the mean and the maximum over the positions of ``[B, K, F, H, W]``, side by side: ``[B, F, 2 K]``."""
+    flat = x.flatten(3)
+    return torch.cat([flat.mean(dim=3), flat.amax(dim=3)], dim=1).transpose(1, 2)
 
 
 class ModulatedBlock(nn.Module):
@@ -34,9 +52,6 @@ class ModulatedBlock(nn.Module):
 class Conv3dTrunk(nn.Module):
     """Latents ``[B, C, F, H, W]`` -> features ``[B, F, 2 width]``, one vector per frame.
 
-    The stem's spatial stride is 1, 2 or 4 for frames whose shorter side is below 6, below 32, or larger: on 8 x 8
-    latents stride 2 costs a quarter and keeps every value, since 64 channels hold a 2 x 2 patch of 16.
-
     Args:
         latent_shape: ``(C, F, H, W)``.
         width: channels, a multiple of 8.
@@ -46,13 +61,7 @@ class Conv3dTrunk(nn.Module):
 
     def __init__(self, latent_shape: tuple[int, ...], width: int, depth: int, prompt_width: int) -> None:
         super().__init__()
-        channels, _, height, breadth = latent_shape
-        shorter = min(height, breadth)
-        stride = 1 if shorter < 6 else 2 if shorter < 32 else 4
-        kernel, padding = (3, 1) if stride == 1 else (2 * stride, stride // 2)
-        self.stem = nn.Conv3d(
-            channels, width, (3, kernel, kernel), stride=(1, stride, stride), padding=(1, padding, padding)
-        )
+        self.stem = make_stem(latent_shape, width)
         self.blocks = nn.ModuleList([ModulatedBlock(width, prompt_width) for _ in range(depth)])
         self.num_features = 2 * width
 
@@ -61,5 +70,4 @@ class Conv3dTrunk(nn.Module):
         x = self.stem(latents)
         for block in self.blocks:
             x = block(x, prompt)
-        flat = x.flatten(3)
-        return torch.cat([flat.mean(dim=3), flat.amax(dim=3)], dim=1).transpose(1, 2)
+        return pool_positions(x)

@@ -1,0 +1,181 @@
+"""Training the members that share a backbone: together, so that its frozen blocks run once per batch.
+
+The members' outputs stand side by side, and a member's targets are NaN, which weighs nothing, on the samples it leaves
+out. Without adapters member m stops on the samples of fold m, as separate members do. Adapters learn from every member,
+so then fold 0 is left out by all and judges them all, and member m leaves out another fold besides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from latent_rewards.proxies.ensemble import Batch, Reader, _BestWeights, shuffled_batches, train_member
+from latent_rewards.proxies.proxy import RewardProxy
+from latent_rewards.training.randomness import generator
+
+_SCALE_ROWS = 512
+_JUDGED_ROWS = 1024
+
+
+class JointMember(nn.Module):
+    """All members of a proxy as one network: ``[B, M R]``, the members' outputs side by side.
+
+    Args:
+        proxy: one with a backbone; its members and adapters become this module's parameters, its backbone does not.
+    """
+
+    def __init__(self, proxy: RewardProxy) -> None:
+        super().__init__()
+        if proxy.shared is None:
+            raise TypeError("members without a backbone are trained one by one")
+        self.members = proxy.members
+        self.adapters = proxy.shared.adapters
+        self._inputs = proxy.member_inputs
+
+    def forward(self, latents: Tensor, prompt_features: Tensor | None, *level: Tensor) -> Tensor:
+        """Return ``[B, M R]`` for normalised latents, read prompts and, of a noisy proxy, t ``[B]``."""
+        inputs = self._inputs(latents, prompt_features, *level)
+        return torch.cat([member(*inputs) for member in self.members], dim=1)
+
+
+class JointReader:
+    """Reads batches for :class:`JointMember`.
+
+    Args:
+        reader: reads the samples.
+        counted: bool ``[N, M]``, the samples each member is trained (or judged) on; None for all.
+        num_members: M.
+    """
+
+    def __init__(self, reader: Reader, counted: Tensor | None, num_members: int) -> None:
+        self._reader, self._counted, self._num_members = reader, counted, num_members
+
+    def noised(self, source: torch.Generator) -> JointReader:
+        """Return a reader that draws times and noise from ``source``; see :meth:`Reader.noised`."""
+        reader = copy(self)
+        reader._reader = self._reader.noised(source)
+        return reader
+
+    def __call__(self, indices: Tensor) -> Batch:
+        """Return the batch at ``indices``, with targets ``[B, M R]``."""
+        latents, prompts, _, *level = self._reader(indices)
+        return latents, prompts, self.targets(indices), *level
+
+    def map(self, function: Callable[..., Tensor], indices: Tensor) -> Tensor:
+        """See :meth:`Reader.map`."""
+        return self._reader.map(function, indices)
+
+    def targets(self, indices: Tensor) -> Tensor:
+        """Return the standardised rewards of each member in turn, NaN where a sample does not count for it."""
+        targets = self._reader.targets(indices)
+        repeated = targets[:, None].expand(-1, self._num_members, -1)
+        if self._counted is not None:
+            repeated = repeated.masked_fill(~self._counted[indices].to(targets.device)[..., None], math.nan)
+        return repeated.flatten(1)
+
+
+def left_out(folds: Tensor, num_members: int, adapters: bool) -> tuple[Tensor, Tensor]:
+    """Return bool ``[n, M]`` twice: the samples each member is not trained on, and those that judge it."""
+    number = int(folds.max()) + 1
+    columns = torch.arange(num_members)
+    if not adapters:
+        judged = folds[:, None] == columns % number
+        return judged, judged
+    judged = (folds == 0)[:, None].expand(-1, num_members)
+    return judged | (folds[:, None] == 1 + columns % (number - 1)), judged
+
+
+def set_feature_scales(proxy: RewardProxy, reader: Reader, training: Tensor) -> None:
+    """Set the mean and deviation of the backbone's features from at most 512 training samples."""
+    shared = proxy.shared
+    if shared is None:
+        return
+    every = -(-len(training) // _SCALE_ROWS)
+
+    def features(*inputs: Any) -> Tensor:  # noqa: ANN401
+        found = proxy.member_inputs(*inputs)[0]
+        return found[:, None, :, 0, 0, 0] if proxy.is_linear else found
+
+    shared.fit_scales(reader.map(features, training[::every]))
+
+
+def fit_jointly(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Tensor) -> None:
+    """Train the members, and the adapters if there are any, from scratch; the best weights of all together are kept.
+
+    Args:
+        proxy: one with a backbone.
+        reader: reads the samples.
+        training: int64 ``[n]``, the samples to train on.
+        folds: int64 ``[n]``, their folds, numbered from 0.
+    """
+    config, joint = proxy.config, JointMember(proxy)
+    number = len(proxy.members)
+    skipped, judged = left_out(folds, number, bool(len(joint.adapters)))
+    counted = torch.zeros(2, int(training.max()) + 1, number, dtype=torch.bool)
+    counted[0, training], counted[1, training] = ~skipped, judged
+    rows = training[judged.any(dim=1)]
+    rows = rows[:: -(-len(rows) // _JUDGED_ROWS)]
+    used = training[~skipped.all(dim=1)]
+    count = config.updates(len(training))
+    with tqdm(total=count, desc="proxy", disable=not config.progress, dynamic_ncols=True) as bar:
+        judge = cast(Reader, JointReader(reader, counted[1], number))
+        keeper = _BestWeights(joint, judge, rows, config.patience, count, bar)
+        source = generator(config.seed, "proxy/batches", 0, 0)
+        batches = shuffled_batches(used, config.batch_size, count, source)
+        _train(joint, JointReader(reader, counted[0], number).noised(source), batches, proxy, source, keeper)
+        keeper.restore()
+
+
+def continue_jointly(
+    proxy: RewardProxy,
+    reader: Reader,
+    batches: Sequence[Tensor],
+    source: torch.Generator,
+    *,
+    rate: float,
+    warmup: float,
+) -> None:
+    """Train the members, and the adapters if there are any, further: every member on every batch.
+
+    Args:
+        proxy: one with a backbone.
+        reader: reads the samples.
+        batches: the indices of each update.
+        source: of input noise, and of times and noise where the proxy reads noisy latents.
+        rate: peak learning rate in units of the config's.
+        warmup: part of the updates in which the learning rate rises.
+    """
+    joint = JointMember(proxy)
+    joined = JointReader(reader, None, len(proxy.members)).noised(source)
+    _train(joint, joined, batches, proxy, source, lambda number: False, rate=rate, warmup=warmup)
+
+
+def _train(
+    joint: JointMember,
+    reader: JointReader,
+    batches: Sequence[Tensor],
+    proxy: RewardProxy,
+    source: torch.Generator,
+    stop: Callable[[int], bool],
+    *,
+    rate: float = 1.0,
+    warmup: float = 0.15,
+) -> None:
+    train_member(
+        joint,
+        reader,
+        batches,
+        learning_rate=rate * proxy.config.learning_rate,
+        weight_decay=proxy.config.weight_decay,
+        warmup=warmup,
+        stop=stop,
+        input_noise=proxy.config.input_noise,
+        source=source,
+    )

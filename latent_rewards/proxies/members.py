@@ -1,0 +1,120 @@
+"""The members of a proxy: what the registry's trunk and the settings make of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from latent_rewards.contracts import ConfigError
+from latent_rewards.proxies.config import ProxyConfig
+from latent_rewards.proxies.features import latent_statistics, linear_features
+from latent_rewards.proxies.heads import ConvMember
+from latent_rewards.proxies.linear import LinearMember
+from latent_rewards.proxies.text import PromptFeatures, real_tokens
+from latent_rewards.proxies.trunks import AUTO, trunk_kind
+from latent_rewards.proxies.trunks.backbone import VideoBackbone
+from latent_rewards.proxies.trunks.shared import PassThrough, SharedTrunk
+
+if TYPE_CHECKING:
+    from latent_rewards.proxies.proxy import RewardProxy
+
+
+def make_shared(
+    config: ProxyConfig, backbone: VideoBackbone | None, latent_shape: tuple[int, ...], prompts: PromptFeatures
+) -> SharedTrunk | None:
+    """Return what the members share, or None for a trunk that reads no backbone.
+
+    Raises:
+        ConfigError: the trunk is "auto"; it reads a backbone and there is none, or the other way round.
+        DataError: the backbone cannot read such latents.
+    """
+    if config.trunk == AUTO:
+        raise ConfigError("a proxy has one trunk; train_proxy(..., config='auto') chooses it")
+    if not trunk_kind(config.trunk).needs_backbone:
+        if backbone is not None:
+            raise ConfigError(f"trunk {config.trunk!r} reads no backbone; set trunk='backbone' or pass no backbone")
+        return None
+    if backbone is None:
+        raise ConfigError(
+            f"trunk {config.trunk!r} reads a backbone; pass it, backbone=WanBackbone(transformer, ...), to train_proxy "
+            "and to from_pretrained"
+        )
+    return SharedTrunk(backbone, latent_shape, prompts, config.adapter_rank)
+
+
+def make_members(
+    config: ProxyConfig,
+    latent_shape: tuple[int, ...],
+    prompts: PromptFeatures,
+    num_rewards: int,
+    shared: SharedTrunk | None,
+) -> list[nn.Module]:
+    """Return one ridge regression, or ``config.ensemble_size`` networks."""
+    if trunk_kind(config.trunk).closed_form:
+        shape = latent_shape if shared is None else (shared.num_features, 1, 1, 1)
+        size = linear_features(torch.zeros(1, *shape), torch.zeros(1, prompts.dim)).shape[1]
+        return [LinearMember(size, num_rewards)]
+    build = trunk_kind(config.trunk).build
+    if shared is not None:
+        num_features = shared.num_features
+
+        def build(*_: Any) -> nn.Module:  # noqa: ANN401
+            return PassThrough(num_features)
+
+    return [
+        ConvMember(
+            latent_shape,
+            prompts,
+            num_rewards,
+            width=config.width,
+            depth=config.depth,
+            make_trunk=cast(Any, build),
+            timed=config.noise_levels is not None,
+        )
+        for _ in range(config.ensemble_size)
+    ]
+
+
+def member_inputs(
+    proxy: RewardProxy, latents: Tensor, prompt_features: Tensor | None, *level: Tensor
+) -> tuple[Any, ...]:
+    """Return what the members take for normalised latents, read prompts and, of a noisy proxy, t ``[B]``.
+
+    With a backbone its frozen blocks run here, once for all members, on what they were trained on, latents and prompts
+    before scaling; the first entry becomes their features ``[B, F', K]``, for a ridge regression ``[B, K, 1, 1, 1]``,
+    their mean over frames.
+    """
+    if proxy.shared is None:
+        return latents, prompt_features, *level
+    tokens = prompt_features
+    if tokens is not None and tokens.ndim == 3:
+        tokens = (tokens / proxy.prompt_scale + proxy.prompt_mean) * real_tokens(tokens)[..., None]
+    features = proxy.shared(latents * proxy.latent_std + proxy.latent_mean, tokens, *level)
+    if proxy.is_linear:
+        features = features.mean(dim=1)[:, :, None, None, None]
+    return features, prompt_features, *level
+
+
+def combine(members: nn.ModuleList, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Return mean and variance ``[B, R]`` of the members' outputs."""
+    outputs = torch.stack([member(*inputs) for member in members])
+    mean = outputs.mean(dim=0)
+    return mean, (outputs - mean).square().sum(dim=0) / max(1, len(members) - 1)
+
+
+def describe(member: nn.Module, latents: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+    """Return ``[B, K]``: statistics of the latents, and the frame mean of a network's trunk features for ``inputs``."""
+    statistics = latent_statistics(latents)
+    if isinstance(member, LinearMember):
+        return statistics
+    features, _ = cast(ConvMember, member).features(*inputs)
+    return torch.cat([statistics, features.mean(dim=1)], dim=1)
+
+
+def description_size(member: nn.Module, channels: int) -> int:
+    """Return K of :func:`describe`."""
+    return 3 * channels + (
+        0 if isinstance(member, LinearMember) else cast(int, cast(ConvMember, member).trunk.num_features)
+    )
