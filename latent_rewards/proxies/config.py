@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from latent_rewards.contracts import ConfigError, unknown_name
 
 TRUNKS = ("conv3d", "linear")
+MEAN_CALIBRATIONS = ("none", "isotonic")
 
 
 @dataclass
@@ -30,6 +31,10 @@ class ProxyConfig:
         use_prompts: condition on the prompts, where there are any.
         text_features: dimensions prompts are hashed to.
         ridge_alpha: penalty of the linear trunk, as scikit-learn's; None chooses it on held-out data.
+        calibrate_mean: "none", or "isotonic": map the mean by isotonic regression on the held-out part (see
+            :mod:`latent_rewards.proxies.isotonic`); for predictions that are ordered well and scaled wrongly.
+        learning_curve: also refit on a quarter and on half of the training data, which costs three quarters of the
+            fit again, and report what twice the labels would bring.
         seed: root of all randomness.
         device: torch device; None takes the accelerator if there is one. The proxy stays there.
         progress: draw a progress bar.
@@ -50,6 +55,8 @@ class ProxyConfig:
     use_prompts: bool = True
     text_features: int = 256
     ridge_alpha: float | None = None
+    calibrate_mean: str = "none"
+    learning_curve: bool = False
     seed: int = 0
     device: str | None = None
     progress: bool = True
@@ -58,6 +65,8 @@ class ProxyConfig:
         """Raise ConfigError when a setting is outside what it may be."""
         if self.trunk not in TRUNKS:
             raise ConfigError(unknown_name("trunk", self.trunk, TRUNKS))
+        if self.calibrate_mean not in MEAN_CALIBRATIONS:
+            raise ConfigError(unknown_name("calibrate_mean", self.calibrate_mean, MEAN_CALIBRATIONS))
         for name in ("width", "depth", "ensemble_size", "batch_size", "patience", "text_features"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")

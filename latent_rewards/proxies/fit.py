@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from latent_rewards.dataset import RewardDataset
-from latent_rewards.proxies.calibration import crossfit_coverage
+from latent_rewards.proxies.assess import add_learning_curves, assess
+from latent_rewards.proxies.calibration import calibrate
 from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.ensemble import Reader, fit_members
 from latent_rewards.proxies.features import linear_features
+from latent_rewards.proxies.heldout import halve, heldout_prompts
+from latent_rewards.proxies.learning_curve import nested_parts
 from latent_rewards.proxies.linear import LinearMember, fit_ridge
 from latent_rewards.proxies.proxy import RewardProxy
-from latent_rewards.proxies.report import evaluate
 from latent_rewards.proxies.samples import (
     Rewards,
     Samples,
@@ -71,33 +73,37 @@ def train_proxy(
     samples = gather_samples(latents, rewards, prompts, latent_space=latent_space, use_prompts=config.use_prompts)
     check_trainable(samples, config.min_samples)
     training, heldout = split_samples(samples, config.holdout_fraction, config.seed)
-    num_folds = 10 if len(training) >= _SMALL else 5
-    folds = split_folds(training, group_ids(samples.prompts, len(samples)), num_folds, config.seed)
+    parts = [training]
+    if config.learning_curve:
+        parts = [*nested_parts(samples.rewards, samples.reward_names, training, config.seed), training]
+    proxy, reader = _fit(config, samples, training, encode)
+    settle(proxy, reader, training, heldout, halve(heldout_prompts(samples, heldout)))
+    ridge = None if proxy.is_linear else _baseline(reader, training, _folds(config, samples, training) == 0, heldout)
+    assess(proxy, reader, samples, training, heldout, ridge)
+    if config.learning_curve:
+        add_learning_curves(proxy, samples, parts, heldout, lambda rows: _fit(config, samples, rows, encode))
+    return proxy
 
+
+def _folds(config: ProxyConfig, samples: Samples, training: Tensor) -> Tensor:
+    num_folds = 10 if len(training) >= _SMALL else 5
+    return split_folds(training, group_ids(samples.prompts, len(samples)), num_folds, config.seed)
+
+
+def _fit(
+    config: ProxyConfig, samples: Samples, training: Tensor, encode: PromptEncoder | None
+) -> tuple[RewardProxy, Reader]:
+    """Return a proxy whose members are fitted on the samples at ``training``, and what reads samples for it."""
     proxy = _make_proxy(config, samples, encode)
     set_scales(proxy, samples, training)
     proxy.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reader = Reader(proxy, samples)
+    folds = _folds(config, samples, training)
     if proxy.is_linear:
         fit_linear(proxy, reader, training, folds == 0)
     else:
         fit_members(proxy, reader, training, folds)
-    settle(proxy, reader, training, heldout)
-
-    predicted, variance = reader.ensemble(heldout)
-    ridge = predicted if proxy.is_linear else _baseline(reader, training, folds == 0, heldout)
-    coverage = crossfit_coverage(predicted - reader.targets(heldout).cpu(), variance)
-    centre, scale = proxy.reward_mean.cpu(), proxy.reward_std.cpu()
-    num_train = (~samples.rewards[training].isnan()).sum(dim=0)
-    proxy.report = evaluate(
-        proxy.reward_names,
-        predicted * scale + centre,
-        ridge * scale + centre,
-        samples.rewards[heldout],
-        coverage,
-        num_train,
-    )
-    return proxy
+    return proxy, reader
 
 
 def _make_proxy(config: ProxyConfig, samples: Samples, encode: PromptEncoder | None) -> RewardProxy:
@@ -170,10 +176,16 @@ def _baseline(reader: Reader, training: Tensor, validation: Tensor, heldout: Ten
     return (reader.map(linear_features, heldout).double() @ weight + intercept).to(weight).cpu()
 
 
-def settle(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor) -> None:
-    """Set the calibration and the out-of-distribution score from ``heldout`` samples."""
+def settle(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor, halves: Tensor | None = None) -> None:
+    """Set the calibration and the out-of-distribution score from ``heldout`` samples; ``halves`` cross-fit the mean."""
     mean, variance = reader.ensemble(heldout)
-    proxy.calibration.fit(mean - reader.targets(heldout).cpu(), variance)
+    if halves is None:
+        halves = torch.arange(len(heldout)) % 2 == 0
+    calibrate(proxy.calibration, proxy.monotone, mean, variance, reader.targets(heldout).cpu(), halves)
     order = torch.randperm(len(training), generator=generator(proxy.config.seed, "proxy/distance", 0))
     features = reader.map(proxy.distance_features, training[order[:_DISTANCE_ROWS]])
-    proxy.distance.fit(features, reader.map(proxy.distance_features, heldout))
+    reference = reader.map(proxy.distance_features, heldout)
+    proxy.distance.fit(features, reference)
+    distance = proxy.distance.distance(reference)
+    disagreement = variance.mean(dim=1).to(distance) if len(proxy.members) > 1 else None
+    proxy.ood_score.fit(distance, disagreement)

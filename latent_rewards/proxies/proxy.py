@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latent_rewards.contracts import DataError, FingerprintMismatchError, check_latents
@@ -18,31 +16,14 @@ from latent_rewards.proxies.calibration import Calibration
 from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.features import latent_statistics, linear_features
 from latent_rewards.proxies.heads import ConvMember
+from latent_rewards.proxies.heldout import HeldOut
+from latent_rewards.proxies.isotonic import MonotoneMap
 from latent_rewards.proxies.linear import LinearMember
-from latent_rewards.proxies.ood import DistanceQuantile
+from latent_rewards.proxies.ood import DistanceQuantile, OodScore
+from latent_rewards.proxies.prediction import ProxyPrediction
 from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
-from latent_rewards.training.checkpoint import CheckpointError, commit_directory, verify_directory
 
-FORMAT = "latent-rewards/proxy/2"
-_DESCRIPTION = "proxy.json"
-_WEIGHTS = "proxy.safetensors"
 _CHUNK = 128
-
-
-@dataclass(frozen=True)
-class ProxyPrediction:
-    """What a proxy says of B samples, each ``{reward name: [B]}``.
-
-    Attributes:
-        mean: predicted reward, in the metric's units.
-        std: its calibrated standard deviation (see :mod:`latent_rewards.proxies.calibration`).
-        ood: in [0, 1], how far the latents lie from the training data (see :mod:`latent_rewards.proxies.ood`); a
-            property of the latents and prompts, so it is the same for every reward.
-    """
-
-    mean: dict[str, Tensor]
-    std: dict[str, Tensor]
-    ood: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,7 +49,7 @@ class RewardProxy(nn.Module):
         prompt_features: how it reads prompts.
         latent_space: fingerprint of the codec, or None if unknown.
         metric_fingerprints: ``{reward name: fingerprint}``, empty if unknown.
-        report: see :func:`latent_rewards.proxies.report.evaluate`.
+        report: see :func:`latent_rewards.proxies.report.evaluate` and ``extend_report``.
         encode: embeds texts, for a proxy whose prompts are read so; it is not saved.
     """
 
@@ -99,6 +80,7 @@ class RewardProxy(nn.Module):
         self.latent_space = latent_space
         self.metric_fingerprints = dict(metric_fingerprints or {})
         self.report = report or {}
+        self.heldout: HeldOut | None = None
         self._encoder = _Shared(encode)
         channels, num_rewards = self.latent_shape[0], len(self.reward_names)
         self.register_buffer("latent_mean", torch.zeros(channels, 1, 1, 1))
@@ -109,8 +91,10 @@ class RewardProxy(nn.Module):
         self.register_buffer("reward_std", torch.ones(num_rewards))
         self.members = nn.ModuleList(self._make_members())
         self.calibration = Calibration(num_rewards)
+        self.monotone = MonotoneMap(num_rewards) if config.calibrate_mean == "isotonic" else None
         trunk_features = 0 if self.is_linear else cast(ConvMember, self.members[0]).trunk.num_features
         self.distance = DistanceQuantile(3 * channels + trunk_features)
+        self.ood_score = OodScore()
         if self.is_linear:
             self.double()
         self.requires_grad_(False).eval()
@@ -183,12 +167,16 @@ class RewardProxy(nn.Module):
         features, _ = cast(ConvMember, self.members[0]).features(latents, prompt_features)
         return torch.cat([statistics, features.mean(dim=1)], dim=1)
 
+    def correct(self, mean: Tensor) -> Tensor:
+        """Return standardised means ``[B, R]`` as the isotonic map, if there is one, corrects them."""
+        return mean if self.monotone is None else self.monotone(mean)
+
     def _moments(self, latents: Tensor, prompts: Prompts | None) -> tuple[Tensor, Tensor]:
         normalised = self.normalise(latents)
         mean, variance = self.ensemble(normalised, self.read_prompts(prompts, len(latents)))
         dtype = torch.promote_types(torch.float32, latents.dtype)
         return (
-            (mean * self.reward_std + self.reward_mean).to(dtype),
+            (self.correct(mean) * self.reward_std + self.reward_mean).to(dtype),
             (self.calibration(variance) * self.reward_std).to(dtype),
         )
 
@@ -217,30 +205,49 @@ class RewardProxy(nn.Module):
         return self._by_name(mean - pessimism * std if pessimism else mean)
 
     @torch.no_grad()
-    def predict(self, latents: Tensor, prompts: Prompts | None = None) -> ProxyPrediction:
+    def predict(self, latents: Tensor | RewardDataset, prompts: Prompts | None = None) -> ProxyPrediction:
         """Return mean, calibrated standard deviation and out-of-distribution score, without gradient, in chunks.
+
+        Args:
+            latents: ``[B, C, F, H, W]``, or a dataset, which brings its prompts and is read in chunks.
+            prompts: with a tensor, if the proxy reads prompts.
 
         Raises:
             DataError: see :meth:`forward`; also NaN or infinite latents.
+            FingerprintMismatchError: the dataset belongs to another latent space; the message names both.
         """
-        check_latents(latents)
+        if isinstance(latents, RewardDataset):
+            self.check_latent_space(latents.latent_space)
+            if prompts is not None:
+                raise DataError("a RewardDataset brings its own prompts; pass them only with a latents tensor")
+            prompts = latents.prompts
+        else:
+            check_latents(latents)
         features = self.read_prompts(prompts, len(latents))
-        means, variances, distances = [], [], []
-        for start in range(0, len(latents), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            normalised = self.normalise(latents[chunk])
-            read = None if features is None else features[chunk]
+        means, stds, scores = [], [], []
+        for rows in torch.arange(len(latents)).split(_CHUNK):
+            if isinstance(latents, RewardDataset):
+                normalised = self.normalise(check_latents(latents.latents(rows)))
+            else:
+                normalised = self.normalise(latents[rows.to(latents.device)])
+            read = None if features is None else features[rows.to(features.device)]
             mean, variance = self.ensemble(normalised, read)
-            means.append(mean * self.reward_std + self.reward_mean)
-            variances.append(self.calibration(variance) * self.reward_std)
-            distances.append(self.distance(self.distance_features(normalised, read)))
+            means.append(self.correct(mean) * self.reward_std + self.reward_mean)
+            stds.append(self.calibration(variance) * self.reward_std)
+            scores.append(self._ood(self.distance_features(normalised, read), variance))
         dtype = torch.promote_types(torch.float32, latents.dtype)
-        ood = torch.cat(distances).to(dtype)
+        ood = torch.cat(scores).to(dtype)
         return ProxyPrediction(
             self._by_name(torch.cat(means).to(dtype)),
-            self._by_name(torch.cat(variances).to(dtype)),
+            self._by_name(torch.cat(stds).to(dtype)),
             {name: ood for name in self.reward_names},
+            dict(zip(self.reward_names, self.calibration.ratios.clone(), strict=True)),
         )
+
+    def _ood(self, features: Tensor, variance: Tensor) -> Tensor:
+        if not int(self.ood_score.count):  # stored before disagreement was a part of it
+            return self.distance(features)
+        return self.ood_score(self.distance.distance(features), variance.mean(dim=1))
 
     def check_latent_space(self, fingerprint: str | None) -> None:
         """Raise unless the proxy was trained in the latent space ``fingerprint``; an unknown one is not judged.
@@ -284,49 +291,55 @@ class RewardProxy(nn.Module):
             self, dataset_or_latents, rewards, prompts, replay=replay, num_updates=num_updates, seed=seed
         )
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Commit the proxy to the folder ``path`` as safetensors and JSON; an existing folder is replaced."""
-        description = {
-            "format": FORMAT,
-            "config": asdict(self.config),
-            "latent_shape": self.latent_shape,
-            "reward_names": self.reward_names,
-            "prompt_features": asdict(self.prompt_features),
-            "latent_space": self.latent_space,
-            "metric_fingerprints": self.metric_fingerprints,
-            "report": self.report,
-        }
-        with commit_directory(path) as folder:
-            save_file({name: value.cpu().contiguous() for name, value in self.state_dict().items()}, folder / _WEIGHTS)
-            (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1))
+    def ood_threshold(self, false_alarm: float = 0.05) -> float:
+        """Return the score above which at most a share ``false_alarm`` of samples like the held-out ones lies.
 
-    @classmethod
-    def from_pretrained(cls, path: str | Path, *, encode: PromptEncoder | None = None) -> RewardProxy:
-        """Load a proxy, on the CPU.
-
-        Args:
-            path: what :meth:`save_pretrained` wrote.
-            encode: the prompt encoder it was fitted with, if there was one; needed to score with texts.
+        Compare ``predict(...).ood`` with it; the bound is split-conformal, see :mod:`latent_rewards.proxies.ood`.
 
         Raises:
-            CheckpointError: a file is missing, altered, or of another format.
+            ConfigError: ``false_alarm`` is not in [0.001, 1), or lower than the held-out samples can tell.
         """
-        folder = Path(path)
-        verify_directory(folder)
-        if not (folder / _DESCRIPTION).is_file():
-            raise CheckpointError(f"{folder} holds no {_DESCRIPTION}: it is not a saved reward proxy")
-        description = json.loads((folder / _DESCRIPTION).read_text())
-        if description.get("format") != FORMAT:
-            raise CheckpointError(f"{folder} has format {description.get('format')!r}; this version reads {FORMAT!r}")
-        proxy = cls(
-            ProxyConfig(**description["config"]),
-            tuple(description["latent_shape"]),
-            tuple(description["reward_names"]),
-            PromptFeatures(**description["prompt_features"]),
-            latent_space=description["latent_space"],
-            metric_fingerprints=description["metric_fingerprints"],
-            report=description["report"],
-            encode=encode,
-        )
-        proxy.load_state_dict(load_file(folder / _WEIGHTS), assign=True)
-        return proxy.requires_grad_(False)
+        return self.ood_score.threshold(false_alarm)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Commit the proxy to the folder ``path``; see :func:`latent_rewards.proxies.artefact.save_proxy`."""
+        from latent_rewards.proxies.artefact import save_proxy
+
+        save_proxy(self, path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Reward proxy",
+    ) -> str:
+        """Upload the proxy, return the commit's URL; see :func:`latent_rewards.proxies.artefact.push_proxy`."""
+        from latent_rewards.proxies.artefact import push_proxy
+
+        return push_proxy(self, repo_id, private=private, token=token, commit_message=commit_message)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        encode: PromptEncoder | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> RewardProxy:
+        """Load a proxy, on the CPU, from a folder or from the hub.
+
+        Args:
+            path: what :meth:`save_pretrained` wrote, or the "organisation/name" of a hub repository.
+            encode: the prompt encoder it was fitted with, if there was one; needed to score with texts.
+            revision: branch, tag or commit of the repository.
+            token: of the hub; None takes the stored one.
+
+        Raises:
+            CheckpointError: neither folder nor repository; a file is missing, altered, or of another format.
+        """
+        from latent_rewards.proxies.artefact import load_proxy
+
+        return load_proxy(path, encode=encode, revision=revision, token=token)

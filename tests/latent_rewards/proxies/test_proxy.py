@@ -39,7 +39,7 @@ def test_save_and_load_predict_the_same_bits(stored, world, tmp_path):
     assert (loaded.report, loaded.config, loaded.latent_shape) == (stored.report, stored.config, stored.latent_shape)
     assert loaded.reward_names == ("reward",) and loaded.prompt_features == stored.prompt_features
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert {p.suffix for p in (tmp_path / "proxy").iterdir()} == {".json", ".safetensors"}
+    assert {p.suffix for p in (tmp_path / "proxy").iterdir()} == {".json", ".safetensors", ".md"}
 
 
 def test_a_damaged_or_foreign_folder_is_named(proxy, tmp_path):
