@@ -74,6 +74,7 @@ def _results(proxy: RewardProxy) -> list[EvalResult]:
         EvalResult(
             task_type="reward-prediction",
             dataset_type="held-out",
+            dataset_config=name,
             dataset_name=f"held-out samples of {name}",
             metric_type=metric,
             metric_value=round(float(value), 6),

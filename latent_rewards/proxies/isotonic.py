@@ -16,6 +16,7 @@ SLOPE_FLOOR = 0.05
 """Least slope, in standard deviations of the reward per predicted standard deviation."""
 
 _KNOTS = 33
+_EVENNESS = 1e-3
 _MIN_SAMPLES = 5
 
 
@@ -62,10 +63,9 @@ class MonotoneMap(nn.Module):
             x, y = predicted[known, column].double().cpu(), target[known, column].double().cpu()
             if len(x) < _MIN_SAMPLES or float(x.max() - x.min()) <= 1e-9:
                 continue
-            quantiles = torch.quantile(x, torch.linspace(0, 1, _KNOTS, dtype=x.dtype))
-            # Equal predictions give equal quantiles; a thousandth of the range apart they can be joined by lines.
-            gap = 1e-3 * float(x.max() - x.min()) / _KNOTS
-            knots = quantiles + gap * torch.arange(_KNOTS, dtype=x.dtype)
+            even = torch.linspace(0, 1, _KNOTS, dtype=x.dtype)
+            # Equal predictions give equal quantiles; a little of an even grid lets them be joined by lines.
+            knots = torch.lerp(torch.quantile(x, even), x.min() + even * (x.max() - x.min()), _EVENNESS)
             fitted = IsotonicRegression(out_of_bounds="clip").fit(x.numpy(), y.numpy())
             levels = torch.from_numpy(fitted.predict(knots.numpy())).double()
             rises = torch.maximum(levels.diff(), SLOPE_FLOOR * knots.diff())

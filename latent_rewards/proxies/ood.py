@@ -121,11 +121,15 @@ class OodScore(nn.Module):
             ConfigError: ``false_alarm`` is outside [0.001, 1), or lower than the held-out samples can tell.
         """
         count, parts = int(self.count), int(self.parts)
+        if not count:
+            raise ConfigError(
+                "the proxy has no held-out samples to tell a threshold from; train it, or load a trained one"
+            )
         index = level_index(1 - false_alarm, "1 - false_alarm")
         if conformal_rank(index, count) > count + 1 - parts:
             raise ConfigError(
-                f"{count} held-out samples cannot tell a false alarm of {false_alarm}, only of {parts / (count + 1):.3g} "
-                "or more; ask for that, or train the proxy on more samples or with a larger holdout_fraction"
+                f"{count} held-out samples cannot tell a false alarm of {false_alarm}, but {parts / (count + 1):.2g} "
+                "or more; ask for that, or train on more samples or with a larger holdout_fraction"
             )
         return (index - 0.5) / NUM_LEVELS
 

@@ -10,6 +10,7 @@ from latent_rewards.proxies import ProxyConfig
     ("change", "message"),
     [
         ({"trunk": "conv"}, "unknown trunk 'conv'. Did you mean 'conv3d'"),
+        ({"calibrate_mean": "isotone"}, "unknown calibrate_mean 'isotone'. Did you mean 'isotonic'"),
         ({"width": 12}, "multiple of 8"),
         ({"ensemble_size": 0}, "ensemble_size must be at least 1; got 0"),
         ({"num_updates": 0}, "num_updates"),
