@@ -39,7 +39,7 @@ def conformal_rank(index: int, count: int) -> int:
 def conformal_quantiles(values: Tensor, beyond: float) -> Tensor:
     """Return the ``[999]`` quantiles of ``values`` ``[n]``; ``beyond`` where n values cannot bound that level."""
     ordered = torch.cat([values.sort().values, values.new_full((1,), beyond)])
-    ranks = torch.tensor([conformal_rank(index, len(values)) for index in range(1, RESOLUTION)], device=values.device)
+    ranks = -(-torch.arange(1, RESOLUTION, device=values.device) * (len(values) + 1) // RESOLUTION)
     return ordered[(ranks - 1).clamp(max=len(values))]
 
 

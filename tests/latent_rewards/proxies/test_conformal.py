@@ -26,12 +26,14 @@ def test_quantiles_by_hand():
     quantiles = conformal_quantiles(torch.arange(19.0, 0.0, -1.0), math.inf)
     assert quantiles.shape == (999,)
     assert quantiles[899] == 18.0 and quantiles[499] == 10.0 and quantiles[949] == 19.0
+    ranks = [conformal_rank(index, 19) for index in range(1, 951)]
+    assert quantiles[:950].tolist() == [float(rank) for rank in ranks]
     assert quantiles[950].isinf() and quantiles[998].isinf() and quantiles[0] == 1.0
 
 
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.9])
 def test_a_new_sample_lies_below_with_exactly_the_rank_s_probability(level):
-    count, repeats = 49, 4000
+    count, repeats = 49, 2000
     draws = torch.rand(repeats, count + 1, generator=torch.Generator().manual_seed(1)).double() ** 3
     bounds = torch.stack([conformal_quantiles(row[:count], math.inf)[level_index(level) - 1] for row in draws])
     share = float((draws[:, -1] <= bounds).double().mean())
