@@ -113,3 +113,12 @@ def test_a_calibrated_mean_is_judged_by_maps_of_the_other_half():
     inside = error.abs() <= Z_LEVEL * calibration(torch.zeros(4000, 1).double())
     assert abs(float(inside.double().mean()) - 0.9) < 4.5 * math.sqrt(0.09 * (1 / 4000 + 1 / 400))
     assert float(error.square().mean().sqrt()) < 0.13
+
+
+def test_errors_of_a_calibrated_mean_are_those_of_the_other_halfs_map():
+    mean = torch.linspace(-1, 1, 80).double()[:, None]
+    halves = torch.arange(80) % 2 == 0
+    target = torch.where(halves[:, None], mean, mean + 5)
+    calibration = Calibration(1).double()
+    calibrate(calibration, MonotoneMap(1).double(), mean, torch.zeros(80, 1).double(), target, halves)
+    assert float(Z_LEVEL * calibration(torch.zeros(1, 1).double())) == pytest.approx(5.0, abs=0.1)

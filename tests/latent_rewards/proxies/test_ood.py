@@ -99,3 +99,18 @@ def test_a_threshold_that_cannot_be_told_is_refused():
     for wrong in (0.0, 1.0, -1.0):
         with pytest.raises(ConfigError, match="1 - false_alarm must lie in"):
             score.threshold(wrong)
+
+
+def test_the_threshold_splits_999_samples_at_the_rank_it_says():
+    values = torch.arange(999.0)
+    score = OodScore()
+    score.fit(values, None)
+    assert int((score(values, values) > score.threshold(0.05)).sum()) == 49
+    assert int((score(values, values) > score.threshold(0.2)).sum()) == 199
+
+
+def test_a_sample_is_as_strange_as_the_stranger_of_its_parts():
+    score = OodScore()
+    score.fit(torch.arange(500.0), torch.arange(500.0).roll(250))
+    strange, usual = torch.tensor([495.0]), torch.tensor([3.0])
+    assert score(strange, usual).item() > 0.9 and score(usual, strange).item() > 0.9
