@@ -75,6 +75,25 @@ def histogram(title: str, values: Sequence[float], x_label: str, y_label: str, *
         return _markup(title, figure, axes, x_label, y_label, prefix)
 
 
+def scatter_chart(
+    title: str, x: Sequence[float] | Tensor, y: Sequence[float] | Tensor, x_label: str, y_label: str, *, prefix: str
+) -> object:
+    """Return markup of points on square axes of one range, with the line on which y is x."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    xs, ys = [float(v) for v in x], [float(v) for v in y]
+    low, high = min(*xs, *ys), max(*xs, *ys)
+    margin = 0.04 * (high - low) or 1.0
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axline((low, low), slope=1, color=_INK, alpha=0.45, linewidth=1, linestyle="--")
+        axes.scatter(xs, ys, s=12, color=PALETTE[0], alpha=0.5, linewidths=0)
+        axes.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin), aspect="equal")
+        return _markup(title, figure, axes, x_label, y_label, prefix)
+
+
 def _markup(title: str, figure: Any, axes: Any, x_label: str, y_label: str, prefix: str) -> object:  # noqa: ANN401 - matplotlib's
     from markupsafe import Markup, escape
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from latent_rewards.charts import Series, histogram, line_chart
+from latent_rewards.charts import Series, histogram, line_chart, scatter_chart
 from latent_rewards.contracts import DataError, Prompt, prompt_text
 from latent_rewards.video import encode_mp4
 
@@ -141,6 +141,25 @@ class Report:
         if not values or not all(map(math.isfinite, values)):
             raise DataError(f"histogram {title!r} needs finite values, at least one; got {len(values)} value(s)")
         svg = histogram(title, values, x_label, y_label, prefix=f"c{len(self.blocks)}-")
+        return self._add("chart", title=title, svg=svg, caption=caption)
+
+    def add_scatter(
+        self,
+        title: str,
+        x: Sequence[float] | Tensor,
+        y: Sequence[float] | Tensor,
+        x_label: str,
+        y_label: str,
+        caption: str = "",
+    ) -> Report:
+        """Add points of finite x and y in the same units, with the line on which they are equal.
+
+        Raises:
+            DataError: there is no point, the two differ in length, or a value is not finite.
+        """
+        if not len(x) or len(x) != len(y) or not all(math.isfinite(float(value)) for value in (*x, *y)):
+            raise DataError(f"scatter {title!r} needs finite x and y, as many of each; got {len(x)} and {len(y)}")
+        svg = scatter_chart(title, x, y, x_label, y_label, prefix=f"c{len(self.blocks)}-")
         return self._add("chart", title=title, svg=svg, caption=caption)
 
     def add_videos(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from latent_rewards.contracts import ConfigError
+from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.proxies.trunks import AUTO, trunk_kind
+
+MEAN_CALIBRATIONS = ("none", "isotonic")
 
 
 @dataclass
@@ -38,6 +40,10 @@ class ProxyConfig:
         selection_budget: for "auto", most sample updates (one forward and backward pass of one sample) spent on
             choosing; None spends as many as one full training, or what 25 updates of each take.
         ridge_alpha: penalty of the linear trunk, as scikit-learn's; None chooses it on held-out data.
+        calibrate_mean: "none", or "isotonic": map the mean by isotonic regression on the held-out part (see
+            :mod:`latent_rewards.proxies.isotonic`); for predictions that are ordered well and scaled wrongly.
+        learning_curve: also refit on a quarter and on half of the training data, which costs three quarters of the
+            fit again, and report what twice the labels would bring.
         seed: root of all randomness.
         device: torch device; None takes the accelerator if there is one. The proxy stays there.
         progress: draw a progress bar.
@@ -61,6 +67,8 @@ class ProxyConfig:
     adapter_rank: int = 0
     selection_budget: int | None = None
     ridge_alpha: float | None = None
+    calibrate_mean: str = "none"
+    learning_curve: bool = False
     seed: int = 0
     device: str | None = None
     progress: bool = True
@@ -70,6 +78,8 @@ class ProxyConfig:
         if self.trunk != AUTO:
             trunk_kind(self.trunk)
         self._check_conditioning()
+        if self.calibrate_mean not in MEAN_CALIBRATIONS:
+            raise ConfigError(unknown_name("calibrate_mean", self.calibrate_mean, MEAN_CALIBRATIONS))
         for name in ("width", "depth", "ensemble_size", "batch_size", "patience", "text_features"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")

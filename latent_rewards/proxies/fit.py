@@ -15,15 +15,17 @@ from torch import Tensor
 
 from latent_rewards.contracts import ConfigError
 from latent_rewards.dataset import RewardDataset
-from latent_rewards.proxies.calibration import crossfit_coverage
+from latent_rewards.proxies.assess import add_learning_curves, assess
+from latent_rewards.proxies.calibration import calibrate
 from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.ensemble import Reader, fit_members
 from latent_rewards.proxies.features import linear_features
+from latent_rewards.proxies.heldout import halve, heldout_prompts
 from latent_rewards.proxies.joint import fit_jointly, set_feature_scales
+from latent_rewards.proxies.learning_curve import nested_parts
 from latent_rewards.proxies.linear import LinearMember, fit_ridge
 from latent_rewards.proxies.noise import Schedule
 from latent_rewards.proxies.proxy import RewardProxy
-from latent_rewards.proxies.report import accuracy, evaluate
 from latent_rewards.proxies.samples import (
     Rewards,
     Samples,
@@ -91,21 +93,26 @@ def train_proxy(
     training, heldout = split_samples(samples, config.holdout_fraction, config.seed)
     automatic = config.trunk == AUTO
 
-    def fitted(settings: ProxyConfig, rows: Tensor) -> tuple[RewardProxy, Reader, Tensor]:
+    def fitted(settings: ProxyConfig, rows: Tensor) -> tuple[RewardProxy, Reader]:
         spared = automatic and not trunk_kind(settings.trunk).needs_backbone
         return _fit(settings, rows, samples, encode, None if spared else backbone, schedule)
 
     def judge(settings: ProxyConfig, rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-        _, reader, _ = fitted(settings, rows)
+        _, reader = fitted(settings, rows)
         return reader.ensemble(others)[0], reader.targets(others).cpu()
 
     selection: dict[str, Any] = {}
     if automatic:
         config, selection = choose_trunk(config, samples, training, judge, has_backbone=backbone is not None)
-    proxy, reader, folds = fitted(config, training)
+    proxy, reader = fitted(config, training)
     proxy.selection = selection
-    settle(proxy, reader, training, heldout)
-    proxy.report = _report(proxy, reader, samples, training, heldout, folds == 0)
+    settle(proxy, reader, training, heldout, halve(heldout_prompts(samples, heldout)))
+    validation = _folds(config, samples, training) == 0
+    ridge = None if config.trunk == "linear" else _baseline(reader, training, validation, heldout)
+    assess(proxy, reader, samples, training, heldout, ridge)
+    if config.learning_curve:
+        parts = [*nested_parts(samples.rewards, samples.reward_names, training, config.seed), training]
+        add_learning_curves(proxy, samples, parts, heldout, lambda rows: fitted(config, rows))
     return proxy
 
 
@@ -120,6 +127,11 @@ def _settings(config: ProxyConfig | str | None, has_backbone: bool, has_schedule
     return config
 
 
+def _folds(config: ProxyConfig, samples: Samples, training: Tensor) -> Tensor:
+    num_folds = 10 if len(training) >= _SMALL else 5
+    return split_folds(training, group_ids(samples.prompts, len(samples)), num_folds, config.seed)
+
+
 def _fit(
     config: ProxyConfig,
     training: Tensor,
@@ -127,10 +139,9 @@ def _fit(
     encode: PromptEncoder | None,
     backbone: VideoBackbone | None,
     schedule: Schedule | None,
-) -> tuple[RewardProxy, Reader, Tensor]:
-    """Return a proxy fitted on the rows ``training``, not yet calibrated, its reader, and the rows' folds."""
-    num_folds = 10 if len(training) >= _SMALL else 5
-    folds = split_folds(training, group_ids(samples.prompts, len(samples)), num_folds, config.seed)
+) -> tuple[RewardProxy, Reader]:
+    """Return a proxy fitted on the rows ``training``, not yet calibrated, and what reads samples for it."""
+    folds = _folds(config, samples, training)
     proxy = _make_proxy(config, samples, encode, backbone, schedule)
     set_scales(proxy, samples, training)
     proxy.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -142,33 +153,7 @@ def _fit(
         fit_jointly(proxy, reader, training, folds)
     else:
         fit_members(proxy, reader, training, folds)
-    return proxy, reader, folds
-
-
-def _report(
-    proxy: RewardProxy, reader: Reader, samples: Samples, training: Tensor, heldout: Tensor, validation: Tensor
-) -> dict[str, dict[str, Any]]:
-    """Return the report on ``heldout``, at the lowest noise level if there are levels."""
-    reader = reader.at(0.0 if proxy.noise is None else proxy.noise.bounds[0])
-    predicted, variance = reader.ensemble(heldout)
-    ridge = predicted if proxy.config.trunk == "linear" else _baseline(reader, training, validation, heldout)
-    coverage = crossfit_coverage(predicted - reader.targets(heldout).cpu(), variance)
-    centre, scale = proxy.reward_mean.cpu(), proxy.reward_std.cpu()
-    num_train = (~samples.rewards[training].isnan()).sum(dim=0)
-    report = evaluate(
-        proxy.reward_names,
-        predicted * scale + centre,
-        ridge * scale + centre,
-        samples.rewards[heldout],
-        coverage,
-        num_train,
-    )
-    for level in [] if proxy.noise is None else proxy.noise.levels.tolist():
-        noisy = reader.at(level).ensemble(heldout)[0] * scale + centre
-        for i, name in enumerate(proxy.reward_names):
-            at_level = {"t": level, **accuracy(noisy[:, i], samples.rewards[heldout][:, i])}
-            report[name].setdefault("noise", []).append(at_level)
-    return report
+    return proxy, reader
 
 
 def _make_proxy(
@@ -253,10 +238,12 @@ def _plain_features(latents: Tensor, prompt_features: Tensor | None, *level: Ten
     return linear_features(latents, prompt_features)
 
 
-def settle(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor) -> None:
-    """Set the calibration and the out-of-distribution score from ``heldout`` samples."""
+def settle(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor, halves: Tensor | None = None) -> None:
+    """Set the calibration and the out-of-distribution score from ``heldout`` samples; ``halves`` cross-fit the mean."""
     mean, variance = reader.ensemble(heldout)
-    proxy.calibration.fit(mean - reader.targets(heldout).cpu(), variance)
+    if halves is None:
+        halves = torch.arange(len(heldout)) % 2 == 0
+    calibrate(proxy.calibration, proxy.monotone, mean, variance, reader.targets(heldout).cpu(), halves)
     if proxy.noise is not None:
         moments = [reader.at(level).ensemble(heldout) for level in proxy.noise.levels.tolist()]
         device = proxy.reward_mean.device
@@ -266,4 +253,8 @@ def settle(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor
         )
     order = torch.randperm(len(training), generator=generator(proxy.config.seed, "proxy/distance", 0))
     features = reader.map(proxy.distance_features, training[order[:_DISTANCE_ROWS]])
-    proxy.distance.fit(features, reader.map(proxy.distance_features, heldout))
+    reference = reader.map(proxy.distance_features, heldout)
+    proxy.distance.fit(features, reference)
+    distance = proxy.distance.distance(reference)
+    disagreement = variance.mean(dim=1).to(distance) if len(proxy.members) > 1 else None
+    proxy.ood_score.fit(distance, disagreement)

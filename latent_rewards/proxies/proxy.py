@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latent_rewards.contracts import DataError, FingerprintMismatchError, check_latents
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.calibration import Calibration
 from latent_rewards.proxies.config import ProxyConfig
+from latent_rewards.proxies.heldout import HeldOut
+from latent_rewards.proxies.isotonic import MonotoneMap
 from latent_rewards.proxies.members import combine, describe, description_size, make_members, make_shared, member_inputs
 from latent_rewards.proxies.noise import NoiseLevels, Schedule, read_level
-from latent_rewards.proxies.ood import DistanceQuantile
+from latent_rewards.proxies.ood import DistanceQuantile, OodScore
+from latent_rewards.proxies.prediction import ProxyPrediction
 from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
 from latent_rewards.proxies.trunks import trunk_kind
 from latent_rewards.proxies.trunks.backbone import VideoBackbone
-from latent_rewards.proxies.trunks.shared import check_backbone
-from latent_rewards.training.checkpoint import CheckpointError, commit_directory, verify_directory
 
-FORMAT = "latent-rewards/proxy/2"
-_DESCRIPTION = "proxy.json"
-_WEIGHTS = "proxy.safetensors"
 _CHUNK = 128
-
-
-@dataclass(frozen=True)
-class ProxyPrediction:
-    """What a proxy says of B samples, each ``{reward name: [B]}``.
-
-    Attributes:
-        mean: predicted reward, in the metric's units.
-        std: its calibrated standard deviation (see :mod:`latent_rewards.proxies.calibration`).
-        ood: in [0, 1], how far the latents lie from the training data (see :mod:`latent_rewards.proxies.ood`); a
-            property of the latents and prompts, so it is the same for every reward.
-    """
-
-    mean: dict[str, Tensor]
-    std: dict[str, Tensor]
-    ood: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,7 +50,7 @@ class RewardProxy(nn.Module):
         prompt_features: how it reads prompts.
         latent_space: fingerprint of the codec, or None if unknown.
         metric_fingerprints: ``{reward name: fingerprint}``, empty if unknown.
-        report: see :func:`latent_rewards.proxies.report.evaluate`.
+        report: see :func:`latent_rewards.proxies.report.evaluate` and ``extend_report``.
         encode: embeds texts, for a proxy whose prompts are read so; it is not saved.
         backbone: the video transformer of the trunks that read one; it is not saved.
         schedule: of the noise, for a proxy of noisy latents; see :class:`latent_rewards.proxies.noise.NoiseLevels`.
@@ -114,6 +94,7 @@ class RewardProxy(nn.Module):
         self.metric_fingerprints = dict(metric_fingerprints or {})
         self.report = report or {}
         self.selection: dict[str, Any] = {}
+        self.heldout: HeldOut | None = None
         self._encoder = _Shared(encode)
         channels, num_rewards = self.latent_shape[0], len(self.reward_names)
         self.register_buffer("latent_mean", torch.zeros(channels, 1, 1, 1))
@@ -128,7 +109,9 @@ class RewardProxy(nn.Module):
         self.shared = make_shared(config, backbone, self.latent_shape, prompt_features)
         self.members = nn.ModuleList(make_members(config, self.latent_shape, prompt_features, num_rewards, self.shared))
         self.calibration = Calibration(num_rewards)
+        self.monotone = MonotoneMap(num_rewards) if config.calibrate_mean == "isotonic" else None
         self.distance = DistanceQuantile(description_size(self.members[0], channels))
+        self.ood_score = OodScore()
         if self.is_linear:
             self.double()
         self.requires_grad_(False).eval()
@@ -189,6 +172,10 @@ class RewardProxy(nn.Module):
         inputs = self.member_inputs(latents, prompt_features, *level)
         return describe(self.members[0], latents, inputs)
 
+    def correct(self, mean: Tensor) -> Tensor:
+        """Return standardised means ``[B, R]`` as the isotonic map, if there is one, corrects them."""
+        return mean if self.monotone is None else self.monotone(mean)
+
     def _level(self, t: Tensor | float | None, count: int) -> tuple[Tensor, ...]:
         return read_level(self.noise, t, count, like=self.latent_mean)
 
@@ -202,7 +189,7 @@ class RewardProxy(nn.Module):
         mean, variance = self.ensemble(normalised, self.read_prompts(prompts, len(latents)), *level)
         dtype = torch.promote_types(torch.float32, latents.dtype)
         return (
-            (mean * self.reward_std + self.reward_mean).to(dtype),
+            (self.correct(mean) * self.reward_std + self.reward_mean).to(dtype),
             (self.deviation(variance, *level) * self.reward_std).to(dtype),
         )
 
@@ -247,34 +234,54 @@ class RewardProxy(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, latents: Tensor, prompts: Prompts | None = None, *, t: Tensor | float | None = None
+        self, latents: Tensor | RewardDataset, prompts: Prompts | None = None, *, t: Tensor | float | None = None
     ) -> ProxyPrediction:
         """Return mean, calibrated standard deviation and out-of-distribution score, without gradient, in chunks.
 
+        Args:
+            latents: ``[B, C, F, H, W]``, or a dataset, which brings its prompts and is read in chunks.
+            prompts: with a tensor, if the proxy reads prompts.
+            t: see :meth:`forward`.
+
         Raises:
             DataError: see :meth:`forward`; also NaN or infinite latents.
+            FingerprintMismatchError: the dataset belongs to another latent space; the message names both.
         """
-        check_latents(latents)
+        if isinstance(latents, RewardDataset):
+            self.check_latent_space(latents.latent_space)
+            if prompts is not None:
+                raise DataError("a RewardDataset brings its own prompts; pass them only with a latents tensor")
+            prompts = latents.prompts
+        else:
+            check_latents(latents)
         levels = self._level(t, len(latents))
         features = self.read_prompts(prompts, len(latents))
-        means, variances, distances = [], [], []
-        for start in range(0, len(latents), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            normalised = self.normalise(latents[chunk])
-            read = None if features is None else features[chunk]
-            level = [values[chunk] for values in levels]
+        means, stds, scores = [], [], []
+        for rows in torch.arange(len(latents)).split(_CHUNK):
+            if isinstance(latents, RewardDataset):
+                normalised = self.normalise(check_latents(latents.latents(rows)))
+            else:
+                normalised = self.normalise(latents[rows.to(latents.device)])
+            read = None if features is None else features[rows.to(features.device)]
+            level = [values[rows.to(values.device)] for values in levels]
             inputs = self.member_inputs(normalised, read, *level)
             mean, variance = combine(self.members, inputs)
-            means.append(mean * self.reward_std + self.reward_mean)
-            variances.append(self.deviation(variance, *level) * self.reward_std)
-            distances.append(self.distance(describe(self.members[0], normalised, inputs)))
+            means.append(self.correct(mean) * self.reward_std + self.reward_mean)
+            stds.append(self.deviation(variance, *level) * self.reward_std)
+            scores.append(self._ood(describe(self.members[0], normalised, inputs), variance))
         dtype = torch.promote_types(torch.float32, latents.dtype)
-        ood = torch.cat(distances).to(dtype)
+        ood = torch.cat(scores).to(dtype)
         return ProxyPrediction(
             self._by_name(torch.cat(means).to(dtype)),
-            self._by_name(torch.cat(variances).to(dtype)),
+            self._by_name(torch.cat(stds).to(dtype)),
             {name: ood for name in self.reward_names},
+            dict(zip(self.reward_names, self.calibration.ratios.clone(), strict=True)),
         )
+
+    def _ood(self, features: Tensor, variance: Tensor) -> Tensor:
+        if not int(self.ood_score.count):  # stored before disagreement was a part of it
+            return self.distance(features)
+        return self.ood_score(self.distance.distance(features), variance.mean(dim=1))
 
     def check_latent_space(self, fingerprint: str | None) -> None:
         """Raise unless the proxy was trained in the latent space ``fingerprint``; an unknown one is not judged.
@@ -318,24 +325,34 @@ class RewardProxy(nn.Module):
             self, dataset_or_latents, rewards, prompts, replay=replay, num_updates=num_updates, seed=seed
         )
 
+    def ood_threshold(self, false_alarm: float = 0.05) -> float:
+        """Return the score above which at most a share ``false_alarm`` of samples like the held-out ones lies.
+
+        Compare ``predict(...).ood`` with it; the bound is split-conformal, see :mod:`latent_rewards.proxies.ood`.
+
+        Raises:
+            ConfigError: ``false_alarm`` is not in [0.001, 1), or lower than the held-out samples can tell.
+        """
+        return self.ood_score.threshold(false_alarm)
+
     def save_pretrained(self, path: str | Path) -> None:
-        """Commit the proxy to the folder ``path`` as safetensors and JSON; an existing folder is replaced."""
-        description = {
-            "format": FORMAT,
-            "config": asdict(self.config),
-            "latent_shape": self.latent_shape,
-            "reward_names": self.reward_names,
-            "prompt_features": asdict(self.prompt_features),
-            "latent_space": self.latent_space,
-            "metric_fingerprints": self.metric_fingerprints,
-            "report": self.report,
-            "selection": self.selection,
-            "backbone": None if self.shared is None else self.shared.fingerprint,
-            "schedule": None if self.noise is None else self.noise.probed,
-        }
-        with commit_directory(path) as folder:
-            save_file({name: value.cpu().contiguous() for name, value in self.state_dict().items()}, folder / _WEIGHTS)
-            (folder / _DESCRIPTION).write_text(json.dumps(description, indent=1))
+        """Commit the proxy to the folder ``path``; see :func:`latent_rewards.proxies.artefact.save_proxy`."""
+        from latent_rewards.proxies.artefact import save_proxy
+
+        save_proxy(self, path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Reward proxy",
+    ) -> str:
+        """Upload the proxy, return the commit's URL; see :func:`latent_rewards.proxies.artefact.push_proxy`."""
+        from latent_rewards.proxies.artefact import push_proxy
+
+        return push_proxy(self, repo_id, private=private, token=token, commit_message=commit_message)
 
     @classmethod
     def from_pretrained(
@@ -345,43 +362,26 @@ class RewardProxy(nn.Module):
         encode: PromptEncoder | None = None,
         backbone: VideoBackbone | None = None,
         schedule: Schedule | None = None,
+        revision: str | None = None,
+        token: str | None = None,
     ) -> RewardProxy:
-        """Load a proxy, on the CPU.
+        """Load a proxy, on the CPU, from a folder or from the hub.
 
         Args:
-            path: what :meth:`save_pretrained` wrote.
+            path: what :meth:`save_pretrained` wrote, or the "organisation/name" of a hub repository.
             encode: the prompt encoder it was fitted with, if there was one; needed to score with texts. The
                 backbone's ``embed``, if it has one, need not be repeated here.
             backbone: the one it was fitted with, if there was one.
             schedule: the one it was fitted with, if it was fitted with ``noise_levels`` and another schedule than
                 rectified flow; needed to update it, not to score.
+            revision: branch, tag or commit of the repository.
+            token: of the hub; None takes the stored one.
 
         Raises:
             ConfigError: the proxy reads a backbone and none is given, or the other way round.
             FingerprintMismatchError: backbone or schedule are others than at training; the message names both.
-            CheckpointError: a file is missing, altered, or of another format.
+            CheckpointError: neither folder nor repository; a file is missing, altered, or of another format.
         """
-        folder = Path(path)
-        verify_directory(folder)
-        if not (folder / _DESCRIPTION).is_file():
-            raise CheckpointError(f"{folder} holds no {_DESCRIPTION}: it is not a saved reward proxy")
-        description = json.loads((folder / _DESCRIPTION).read_text())
-        if description.get("format") != FORMAT:
-            raise CheckpointError(f"{folder} has format {description.get('format')!r}; this version reads {FORMAT!r}")
-        check_backbone(description.get("backbone"), backbone)
-        proxy = cls(
-            ProxyConfig(**description["config"]),
-            tuple(description["latent_shape"]),
-            tuple(description["reward_names"]),
-            PromptFeatures(**description["prompt_features"]),
-            latent_space=description["latent_space"],
-            metric_fingerprints=description["metric_fingerprints"],
-            report=description["report"],
-            encode=encode or getattr(backbone, "embed", None),
-            backbone=backbone,
-            schedule=schedule,
-            schedule_probe=description.get("schedule"),
-        )
-        proxy.selection = description.get("selection") or {}
-        proxy.load_state_dict(load_file(folder / _WEIGHTS), assign=True)
-        return proxy.requires_grad_(False)
+        from latent_rewards.proxies.artefact import load_proxy
+
+        return load_proxy(path, encode=encode, backbone=backbone, schedule=schedule, revision=revision, token=token)

@@ -122,7 +122,7 @@ def _train(proxy: RewardProxy, reader: Reader, fresh: Tensor, old: Tensor, count
 
 def _accuracies(proxy: RewardProxy, reader: Reader, fresh: Samples, rows: Tensor, moment: str) -> dict[str, float]:
     mean, _ = reader.ensemble(rows)
-    predicted = mean * proxy.reward_std.cpu() + proxy.reward_mean.cpu()
+    predicted = proxy.correct(mean.to(proxy.reward_std)).cpu() * proxy.reward_std.cpu() + proxy.reward_mean.cpu()
     logs: dict[str, float] = {}
     for i, name in enumerate(proxy.reward_names):
         scores = accuracy(predicted[:, i], fresh.rewards[rows][:, i])

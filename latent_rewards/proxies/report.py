@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from latent_rewards.proxies.heldout import HeldOut
+from latent_rewards.proxies.honesty import honesty
 
 
 def spearman(predicted: Tensor, target: Tensor) -> float:
@@ -61,15 +65,79 @@ def evaluate(
     }
 
 
-def format_report(report: dict[str, dict[str, Any]]) -> str:
-    """Return a report as a table of text, one line per reward."""
-    header = ("reward", "spearman", "(ridge)", "r2", "(ridge)", "mae", "90% covers", "train", "held out")
-    rows: list[tuple[str, ...]] = [header]
+def extend_report(
+    report: dict[str, dict[str, Any]], proxy: HeldOut, baselines: Mapping[str, HeldOut], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Add to each entry of :func:`evaluate` what :func:`latent_rewards.proxies.honesty.honesty` says.
+
+    Args:
+        report: is changed, and returned.
+        proxy: the proxy's held-out predictions, rewards in the report's order.
+        baselines: ``{"ridge": ..., "constant": ...}``; each gets an entry with accuracy (None where it is not
+            defined, as a constant's rank correlation) and honesty of its own.
+        seed: of the bootstrap.
+    """
+    for column, entry in enumerate(report.values()):
+        entry |= honesty(proxy, column, seed)
+        for name, heldout in baselines.items():
+            scores = accuracy(heldout.predicted[:, column], heldout.truth[:, column])
+            known = {key: None if math.isnan(value) else value for key, value in scores.items()}
+            entry[name] = {**known, **honesty(heldout, column, seed)}
+    return report
+
+
+HONESTY_COLUMNS = {
+    "spearman": "Spearman",
+    "r2": "R2",
+    "mae": "MAE",
+    "pairwise_accuracy": "pairs right",
+    "pairwise_accuracy_within_prompt": "within a prompt",
+    "calibration_error": "calibration error",
+    "coverage": "90 % covers",
+    "interval_width": "its width",
+}
+"""Keys of a report's entry that its baselines have too, and what a table calls them."""
+
+
+def honesty_rows(entry: Mapping[str, Any]) -> list[tuple[str, list[float | None]]]:
+    """Return the values of :data:`HONESTY_COLUMNS` for the proxy and each baseline of a report's entry."""
+    named = {"proxy": entry, **{name: entry[name] for name in ("ridge", "constant") if name in entry}}
+    return [(name, [values.get(key) for key in HONESTY_COLUMNS]) for name, values in named.items()]
+
+
+def format_report(report: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a report as text: accuracy, one line per reward; then, where known, honesty and learning curves."""
+    rows = [["reward", "spearman", "(ridge)", "r2", "(ridge)", "mae", "90% covers", "train", "held out"]]
+    honest = [["reward", "predictor", *HONESTY_COLUMNS.values()]]
+    curves = []
     for name, entry in report.items():
         ridge = entry["ridge"]
         numbers = [entry["spearman"], ridge["spearman"], entry["r2"], ridge["r2"], entry["mae"], entry["coverage"]]
-        counts = [str(entry["num_train"]), str(entry["num_holdout"])]
-        rows.append((name, *(f"{value:.3g}" for value in numbers), *counts))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        rows.append([name, *map(_show, numbers), str(entry["num_train"]), str(entry["num_holdout"])])
+        if "calibration_error" in entry:
+            honest += [[name, kind, *map(_show, values)] for kind, values in honesty_rows(entry)]
+        if "learning_curve" in entry:
+            curves.append(f"{name}: {curve_text(entry['learning_curve'])}")
+    parts = [_aligned(rows), _aligned(honest) if len(honest) > 1 else "", "\n".join(curves)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def curve_text(curve: Mapping[str, Any]) -> str:
+    """Return a learning curve as a sentence."""
+    points = zip(curve["num_train"], curve["spearman"], curve["mae"], strict=True)
+    seen = ", ".join(f"{size} labels: {_show(rank)} (MAE {_show(mae)})" for size, rank, mae in points)
+    twice = curve["twice"]
+    return (
+        f"Spearman with {seen}; expected with {twice['num_train']} labels: {_show(twice['spearman'])} "
+        f"(MAE {_show(twice['mae'])})"
+    )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

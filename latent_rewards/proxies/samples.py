@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latent_rewards.contracts import DataError, check_latents, prompt_text
+from latent_rewards.contracts import DataError, FingerprintMismatchError, check_latents, prompt_text
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.text import Prompts
 from latent_rewards.training.randomness import derive_seed, generator
@@ -63,12 +63,18 @@ def gather_samples(
 
     Raises:
         DataError: wrong rank, length or type; NaN or infinite latents; infinite rewards.
+        FingerprintMismatchError: ``latent_space`` is another than the dataset's; the message names both.
     """
     if isinstance(source, RewardDataset):
         if rewards is not None or prompts is not None:
             raise DataError("a RewardDataset brings its own rewards and prompts; pass them only with a latents tensor")
         columns, latent_shape = dict(source.rewards), source.latent_shape
         latents, prompts = _dataset_latents(source), source.prompts
+        if None not in (latent_space, source.latent_space) and latent_space != source.latent_space:
+            raise FingerprintMismatchError(
+                f"the dataset's latents belong to {source.latent_space!r} and latent_space says {latent_space!r}; "
+                "leave latent_space out, or collect in that latent space"
+            )
         latent_space = latent_space or source.latent_space
         fingerprints = source.metric_fingerprints
         count = len(source)
@@ -144,18 +150,20 @@ def check_trainable(samples: Samples, min_samples: int) -> None:
             raise DataError(f"reward {name!r} is constant ({float(known[0]):g}); there is nothing to learn: drop it")
 
 
-def group_ids(prompts: Prompts | None, count: int) -> Tensor | None:
-    """Return int64 ``[N]`` ids of equal prompts, or None where prompts do not repeat or are fewer than 10 distinct."""
+def prompt_ids(prompts: Prompts | None) -> Tensor | None:
+    """Return int64 ``[N]``, numbers from 0 that are equal where prompts are, or None without prompts."""
     if prompts is None:
         return None
     if isinstance(prompts, Tensor):
-        distinct, ids = prompts.detach().cpu().flatten(1).unique(dim=0, return_inverse=True)
-        number = len(distinct)
-    else:
-        known: dict[str, int] = {}
-        ids = torch.tensor([known.setdefault(prompt_text(prompt), len(known)) for prompt in prompts])
-        number = len(known)
-    return ids if _MIN_GROUPS <= number < count else None
+        return prompts.detach().cpu().flatten(1).unique(dim=0, return_inverse=True)[1]
+    known: dict[str, int] = {}
+    return torch.tensor([known.setdefault(prompt_text(prompt), len(known)) for prompt in prompts])
+
+
+def group_ids(prompts: Prompts | None, count: int) -> Tensor | None:
+    """Return int64 ``[N]`` ids of equal prompts, or None where prompts do not repeat or are fewer than 10 distinct."""
+    ids = prompt_ids(prompts)
+    return ids if ids is not None and _MIN_GROUPS <= int(ids.max()) + 1 < count else None
 
 
 def split_samples(samples: Samples, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

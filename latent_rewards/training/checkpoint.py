@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,17 +78,23 @@ def _replace(temporary: Path, target: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def verify_directory(path: str | Path) -> None:
-    """Check every file of a committed folder against its manifest.
+def verify_directory(path: str | Path, *, ignoring: Collection[str] = ()) -> None:
+    """Check every file of a committed folder against its manifest, but those whose names ``ignoring`` holds.
 
     Raises:
-        CheckpointError: the folder or manifest is missing, or a file is missing or differs.
+        CheckpointError: the folder or manifest is missing or cannot be read, or a file is missing or differs.
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST}: it was not written whole; remove it and write it again")
-    for name, expected in json.loads((folder / MANIFEST).read_text()).items():
+    try:
+        listed = dict(json.loads((folder / MANIFEST).read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} is no manifest ({error}); write {folder} again") from error
+    for name, expected in listed.items():
         file = folder / name
+        if name in ignoring:
+            continue
         if not file.is_file():
             raise CheckpointError(f"{file} is missing though the manifest lists it; restore it or write {folder} again")
         if file_sha256(file) != expected:

@@ -196,3 +196,11 @@ def test_clips_play_in_a_browser(tmp_path) -> None:
     assert len(clips) == 4
     for ready_state, moved, paused, width in clips:
         assert ready_state >= 3 and moved and not paused and width == 128
+
+
+def test_a_scatter_is_drawn_and_needs_finite_pairs() -> None:
+    page = Report("t").add_scatter("Points", [0.0, 1.0], torch.tensor([1.0, 2.0]), "x", "y", "a caption").render()
+    assert "Points" in page and "a caption" in page and "<svg" in page
+    for x, y in [([], []), ([1.0], [1.0, 2.0]), ([float("nan")], [1.0])]:
+        with pytest.raises(DataError, match="needs finite x and y"):
+            Report("t").add_scatter("Points", x, y, "x", "y")

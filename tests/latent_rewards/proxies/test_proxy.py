@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from latent_rewards.contracts import DataError, FingerprintMismatchError
+from latent_rewards.dataset import RewardDataset
+from latent_rewards.lro.refresh import check_fingerprints
 from latent_rewards.proxies import ProxyConfig, RewardProxy, train_proxy
 from latent_rewards.proxies.text import PromptFeatures
 from latent_rewards.training.checkpoint import CheckpointError
@@ -39,7 +41,7 @@ def test_save_and_load_predict_the_same_bits(stored, world, tmp_path):
     assert (loaded.report, loaded.config, loaded.latent_shape) == (stored.report, stored.config, stored.latent_shape)
     assert loaded.reward_names == ("reward",) and loaded.prompt_features == stored.prompt_features
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    assert {p.suffix for p in (tmp_path / "proxy").iterdir()} == {".json", ".safetensors"}
+    assert {p.suffix for p in (tmp_path / "proxy").iterdir()} == {".json", ".safetensors", ".md"}
 
 
 def test_a_damaged_or_foreign_folder_is_named(proxy, tmp_path):
@@ -175,3 +177,64 @@ def test_an_encoder_that_is_a_module_is_neither_copied_nor_stored(world, quick):
     with torch.no_grad():
         encoder.weight.add_(1.0)
     assert not torch.equal(copied(latents[:3], PROMPTS[:3]), before)
+
+
+def test_a_dataset_is_predicted_in_its_own_latent_space_only(proxy, world):
+    latents = world[0](150, 1)
+    prompts = [PROMPTS[i % 16] for i in range(150)]
+    rewards = {"curve": torch.zeros(150)}
+    known = RewardDataset.from_tensors(latents, prompts, rewards, latent_space="vae-a")
+    mine, theirs = proxy.predict(known), proxy.predict(latents, prompts)
+    for name in proxy.reward_names:
+        assert torch.equal(mine.mean[name], theirs.mean[name]) and torch.equal(mine.ood[name], theirs.ood[name])
+    foreign = RewardDataset.from_tensors(latents, prompts, rewards, latent_space="vae-b")
+    with pytest.raises(FingerprintMismatchError, match="'vae-a'.*'vae-b'"):
+        proxy.predict(foreign)
+    with pytest.raises(DataError, match="brings its own prompts"):
+        proxy.predict(known, prompts)
+    with pytest.raises(FingerprintMismatchError, match="'vae-b'.*'vae-a'"):
+        train_proxy(foreign, latent_space="vae-a")
+
+
+def test_a_trained_proxy_is_refused_by_a_trainer_on_another_codec(proxy):
+    class Oracle:
+        latent_space = "vae-b"
+
+    with pytest.raises(FingerprintMismatchError, match="'vae-a'.*'vae-b'"):
+        check_fingerprints(Oracle(), proxy, None)
+
+
+def test_an_isotonic_mean_is_differentiable_and_pessimism_still_subtracts(world, quick):
+    draw, curved = world
+    latents = draw(300, 0)
+    trained = train_proxy(
+        latents, curved(latents).exp().clamp(max=3), config=quick(calibrate_mean="isotonic", trunk="linear")
+    )
+    fresh = draw(20, 1).double().requires_grad_()
+    mean, cautious = trained.scores(fresh)["reward"], trained.scores(fresh, pessimism=2.0)["reward"]
+    std = trained.predict(fresh.detach()).std["reward"]
+    torch.testing.assert_close(mean - cautious, 2 * std)
+    assert torch.equal(mean.detach(), trained.predict(fresh.detach()).mean["reward"])
+    (slope,) = torch.autograd.grad(mean.sum(), fresh)
+    direction = draw(20, 2).double()
+    numeric = (trained(fresh + 1e-6 * direction) - trained(fresh - 1e-6 * direction)).sum() / 2e-6
+    assert float((slope * direction).sum()) == pytest.approx(float(numeric.detach()), rel=1e-5)
+    assert (slope.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_intervals_and_alarms_of_a_trained_proxy_hold_on_fresh_samples(world, quick):
+    draw, curved = world
+    noise = torch.randn(5000, generator=torch.Generator().manual_seed(5)).abs() ** 3
+    latents = draw(1200, 0)
+    trained = train_proxy(
+        latents, curved(latents) + noise[:1200], config=quick(num_updates=25, ensemble_size=2, holdout_fraction=0.5)
+    )
+    fresh = draw(3000, 1)
+    prediction, truth = trained.predict(fresh), curved(fresh) + noise[1200:4200]
+    for level in (0.5, 0.8, 0.9):
+        low, high = prediction.interval(level)
+        inside = ((truth >= low["reward"]) & (truth <= high["reward"])).float().mean()
+        assert abs(float(inside) - level) < 4.5 * (level * (1 - level) * (1 / 3000 + 1 / 600)) ** 0.5
+    above = (prediction.ood["reward"] > trained.ood_threshold(0.1)).float().mean()
+    assert abs(float(above) - 0.1) < 4.5 * (0.09 * (1 / 3000 + 1 / 600)) ** 0.5
+    assert float((trained.predict(3 * fresh).ood["reward"] > trained.ood_threshold(0.01)).float().mean()) > 0.95

@@ -68,6 +68,25 @@ def test_it_is_reproducible_and_zero_updates_keep_the_weights(world, trained):
     assert logs["num_replay"] == 0
 
 
+def test_a_refresh_renews_the_map_the_intervals_and_the_threshold(world, quick):
+    draw, curved = world
+    proxy = train_proxy(
+        draw(300, 0), curved(draw(300, 0)), config=quick(num_updates=25, ensemble_size=2, calibrate_mean="isotonic")
+    )
+    before = {name: value.clone() for name, value in proxy.state_dict().items()}
+    shifted = draw(400, 1) + 1
+    logs = proxy.update(shifted, curved(shifted), num_updates=0)
+    after = proxy.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert {"monotone.values", "calibration.ratios", "ood_score.distances", "distance.mean"} <= changed
+    assert not any(name.startswith("members") for name in changed) and int(proxy.ood_score.count) == 60
+    assert logs["reward/mae_after"] > 0
+    low, high = proxy.predict(draw(300, 2) + 1).interval(0.8)
+    truth = curved(draw(300, 2) + 1)
+    inside = ((truth >= low["reward"]) & (truth <= high["reward"])).float().mean()
+    assert abs(float(inside) - 0.8) < 4.5 * math.sqrt(0.16 * (1 / 300 + 1 / 60))
+
+
 def test_a_linear_proxy_is_solved_again(world, quick):
     latents = world[0](120, 0)
     rewards = latents[:, 0].mean(dim=(1, 2, 3))

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from latent_rewards.proxies.report import accuracy, evaluate, format_report, spearman
+from latent_rewards.proxies.heldout import HeldOut
+from latent_rewards.proxies.report import accuracy, evaluate, extend_report, format_report, honesty_rows, spearman
 
 
 def test_accuracy_by_hand():
@@ -24,3 +25,29 @@ def test_report_and_table():
     assert report["b"]["coverage"] == pytest.approx(0.8)
     lines = format_report(report).splitlines()
     assert len(lines) == 3 and lines[0].startswith("reward") and lines[1].split()[:3] == ["a", "1", "-1"]
+
+
+def test_baselines_and_learning_curves_in_the_table():
+    target = torch.tensor([[1.0], [2.0], [3.0], [4.0]]).double()
+    report = evaluate(("a",), target, target, target, torch.tensor([0.9]), torch.tensor([7]))
+
+    def heldout(predicted):
+        return HeldOut(predicted, torch.ones_like(target), target, torch.zeros(4), torch.tensor([0, 0, 1, 1]))
+
+    baselines = {"ridge": heldout(-target), "constant": heldout(0 * target)}
+    entry = extend_report(report, heldout(target), baselines, seed=0)["a"]
+    assert entry["pairwise_accuracy"] == entry["pairwise_accuracy_within_prompt"] == 1.0
+    assert entry["ridge"]["pairwise_accuracy"] == 0.0 and entry["ridge"]["spearman"] == pytest.approx(-1)
+    assert entry["constant"]["spearman"] is None and entry["constant"]["mae"] == 2.5
+    assert entry["num_train"] == 7 and entry["coverage"] == 1.0 and entry["constant"]["coverage"] == 0.25
+    rows = dict(honesty_rows(entry))
+    assert list(rows) == ["proxy", "ridge", "constant"] and rows["constant"][0] is None
+    entry["learning_curve"] = {
+        "num_train": [1, 2, 4],
+        "spearman": [0.5, None, 0.75],
+        "mae": [1.0, 1.0, 0.5],
+        "twice": {"num_train": 8, "spearman": 0.875, "mae": None},
+    }
+    text = format_report(report)
+    assert "4 labels: 0.75 (MAE 0.5); expected with 8 labels: 0.875 (MAE -)" in text and "2 labels: - (MAE 1)" in text
+    assert [line.split()[1] for line in text.splitlines()[4:7]] == ["proxy", "ridge", "constant"]

@@ -69,6 +69,20 @@ def test_an_error_inside_leaves_the_old_folder_and_no_litter(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
+def test_what_is_ignored_may_differ_and_a_broken_manifest_is_named(tmp_path):
+    with commit_directory(tmp_path / "folder") as temporary:
+        (temporary / "a").write_text("kept")
+        (temporary / "b").write_text("free")
+    (tmp_path / "folder" / "b").write_text("changed")
+    verify_directory(tmp_path / "folder", ignoring=("b",))
+    with pytest.raises(CheckpointError, match="b differs"):
+        verify_directory(tmp_path / "folder", ignoring=("a",))
+    for content in ('{"a": "12', "[1, 2]"):
+        (tmp_path / "folder" / MANIFEST).write_text(content)
+        with pytest.raises(CheckpointError, match=f"{MANIFEST} is no manifest"):
+            verify_directory(tmp_path / "folder")
+
+
 @pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
 def test_damage_is_named(tmp_path, damage):
     folder = save_checkpoint(tmp_path, 1, {"x": torch.ones(100)})
