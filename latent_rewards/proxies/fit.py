@@ -35,7 +35,7 @@ from latent_rewards.proxies.samples import (
     split_folds,
     split_samples,
 )
-from latent_rewards.proxies.selection import choose_trunk
+from latent_rewards.proxies.selection import choose_trunk, remember
 from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
 from latent_rewards.proxies.trunks import AUTO, trunk_kind
 from latent_rewards.proxies.trunks.backbone import VideoBackbone
@@ -93,18 +93,20 @@ def train_proxy(
     training, heldout = split_samples(samples, config.holdout_fraction, config.seed)
     automatic = config.trunk == AUTO
 
-    def fitted(settings: ProxyConfig, rows: Tensor) -> tuple[RewardProxy, Reader]:
+    def fitted(settings: ProxyConfig, rows: Tensor, embed: PromptEncoder | None) -> tuple[RewardProxy, Reader]:
         spared = automatic and not trunk_kind(settings.trunk).needs_backbone
-        return _fit(settings, rows, samples, encode, None if spared else backbone, schedule)
+        return _fit(settings, rows, samples, embed, None if spared else backbone, schedule)
+
+    remembered = None if encode is None else remember(encode)
 
     def judge(settings: ProxyConfig, rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-        _, reader = fitted(settings, rows)
+        _, reader = fitted(settings, rows, remembered)
         return reader.ensemble(others)[0], reader.targets(others).cpu()
 
     selection: dict[str, Any] = {}
     if automatic:
         config, selection = choose_trunk(config, samples, training, judge, has_backbone=backbone is not None)
-    proxy, reader = fitted(config, training)
+    proxy, reader = fitted(config, training, encode)
     proxy.selection = selection
     settle(proxy, reader, training, heldout, halve(heldout_prompts(samples, heldout)))
     validation = _folds(config, samples, training) == 0
@@ -112,7 +114,7 @@ def train_proxy(
     assess(proxy, reader, samples, training, heldout, ridge)
     if config.learning_curve:
         parts = [*nested_parts(samples.rewards, samples.reward_names, training, config.seed), training]
-        add_learning_curves(proxy, samples, parts, heldout, lambda rows: fitted(config, rows))
+        add_learning_curves(proxy, samples, parts, heldout, lambda rows: fitted(config, rows, remembered))
     return proxy
 
 

@@ -9,7 +9,7 @@ machine is. Ridge regressions cost none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.ensemble import EVALUATE_EVERY
 from latent_rewards.proxies.report import accuracy
 from latent_rewards.proxies.samples import Samples, group_ids, split_folds
+from latent_rewards.proxies.text import PromptEncoder
 from latent_rewards.proxies.trunks import list_trunks, trunk_kind
 
 NUM_FOLDS = 3
@@ -65,6 +66,19 @@ def updates_each(config: ProxyConfig, num_training: int, num_trained: int) -> in
             f"folds at batches of {size}; give at least {least}"
         )
     return min(most, budget // share) if num_trained else 0
+
+
+def remember(encode: PromptEncoder) -> PromptEncoder:
+    """Return ``encode`` with a memory: all candidates read the same prompts, and a text encoder is slow."""
+    known: dict[tuple[str, ...], Tensor] = {}
+
+    def encoded(texts: Sequence[str]) -> Tensor:
+        key = tuple(texts)
+        if key not in known:
+            known[key] = encode(texts)
+        return known[key]
+
+    return encoded
 
 
 def choose_trunk(

@@ -8,7 +8,7 @@ import torch
 from latent_rewards.contracts import ConfigError
 from latent_rewards.proxies import ProxyConfig, RewardProxy, WanBackbone, train_proxy, trunks
 from latent_rewards.proxies.samples import gather_samples
-from latent_rewards.proxies.selection import applicable, candidate, choose_trunk, updates_each
+from latent_rewards.proxies.selection import applicable, candidate, choose_trunk, remember, updates_each
 
 
 def test_candidates_are_those_that_apply():
@@ -110,3 +110,22 @@ def test_the_short_form_is_auto_and_nothing_else(world):
     latents = world[0](64, 0)
     with pytest.raises(ConfigError, match="'auto'; got 'Auto'"):
         train_proxy(latents, latents[:, 0].mean(dim=(1, 2, 3)), config="Auto")
+
+
+def test_candidates_share_what_an_encoder_said_and_the_proxy_keeps_the_encoder_itself(world, quick, monkeypatch):
+    monkeypatch.setattr(trunks, "_KINDS", {"linear": trunks.trunk_kind("linear")})
+    asked = []
+
+    def encode(texts):
+        asked.append(list(texts))
+        return torch.tensor([[float(len(text)), 1.0] for text in texts])
+
+    memory = remember(encode)
+    assert torch.equal(memory(["a", "bb"]), memory(["a", "bb"])) and asked == [["a", "bb"]]
+    assert memory(["bb"]).tolist() == [[2.0, 1.0]]
+    asked.clear()
+    latents = world[0](64, 0)
+    proxy = train_proxy(latents, latents[:, 0].mean(dim=(1, 2, 3)), ["a", "bb"] * 32, config="auto", encode=encode)
+    assert proxy._encoder.encode is encode
+    # A prompt to see the kind, and all of them to read them: once while choosing, once for the proxy that is kept.
+    assert asked.count(["a", "bb"]) == 2 and asked.count(["a"]) == 2
