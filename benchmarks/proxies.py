@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ import latent_rewards as lr
 from benchmarks.provenance import provenance
 from benchmarks.proxy_baselines import BASELINES, Features, features_of, fit_predict
 from benchmarks.proxy_samples import HACKED, REWARDS, Amounts, ProxyWorld
+from benchmarks.proxy_summary import summarise
 from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.training.randomness import derive_seed
 
@@ -42,9 +42,6 @@ HACK_SIZE = 1024
 Z_90 = 1.6448536269514722
 """The standard normal quantile at 0.95: the 90 % interval is mean +- so many std."""
 
-_SCORES = {"spearman": "Spearman", "pairwise": "Pairs in the right order", "r2": "R²", "mae": "MAE"}
-_STRANGE = {"noise": "noise latents", "textures": "moving photographs", "hacked": "hacked policy"}
-
 
 class Comparison:
     """Fits methods on samples of a world and judges them.
@@ -52,10 +49,11 @@ class Comparison:
     Args:
         world: the samples.
         hack_size: number of labels of the proxy that is hacked.
+        config: settings of the proxies, whose seed and device are replaced; None takes the defaults.
     """
 
-    def __init__(self, world: ProxyWorld, hack_size: int = HACK_SIZE) -> None:
-        self.world, self.hack_size = world, hack_size
+    def __init__(self, world: ProxyWorld, hack_size: int = HACK_SIZE, config: lr.ProxyConfig | None = None) -> None:
+        self.world, self.hack_size, self.config = world, hack_size, config or lr.ProxyConfig(progress=False)
         self.heldout = world.heldout()
         self._features: dict[tuple[str, int | None], Features] = {}
         self._strange: dict[str, Tensor] = {}
@@ -72,22 +70,23 @@ class Comparison:
     def measure(self, method: str, seed: int, size: int) -> dict[str, Any]:
         """Return the scores of a method after ``size`` labels, per reward, and what only proxies have."""
         pool = self.world.pool(seed)
+        if method in PROXIES:
+            return {**self._measure_proxy(method, pool.select(range(size)), seed, size), **provenance()}
+        training, unseen = self._read(method, pool, seed).first(size), self._read(method, self.heldout, None)
+        labels = np.stack([pool.rewards[name][:size].numpy() for name in REWARDS], axis=1)
         begun = time.perf_counter()
-        if method in BASELINES:
-            training, unseen = self._read(method, pool, seed).first(size), self._read(method, self.heldout, None)
-            labels = np.stack([pool.rewards[name][:size].numpy() for name in REWARDS], axis=1)
-            fitted = fit_predict(method, training, labels, pool.prompts[:size], unseen, seed)
-            means = dict(zip(REWARDS, fitted.T, strict=True))
-            result = {"rewards": self._judge(means)}
-        else:
-            result = self._measure_proxy(method, pool.select(range(size)), seed, size)
-        return {**result, "seconds": time.perf_counter() - begun, **provenance()}
+        fitted = fit_predict(method, training, labels, pool.prompts[:size], unseen, seed)
+        seconds = time.perf_counter() - begun
+        scores = self._judge(dict(zip(REWARDS, fitted.T, strict=True)))
+        return {"rewards": scores, "fit_seconds": seconds, **provenance()}
 
     def _measure_proxy(self, method: str, training: lr.RewardDataset, seed: int, size: int) -> dict[str, Any]:
-        config = lr.ProxyConfig(seed=seed, progress=False, device=self.world.device)
+        config = dataclasses.replace(self.config, seed=seed, device=self.world.device)
         encode = None if method == "default_words" else self.world.embed
         parts = [only(training, name) for name in REWARDS] if method == "default_single" else [training]
+        begun = time.perf_counter()
         proxies = [lr.train_proxy(part, config=config, encode=encode) for part in parts]
+        seconds = time.perf_counter() - begun
         means: dict[str, np.ndarray] = {}
         stds: dict[str, np.ndarray] = {}
         for proxy in proxies:
@@ -98,7 +97,8 @@ class Comparison:
         for name in REWARDS:
             inside = np.abs(self.heldout.rewards[name].numpy() - means[name]) <= Z_90 * stds[name]
             scores[name]["coverage"] = coverage(inside, self.heldout.prompts, seed=seed)
-        return {"rewards": scores, **(self._strangeness(proxies[0], seed, size) if method == "default" else {})}
+        strangeness = self._strangeness(proxies[0], seed, size) if method == "default" else {}
+        return {"rewards": scores, **strangeness, "fit_seconds": seconds}
 
     def _judge(self, predicted: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
         return {name: judge(predicted[name], self.heldout.rewards[name].numpy()) for name in REWARDS}
@@ -229,74 +229,7 @@ def run(
             partial.write_text(json.dumps(result, indent=1))
             partial.replace(files[method, seed])
             told = {name: round(scores["spearman"], 3) for name, scores in entry["rewards"].items()}
-            print(f"{method}, seed {seed}, {size} labels: Spearman {told}, {entry['seconds']:.0f} s", flush=True)
-
-
-def summarise(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return what files hold as Markdown: scores over seeds, coverage for each seed, AUROC over seeds.
-
-    Raises:
-        ConfigError: there is nothing, or the files are of different samples.
-    """
-    if not results:
-        raise ConfigError("no results to summarise; run python -m benchmarks.proxies --student FOLDER first")
-    if any(result["settings"] != results[0]["settings"] for result in results):
-        raise ConfigError(
-            "the files were measured with different samples; remove those of the older student or amounts"
-        )
-    sizes = sorted({int(size) for result in results for size in result["sizes"]})
-    present = [method for method in METHODS if any(result["method"] == method for result in results)]
-    lines: list[str] = []
-    for score, title in _SCORES.items():
-        rows = {
-            (name, method): [
-                _over_seeds(results, method, size, lambda e, n=name, s=score: e["rewards"][n][s]) for size in sizes
-            ]
-            for name in REWARDS
-            for method in present
-        }
-        lines += _table(f"{title}, mean ± standard deviation over seeds", ("reward", "method"), sizes, rows)
-    rows = {
-        (name, f"{result['method']}, seed {result['seed']}"): [
-            _covered(result["sizes"].get(str(s)), name) for s in sizes
-        ]
-        for name in REWARDS
-        for result in sorted(results, key=lambda r: (METHODS.index(r["method"]), r["seed"]))
-        if result["method"] in PROXIES
-    }
-    lines += _table("Coverage of the 90 % interval, % [95 % interval over prompts]", ("reward", "proxy"), sizes, rows)
-    rows = {
-        (title,): [_over_seeds(results, "default", size, lambda e, k=kind: e["auroc"].get(k)) for size in sizes]
-        for kind, title in _STRANGE.items()
-    }
-    lines += _table("AUROC of the default proxy's score of strangeness", ("against",), sizes, rows)
-    return "\n".join(lines)
-
-
-def _over_seeds(
-    results: Sequence[Mapping[str, Any]], method: str, size: int, read: Callable[[Mapping[str, Any]], float | None]
-) -> str:
-    entries = [result["sizes"].get(str(size)) for result in results if result["method"] == method]
-    values = [value for entry in entries if entry is not None and (value := read(entry)) is not None]
-    if not values:
-        return "–"
-    mean = f"{statistics.fmean(values):.3f}"
-    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
-
-
-def _covered(entry: Mapping[str, Any] | None, name: str) -> str:
-    if entry is None:
-        return "–"
-    share, low, high = (100 * entry["rewards"][name]["coverage"][key] for key in ("share", "low", "high"))
-    return f"{share:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def _table(
-    title: str, names: Sequence[str], sizes: Sequence[int], rows: Mapping[tuple[str, ...], Sequence[str]]
-) -> list[str]:
-    header = f"| {' | '.join([*names, *(f'{size:,} labels' for size in sizes)])} |"
-    body = [f"| {' | '.join([*key, *cells])} |" for key, cells in rows.items()]
-    return [f"{title}:", "", header, "|---" * (len(names) + len(sizes)) + "|", *body, ""] if rows else []
+            print(f"{method}, seed {seed}, {size} labels: Spearman {told}, {entry['fit_seconds']:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -324,7 +257,7 @@ def main() -> None:
         chosen = {"methods": options.methods, "seeds": options.seeds, "sizes": options.sizes}
         run(comparison.measure, comparison.settings(), **chosen, folder=options.results)
     results = [json.loads(file.read_text()) for file in sorted(options.results.glob("*-seed*.json"))]
-    (options.results / "summary.md").write_text(markdown := summarise(results))
+    (options.results / "summary.md").write_text(markdown := summarise(results, METHODS, REWARDS))
     print(markdown)
 
 

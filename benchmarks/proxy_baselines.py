@@ -176,7 +176,12 @@ def regressor(method: str, count: int, reduced: int, seed: int) -> Any:  # noqa:
         return GridSearchCV(make_pipeline(columns, boosted), grid, cv=folds, error_score="raise")
     if method == "mlp":
         network = MLPRegressor(
-            hidden_layer_sizes=(128,), early_stopping=True, n_iter_no_change=15, max_iter=200, random_state=seed
+            hidden_layer_sizes=(128,),
+            batch_size=32,
+            early_stopping=True,
+            n_iter_no_change=15,
+            max_iter=200,
+            random_state=seed,
         )
         model = TransformedTargetRegressor(make_pipeline(StandardScaler(), network), transformer=StandardScaler())
         return GridSearchCV(model, {"regressor__mlpregressor__alpha": [0.1, 1.0, 10.0]}, cv=folds, error_score="raise")
