@@ -97,7 +97,7 @@ def test_each_baseline_finds_what_is_there_and_repeats_itself(method):
     first = predicted()
     assert first.shape == (100, 2) and np.array_equal(first, predicted())
     error = ((first - true) ** 2).mean(axis=0) / true.var(axis=0)
-    assert error[0] < {"ridge": 1e-3, "probe": 1e-3, "mlp": 0.1, "boosting": 0.7}[method]
+    assert error[0] < {"ridge": 1e-3, "probe": 1e-3, "mlp": 0.3, "boosting": 0.7}[method]
     assert error[1] < 0.7
 
 
