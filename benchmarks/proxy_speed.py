@@ -1,0 +1,327 @@
+"""What a score costs: the default proxy against decoding and measuring; ``python -m benchmarks.proxy_speed``.
+
+Each side scores the same latents in an interpreter of its own, warm, and tells its seconds and memory. ``--wan`` does
+it with the configuration of Wan 2.1's VAE (random weights) at growing sizes, and ``--ensemble`` times the members of a
+proxy one by one against ``torch.func.vmap`` over their stacked weights. Results go into ``results/proxy_speed.json``,
+a section each. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.func import functional_call, stack_module_state
+
+import latent_rewards as lr
+from benchmarks.provenance import provenance
+from latent_rewards.training.randomness import generator, sample_noise
+
+RESULT = Path(__file__).parent / "results" / "proxy_speed.json"
+DIGITS = "recipes/moving_digits/weights/teacher"
+PROMPTS = [f"a {colour} number {digit} moving left slowly" for colour in ("red", "blue") for digit in range(6)]
+WAN_SIZES = ((5, 64, 64), (9, 128, 128), (9, 240, 416), (17, 480, 832), (81, 480, 832))
+"""Frames, height and width of videos."""
+
+SPARE = 0.8
+"""Share of the free memory that a size may be expected to take before it is left out."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to score; JSON-able, so that another interpreter can do it.
+
+    Attributes:
+        kind: "proxy" or "oracle".
+        folder: where latents and proxy lie.
+        vae: folder of a VAE, or "wan" for Wan 2.1's configuration; the oracle's.
+        metric: name of the true metric.
+        repeats: timed runs.
+        device: torch device.
+    """
+
+    kind: str
+    folder: str
+    vae: str
+    metric: str
+    repeats: int
+    device: str
+
+    def run(self) -> dict[str, Any]:
+        """Score, and say what it took.
+
+        Returns:
+            ``seconds`` of each run, and MiB: ``weights`` (the proxy's, or the VAE's), ``work`` (most memory above what
+            is held when warm) and ``peak`` (of the interpreter, or of an accelerator's allocator).
+        """
+        latents = load_file(Path(self.folder) / "latents.safetensors")["latents"].to(self.device)
+        prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(latents))]
+        score, weights = self._proxy() if self.kind == "proxy" else self._oracle()
+        score(latents[:2], prompts[:2])
+        held = settle(self.device)
+        seconds = []
+        for _ in range(self.repeats):
+            begun = time.perf_counter()
+            score(latents, prompts)
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begun)
+        peak = memory("VmHWM", self.device)
+        return {"seconds": seconds, "weights": weights, "work": peak - held, "peak": peak}
+
+    def _proxy(self) -> tuple[Callable[[Tensor, list[str]], object], float]:
+        proxy = lr.RewardProxy.from_pretrained(Path(self.folder) / "proxy").to(self.device)
+        return proxy.predict, mebibytes(proxy)
+
+    def _oracle(self) -> tuple[Callable[[Tensor, list[str]], object], float]:
+        from distillation.families import import_diffusers
+        from distillation.families.wan import WanCodec
+        from recipes.moving_digits import metrics as _register  # noqa: F401 - registers digits.*
+
+        autoencoder = import_diffusers().AutoencoderKLWan
+        if self.vae == "wan":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                vae = autoencoder()  # the defaults are Wan 2.1's
+        else:
+            vae = autoencoder.from_pretrained(self.vae).float()
+        codec = WanCodec(vae, chunk_size=1 if self.vae == "wan" else 8).to(self.device)
+        oracle = lr.MetricOracle(codec, [self.metric], chunk_size=1 if self.vae == "wan" else 16)
+        return oracle, mebibytes(vae)
+
+
+def mebibytes(module: torch.nn.Module) -> float:
+    """Return the size of a module's weights and buffers in MiB."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values()) / 2**20
+
+
+def memory(name: str, device: str) -> float:
+    """Return MiB of this process, "VmRSS" (now) or "VmHWM" (most), or the same of an accelerator's allocator."""
+    if device != "cpu":
+        return (torch.cuda.memory_allocated() if name == "VmRSS" else torch.cuda.max_memory_allocated()) / 2**20
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) / 1024
+
+
+def settle(device: str) -> float:
+    """Give freed memory back, forget the highest use so far, and return the MiB that are held."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        # Freed blocks that the allocator keeps would hide what the next call takes.
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS", device)
+
+
+def prepare(folder: Path, latent_shape: tuple[int, ...], num_samples: int, device: str) -> None:
+    """Write latents to score, and a proxy of the default settings; it has learned little, which costs the same."""
+    latents = sample_noise(0, "speed", 0, range(48), latent_shape)
+    rewards = latents[:, 0].mean(dim=(1, 2, 3)) + 0.1 * torch.rand(48, generator=generator(0, "speed/rewards", 0))
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(48)]
+    config = lr.ProxyConfig(num_updates=1, batch_size=4, progress=False, device=device)
+    lr.train_proxy(latents, rewards, prompts, config=config).save_pretrained(folder / "proxy")
+    scored = sample_noise(1, "speed", 0, range(num_samples), latent_shape)
+    save_file({"latents": scored}, folder / "latents.safetensors")
+
+
+def compare(
+    latent_shape: tuple[int, ...], *, num_samples: int, vae: str, metric: str, repeats: int, device: str
+) -> dict[str, Any]:
+    """Measure both sides one after the other and return them with their ratios.
+
+    Raises:
+        RuntimeError: a side failed; the message is what it wrote.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name), latent_shape, num_samples, device)
+        sides = {kind: measure(Side(kind, name, vae, metric, repeats, device)) for kind in ("proxy", "oracle")}
+    return {"latent_shape": latent_shape, "num_samples": num_samples, "metric": metric, **sides, **ratios(**sides)}
+
+
+def measure(side: Side) -> dict[str, Any]:
+    """Run a side in a fresh interpreter.
+
+    Raises:
+        RuntimeError: it failed or was killed.
+    """
+    command = [sys.executable, "-m", "benchmarks.proxy_speed", "--side", json.dumps(asdict(side))]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - this module
+    if ended.returncode:
+        raise RuntimeError(f"the {side.kind} ended with status {ended.returncode}: {ended.stderr[-2000:]}")
+    told: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return told
+
+
+def ratios(proxy: dict[str, Any], oracle: dict[str, Any]) -> dict[str, float]:
+    """Return oracle over proxy in median seconds, and proxy over oracle in memory.
+
+    ``memory_ratio`` is of weights and work, ``peak_ratio`` of all that the two interpreters held.
+    """
+    taken = {name: side["weights"] + side["work"] for name, side in (("proxy", proxy), ("oracle", oracle))}
+    return {
+        "times_faster": statistics.median(oracle["seconds"]) / statistics.median(proxy["seconds"]),
+        "memory_ratio": taken["proxy"] / taken["oracle"],
+        "peak_ratio": proxy["peak"] / oracle["peak"],
+    }
+
+
+def grow(
+    sizes: tuple[tuple[int, int, int], ...],
+    compare_at: Callable[[tuple[int, int, int]], dict[str, Any]],
+    free_mib: Callable[[], float],
+    limit_seconds: float,
+) -> list[dict[str, Any]]:
+    """Compare at growing (frames, height, width) until one is expected to take too much.
+
+    The working memory of a causal VAE grows with the area of a frame, since it decodes a few frames at a time; seconds
+    grow with area and frames. Both are foretold from the size before.
+
+    Args:
+        sizes: ascending.
+        compare_at: size -> result of :func:`compare`.
+        free_mib: free memory now.
+        limit_seconds: most seconds that a run of the oracle may be expected to take.
+
+    Returns:
+        One dict a size; the last has ``left_out``, the reason, where not all were measured.
+    """
+    results: list[dict[str, Any]] = []
+    for size in sizes:
+        if results:
+            before, oracle = results[-1]["size"], results[-1]["oracle"]
+            area = size[1] * size[2] / (before[1] * before[2])
+            work = area * oracle["work"] + oracle["weights"] + size[0] * size[1] * size[2] * 12 / 2**20
+            seconds = area * size[0] / before[0] * max(oracle["seconds"])
+            reasons = {
+                f"{work:.0f} MiB expected, {free_mib():.0f} free": work > SPARE * free_mib(),
+                f"{seconds:.0f} s a run expected, {limit_seconds:.0f} allowed": seconds > limit_seconds,
+            }
+            if any(reasons.values()):
+                results.append({"size": size, "left_out": next(text for text, holds in reasons.items() if holds)})
+                break
+        results.append({"size": size, **compare_at(size)})
+    return results
+
+
+def compare_members(batch_sizes: tuple[int, ...], repeats: int, device: str) -> list[dict[str, float]]:
+    """Time the default proxy's members one by one and all in one call, each the best of ``repeats`` taken in turn.
+
+    Returns:
+        Per batch size: milliseconds forward (``loop``, ``vmap``) and with the latents' gradient (``loop_gradient``,
+        ``vmap_gradient``), and the largest difference of the standardised scores.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name), (16, 5, 8, 8), max(batch_sizes), device)
+        proxy = lr.RewardProxy.from_pretrained(Path(name) / "proxy").to(device)
+        latents = proxy.normalise(load_file(Path(name) / "latents.safetensors")["latents"].to(device))
+    prompts = proxy.read_prompts([PROMPTS[i % len(PROMPTS)] for i in range(len(latents))], len(latents))
+    members = list(proxy.members)
+    parameters, buffers = stack_module_state(members)
+    skeleton = copy.deepcopy(members[0]).to("meta")
+    together = torch.vmap(
+        lambda weights, extra, x, p: functional_call(skeleton, (weights, extra), (x, p)), in_dims=(0, 0, None, None)
+    )
+    ways: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
+        "loop": lambda x, p: torch.stack([member(x, p) for member in members]),
+        "vmap": lambda x, p: together(parameters, buffers, x, p),
+    }
+    results = []
+    for size in batch_sizes:
+        x, p = latents[:size], None if prompts is None else prompts[:size]
+        with torch.no_grad():
+            difference = float((ways["loop"](x, p) - ways["vmap"](x, p)).abs().max())
+        best: dict[str, float] = {}
+        for _ in range(repeats):
+            for name, way in ways.items():
+                for label, gradient in ((name, False), (f"{name}_gradient", True)):
+                    best[label] = min(best.get(label, float("inf")), _milliseconds(way, x, p, gradient))
+        results.append({"batch": size, "difference": difference, **best})
+    return results
+
+
+def _milliseconds(way: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, p: Tensor | None, gradient: bool) -> float:
+    x = x.clone().requires_grad_(gradient)
+    begun = time.perf_counter()
+    with torch.set_grad_enabled(gradient):
+        mean = way(x, p).mean()
+        if gradient:
+            mean.backward()
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - begun)
+
+
+def main() -> None:
+    """Measure the sections asked for, or (``--side``) be the interpreter that is measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=256, help="latents of the digits world (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
+    parser.add_argument("--metric", default="digits.legibility", help="the digits world's true metric")
+    parser.add_argument("--wan", action="store_true", help="Wan 2.1's VAE instead")
+    parser.add_argument("--wan-metric", default="motion.dynamic_degree", help="its true metric")
+    parser.add_argument("--limit-seconds", type=float, default=600, help="longest run of Wan's oracle to begin")
+    parser.add_argument("--ensemble", action="store_true", help="the members of a proxy instead")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--note", default="", help="what else the machine did; stored with the result")
+    parser.add_argument("--side", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(Side(**options.side).run()))
+        return
+    section, measured = measure_section(options)
+    stored: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    told = {"result": measured, "device": device_name(options.device), "note": options.note, **provenance()}
+    RESULT.write_text(json.dumps({**stored, section: told}, indent=1))
+    print(json.dumps({section: measured}, indent=1))
+
+
+def measure_section(options: argparse.Namespace) -> tuple[str, Any]:
+    """Return the name of the section that the command line asks for, and what was measured."""
+    shared = {"repeats": options.repeats, "device": options.device}
+    suffix = "" if options.device == "cpu" else f"_{options.device}"
+    if options.ensemble:
+        return f"ensemble{suffix}", compare_members((1, 8, 24, 64, 128), max(options.repeats, 5), options.device)
+    if options.wan:
+
+        def compare_at(size: tuple[int, int, int]) -> dict[str, Any]:
+            shape = 16, (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8
+            return compare(shape, num_samples=1, vae="wan", metric=options.wan_metric, **shared)
+
+        return f"wan{suffix}", grow(WAN_SIZES, compare_at, lambda: free_mib(options.device), options.limit_seconds)
+    vae = f"{DIGITS}/vae"
+    return f"digits{suffix}", compare(
+        (16, 5, 8, 8), num_samples=options.samples, vae=vae, metric=options.metric, **shared
+    )
+
+
+def free_mib(device: str) -> float:
+    """Return the free memory of the machine or accelerator in MiB."""
+    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
+    return free / 2**20
+
+
+def device_name(device: str) -> str:
+    """Return what a result file says of a device."""
+    return "CPU" if device == "cpu" else torch.cuda.get_device_name()
+
+
+if __name__ == "__main__":
+    main()
