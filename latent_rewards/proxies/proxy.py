@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latent_rewards.contracts import DataError, FingerprintMismatchError, check_latents
+from latent_rewards.contracts import DataError, FingerprintMismatchError, Reward, check_latents
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.calibration import Calibration
 from latent_rewards.proxies.config import ProxyConfig
@@ -266,6 +266,21 @@ class RewardProxy(nn.Module):
                     f"reward {name!r}: the proxy was trained on metric {mine!r} and is used with "
                     f"{fingerprints[name]!r}; collect and train with one of the two"
                 )
+
+    def acquire(
+        self,
+        latents: Tensor,
+        k: int,
+        prompts: Prompts | None = None,
+        *,
+        strategy: str = "mixed",
+        seed: int = 0,
+        reward: Reward | None = None,
+    ) -> Tensor:
+        """Choose which ``k`` latents to score with the true metrics; see :mod:`latent_rewards.proxies.acquire`."""
+        from latent_rewards.proxies.acquire import acquire
+
+        return acquire(self, latents, k, prompts, strategy=strategy, seed=seed, reward=reward)
 
     def update(
         self,
