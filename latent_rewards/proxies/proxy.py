@@ -289,14 +289,26 @@ class RewardProxy(nn.Module):
         prompts: Prompts | None = None,
         *,
         replay: RewardDataset | None = None,
+        replay_ages: Tensor | None = None,
+        half_life: float | None = None,
         num_updates: int | None = None,
+        num_random: int | None = None,
         seed: int = 0,
     ) -> dict[str, float]:
         """Continue training, in place, on fresh samples; see :func:`latent_rewards.proxies.refresh.update_proxy`."""
         from latent_rewards.proxies.refresh import update_proxy
 
         return update_proxy(
-            self, dataset_or_latents, rewards, prompts, replay=replay, num_updates=num_updates, seed=seed
+            self,
+            dataset_or_latents,
+            rewards,
+            prompts,
+            replay=replay,
+            replay_ages=replay_ages,
+            half_life=half_life,
+            num_updates=num_updates,
+            num_random=num_random,
+            seed=seed,
         )
 
     def save_pretrained(self, path: str | Path) -> None:
