@@ -30,6 +30,9 @@ class ProxyConfig:
         use_prompts: condition on the prompts, where there are any.
         text_features: dimensions prompts are hashed to.
         ridge_alpha: penalty of the linear trunk, as scikit-learn's; None chooses it on held-out data.
+        any_size: accept latents of frame counts and resolutions it was not trained on; their scores are only as good as
+            the trunk carries over, so look at the out-of-distribution score. Not with the linear trunk.
+        in_memory_mib: a dataset with more MiB of latents than this is read on demand, others as a whole.
         seed: root of all randomness.
         device: torch device; None takes the accelerator if there is one. The proxy stays there.
         progress: draw a progress bar.
@@ -50,6 +53,8 @@ class ProxyConfig:
     use_prompts: bool = True
     text_features: int = 256
     ridge_alpha: float | None = None
+    any_size: bool = False
+    in_memory_mib: int = 1024
     seed: int = 0
     device: str | None = None
     progress: bool = True
@@ -61,6 +66,12 @@ class ProxyConfig:
         for name in ("width", "depth", "ensemble_size", "batch_size", "patience", "text_features"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.any_size and self.trunk == "linear":
+            raise ConfigError(
+                "any_size needs a trunk that reads any size; the linear one reads the shape it was fitted on"
+            )
+        if self.in_memory_mib < 0:
+            raise ConfigError(f"in_memory_mib must not be negative; got {self.in_memory_mib}")
         if self.width % 8:
             raise ConfigError(f"width must be a multiple of 8; got {self.width}")
         if self.num_updates is not None and self.num_updates < 1:
@@ -77,6 +88,11 @@ class ProxyConfig:
             raise ConfigError(f"min_samples must be at least 16; got {self.min_samples}")
         if self.ridge_alpha is not None and not self.ridge_alpha > 0:
             raise ConfigError(f"ridge_alpha must be positive, or None; got {self.ridge_alpha}")
+
+    @property
+    def in_memory_bytes(self) -> int:
+        """``in_memory_mib`` in bytes."""
+        return self.in_memory_mib * 2**20
 
     def updates(self, count: int) -> int:
         """Return the number of updates for ``count`` training samples."""

@@ -8,24 +8,26 @@ reward has no weight in the loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from latent_rewards.dataset import RewardDataset
+from latent_rewards.proxies.buckets import gather_buckets
 from latent_rewards.proxies.calibration import crossfit_coverage
 from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.ensemble import Reader, fit_members
 from latent_rewards.proxies.features import linear_features
 from latent_rewards.proxies.linear import LinearMember, fit_ridge
+from latent_rewards.proxies.prompt_table import PromptTable
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.report import evaluate
 from latent_rewards.proxies.samples import (
     Rewards,
     Samples,
     check_trainable,
-    gather_samples,
     group_ids,
     split_folds,
     split_samples,
@@ -37,13 +39,14 @@ _SMALL = 200
 _CHUNK = 128
 _STATISTICS_ROWS = 4096
 _BASELINE_ROWS = 2048
+_MIN_BASELINE = 8
 _DISTANCE_ROWS = 2048
 
 
 def train_proxy(
-    latents: Tensor | RewardDataset,
-    rewards: Rewards | None = None,
-    prompts: Prompts | None = None,
+    latents: Tensor | RewardDataset | Sequence[Tensor | RewardDataset],
+    rewards: Rewards | Sequence[Rewards] | None = None,
+    prompts: Prompts | Sequence[Prompts] | None = None,
     *,
     latent_space: str | None = None,
     config: ProxyConfig | None = None,
@@ -52,7 +55,10 @@ def train_proxy(
     """Fit a proxy that predicts rewards from latents.
 
     Args:
-        latents: ``[N, C, F, H, W]``, or a dataset (then without ``rewards`` and ``prompts``).
+        latents: ``[N, C, F, H, W]``, or a dataset (then without ``rewards`` and ``prompts``). A list of such, one for
+            each frame count and resolution, trains one proxy for all of them; ``rewards`` and ``prompts`` are lists
+            then. Each batch comes from one of them, chosen in proportion to their sizes; the trunk's stride is chosen
+            for the first.
         rewards: ``[N]`` (named "reward"), ``[N, R]`` ("reward_0", ...) or ``{name: [N]}``; NaN: does not apply.
         prompts: N texts, embeddings ``[N, D]`` or ``[N, L, D]`` (zeros are padding), or None.
         latent_space: fingerprint of the codec; a dataset brings its own.
@@ -66,18 +72,29 @@ def train_proxy(
 
     Raises:
         DataError: the data cannot be used: NaN latents, infinite or constant rewards, too few samples, wrong shapes.
+        ConfigError: several shapes for the linear trunk.
+        FingerprintMismatchError: the datasets of a list differ in latent space or metrics.
     """
     config = config or ProxyConfig()
-    samples = gather_samples(latents, rewards, prompts, latent_space=latent_space, use_prompts=config.use_prompts)
+    samples = gather_buckets(
+        latents,
+        rewards,
+        prompts,
+        linear=config.trunk == "linear",
+        latent_space=latent_space,
+        use_prompts=config.use_prompts,
+        in_memory_bytes=config.in_memory_bytes,
+    )
     check_trainable(samples, config.min_samples)
     training, heldout = split_samples(samples, config.holdout_fraction, config.seed)
     num_folds = 10 if len(training) >= _SMALL else 5
     folds = split_folds(training, group_ids(samples.prompts, len(samples)), num_folds, config.seed)
 
     proxy = _make_proxy(config, samples, encode)
-    set_scales(proxy, samples, training)
+    table = PromptTable(proxy, samples.prompts, len(samples))
+    set_scales(proxy, samples, training, table)
     proxy.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    reader = Reader(proxy, samples)
+    reader = Reader(proxy, samples, table)
     if proxy.is_linear:
         fit_linear(proxy, reader, training, folds == 0)
     else:
@@ -103,18 +120,22 @@ def train_proxy(
 def _make_proxy(config: ProxyConfig, samples: Samples, encode: PromptEncoder | None) -> RewardProxy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "proxy/init", 0))
-        return RewardProxy(
+        proxy = RewardProxy(
             config,
             samples.latent_shape,
             samples.reward_names,
             PromptFeatures.infer(samples.prompts, config.text_features, encode),
+            latent_shapes=samples.latent_shapes,
             latent_space=samples.latent_space,
             metric_fingerprints=samples.metric_fingerprints,
             encode=encode,
         )
+    for shape in samples.latent_shapes:
+        proxy.check_shape((1, *shape))
+    return proxy
 
 
-def set_scales(proxy: RewardProxy, samples: Samples, training: Tensor) -> None:
+def set_scales(proxy: RewardProxy, samples: Samples, training: Tensor, table: PromptTable) -> None:
     """Set the means and scales of latents, prompts and rewards from the training samples.
 
     The linear proxy keeps latents and prompts as they are, so that its penalty is scikit-learn's.
@@ -128,7 +149,7 @@ def set_scales(proxy: RewardProxy, samples: Samples, training: Tensor) -> None:
     order = torch.randperm(len(training), generator=generator(proxy.config.seed, "proxy/scales", 0))
     rows = training[order[:_STATISTICS_ROWS]]
     total, squares = torch.zeros(2, samples.latent_shape[0], dtype=torch.float64)
-    for chunk in rows.split(_CHUNK):
+    for _, chunk in samples.chunks(rows, _CHUNK):
         latents = samples.latents(chunk).double().cpu()
         total += latents.mean(dim=(2, 3, 4)).sum(dim=0)
         squares += latents.square().mean(dim=(2, 3, 4)).sum(dim=0)
@@ -136,9 +157,9 @@ def set_scales(proxy: RewardProxy, samples: Samples, training: Tensor) -> None:
     spread = (squares / len(rows) - latent_mean**2).clamp(min=0).sqrt()
     proxy.latent_mean.copy_(latent_mean[:, None, None, None])
     proxy.latent_std.copy_(spread.clamp(min=1e-6 * float(spread.max()) + 1e-12)[:, None, None, None])
-    prompts = proxy.raw_prompts(samples.prompts, len(samples))
-    if prompts is not None:
-        chosen = prompts[rows.to(prompts.device)].double().cpu()
+    chosen = table(rows)
+    if chosen is not None:
+        chosen = chosen.double().cpu()
         if chosen.ndim == 3:
             chosen = chosen[real_tokens(chosen)]
         centred = chosen - chosen.mean(dim=0)
@@ -163,11 +184,31 @@ def fit_linear(proxy: RewardProxy, reader: Reader, training: Tensor, validation:
 
 
 def _baseline(reader: Reader, training: Tensor, validation: Tensor, heldout: Tensor) -> Tensor:
-    """Return a ridge regression's predictions ``[n, R]`` for ``heldout``, fitted on at most 2,048 training samples."""
+    """Return a ridge regression's predictions ``[n, R]`` for ``heldout``, fitted on at most 2,048 training samples.
+
+    Each bucket has a regression of its own. A reward that fewer than 8 of a bucket's samples have is predicted by its
+    mean over all there.
+    """
     every = -(-len(training) // _BASELINE_ROWS)
     rows, validation = training[::every], validation[::every]
-    weight, intercept = fit_ridge(reader.map(linear_features, rows), reader.targets(rows), None, validation)
-    return (reader.map(linear_features, heldout).double() @ weight + intercept).to(weight).cpu()
+    targets = reader.targets(rows)
+    predicted = torch.zeros(len(heldout), targets.shape[1], dtype=torch.float64)
+    owners, owners_heldout = reader.samples.buckets(rows), reader.samples.buckets(heldout)
+    for bucket in owners_heldout.unique().tolist():
+        mine, asked = owners == bucket, owners_heldout == bucket
+        here = targets[mine.to(targets.device)]
+        columns = ((~here.isnan()).sum(dim=0) >= _MIN_BASELINE).nonzero()[:, 0]
+        if not len(columns):
+            continue
+        features = reader.map(linear_features, rows[mine])
+        weight, intercept = fit_ridge(features, here[:, columns], None, validation[mine])
+        values = reader.map(_ridge_of(weight, intercept), heldout[asked]).cpu()
+        predicted[asked.nonzero(), columns.cpu()] = values
+    return predicted
+
+
+def _ridge_of(weight: Tensor, intercept: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    return lambda latents, prompts: linear_features(latents, prompts).double() @ weight + intercept
 
 
 def settle(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor) -> None:

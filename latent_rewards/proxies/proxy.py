@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latent_rewards.contracts import DataError, FingerprintMismatchError, Reward, check_latents
+from latent_rewards.contracts import FingerprintMismatchError, Reward, check_latents
 from latent_rewards.dataset import RewardDataset
+from latent_rewards.proxies.buckets import check_readable
 from latent_rewards.proxies.calibration import Calibration
 from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.features import latent_statistics, linear_features
@@ -63,9 +64,10 @@ class RewardProxy(nn.Module):
 
     Args:
         config: architecture and training settings.
-        latent_shape: ``(C, F, H, W)`` of the latents it reads.
+        latent_shape: ``(C, F, H, W)`` of the latents it reads, of the first bucket if there are several.
         reward_names: R names.
         prompt_features: how it reads prompts.
+        latent_shapes: all shapes it was trained on; None: ``latent_shape`` alone.
         latent_space: fingerprint of the codec, or None if unknown.
         metric_fingerprints: ``{reward name: fingerprint}``, empty if unknown.
         report: see :func:`latent_rewards.proxies.report.evaluate`.
@@ -86,6 +88,7 @@ class RewardProxy(nn.Module):
         reward_names: tuple[str, ...],
         prompt_features: PromptFeatures,
         *,
+        latent_shapes: Sequence[Sequence[int]] | None = None,
         latent_space: str | None = None,
         metric_fingerprints: Mapping[str, str] | None = None,
         report: dict[str, dict[str, Any]] | None = None,
@@ -94,6 +97,7 @@ class RewardProxy(nn.Module):
         super().__init__()
         self.config = config
         self.latent_shape = tuple(latent_shape)
+        self.latent_shapes = tuple(tuple(shape) for shape in latent_shapes or (latent_shape,))
         self.reward_names = tuple(reward_names)
         self.prompt_features = prompt_features
         self.latent_space = latent_space
@@ -134,19 +138,22 @@ class RewardProxy(nn.Module):
     def __repr__(self) -> str:
         return (
             f"RewardProxy({', '.join(self.reward_names)}; {self.config.trunk} x {len(self.members)}, latents "
-            f"{self.latent_shape}, prompts: {self.prompt_features.kind})"
+            f"{', '.join(map(str, self.latent_shapes))}, prompts: {self.prompt_features.kind})"
         )
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Return latents as the members read them: per channel of zero mean and unit variance over the training data.
 
         Raises:
-            DataError: ``latents`` are not ``[B, *latent_shape]``.
+            DataError: ``latents`` have none of the ``latent_shapes``, and ``any_size`` is off or they are too small.
         """
-        if latents.ndim != 5 or tuple(latents.shape[1:]) != self.latent_shape:
-            raise DataError(f"this proxy reads latents [B, {', '.join(map(str, self.latent_shape))}]; got "
-                            f"{tuple(latents.shape)}")  # fmt: skip
+        self.check_shape(latents.shape)
         return (latents.to(self.latent_mean) - self.latent_mean) / self.latent_std
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise DataError, naming the shapes it reads, unless it reads latents ``[B, C, F, H, W]`` of this shape."""
+        smallest = getattr(getattr(self.members[0], "trunk", None), "smallest_side", 1)
+        check_readable(tuple(shape), self.latent_shapes, self.config.any_size, smallest)
 
     def raw_prompts(self, prompts: Prompts | None, count: int) -> Tensor | None:
         """Return prompt features ``[count, D]`` or ``[count, L, D]`` before scaling, or None without prompts.
@@ -163,8 +170,10 @@ class RewardProxy(nn.Module):
             DataError: see :class:`latent_rewards.proxies.text.PromptFeatures`.
         """
         features = self.raw_prompts(prompts, count)
-        if features is None:
-            return None
+        return None if features is None else self.scale_prompts(features)
+
+    def scale_prompts(self, features: Tensor) -> Tensor:
+        """Return what :meth:`raw_prompts` returned as the members read it; padding stays zero."""
         features = features.to(self.prompt_mean)
         scaled = (features - self.prompt_mean) * self.prompt_scale
         return scaled * real_tokens(features)[..., None] if features.ndim == 3 else scaled
@@ -317,6 +326,7 @@ class RewardProxy(nn.Module):
             "format": FORMAT,
             "config": asdict(self.config),
             "latent_shape": self.latent_shape,
+            "latent_shapes": self.latent_shapes,
             "reward_names": self.reward_names,
             "prompt_features": asdict(self.prompt_features),
             "latent_space": self.latent_space,
@@ -350,6 +360,7 @@ class RewardProxy(nn.Module):
             tuple(description["latent_shape"]),
             tuple(description["reward_names"]),
             PromptFeatures(**description["prompt_features"]),
+            latent_shapes=description.get("latent_shapes"),
             latent_space=description["latent_space"],
             metric_fingerprints=description["metric_fingerprints"],
             report=description["report"],

@@ -84,7 +84,11 @@ def update_proxy(
         raise ConfigError(f"num_updates must not be negative; got {count}")
     if (replay_ages is None) != (half_life is None):
         raise ConfigError("replay_ages and half_life belong together; pass both, or neither to replay all alike")
-    fresh = _matching(proxy, gather_samples(dataset_or_latents, rewards, prompts), "fresh")
+    fresh = _matching(
+        proxy,
+        gather_samples(dataset_or_latents, rewards, prompts, in_memory_bytes=proxy.config.in_memory_bytes),
+        "fresh",
+    )
     number = len(fresh)
     if number < _MIN_FRESH:
         raise DataError(f"{number} fresh samples are too few for an update; give at least {_MIN_FRESH}")
@@ -201,4 +205,6 @@ def _draw_replay(
         uniform = torch.rand(wanted, generator=source, dtype=torch.float64) * ends[-1]
         drawn = torch.searchsorted(ends, uniform, right=True).clamp(max=len(replay) - 1)
         rows, draws = drawn.unique(return_inverse=True)
-    return _matching(proxy, gather_samples(replay.select(rows), None, None), "replayed"), draws
+    return _matching(
+        proxy, gather_samples(replay.select(rows), None, None, in_memory_bytes=proxy.config.in_memory_bytes), "replayed"
+    ), draws

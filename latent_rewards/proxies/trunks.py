@@ -55,6 +55,7 @@ class Conv3dTrunk(nn.Module):
         )
         self.blocks = nn.ModuleList([ModulatedBlock(width, prompt_width) for _ in range(depth)])
         self.num_features = 2 * width
+        self.smallest_side = stride
 
     def forward(self, latents: Tensor, prompt: Tensor | None) -> Tensor:
         """Return the mean and the maximum over positions, ``[B, F, 2 width]``."""
