@@ -41,6 +41,7 @@ _STATISTICS_ROWS = 4096
 _BASELINE_ROWS = 2048
 _MIN_BASELINE = 8
 _DISTANCE_ROWS = 2048
+_REFERENCE_ROWS = 4096
 
 
 def train_proxy(
@@ -217,4 +218,6 @@ def settle(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor
     proxy.calibration.fit(mean - reader.targets(heldout).cpu(), variance)
     order = torch.randperm(len(training), generator=generator(proxy.config.seed, "proxy/distance", 0))
     features = reader.map(proxy.distance_features, training[order[:_DISTANCE_ROWS]])
-    proxy.distance.fit(features, reader.map(proxy.distance_features, heldout))
+    if len(heldout) > _REFERENCE_ROWS:  # enough for the quantiles the score is made of
+        heldout = heldout[torch.randperm(len(heldout), generator=generator(proxy.config.seed, "proxy/reference", 0))]
+    proxy.distance.fit(features, reader.map(proxy.distance_features, heldout[:_REFERENCE_ROWS]))

@@ -60,7 +60,7 @@ class Samples:
 
     def buckets(self, indices: Tensor) -> Tensor:
         """Return the bucket, counted from 0, of each of ``indices`` (int64 ``[M]``)."""
-        return torch.searchsorted(torch.tensor(self.bucket_starts), indices, right=True) - 1
+        return torch.searchsorted(torch.tensor(self.bucket_starts), indices.contiguous(), right=True) - 1
 
     def chunks(self, indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield positions in ``indices`` and the indices there, at most ``size`` and of one bucket at a time."""
