@@ -73,7 +73,7 @@ class _FileShard:
     def read(self, rows: Tensor) -> Tensor:
         # Read, not mapped: mapped pages of a shard count as memory of this process, whichever of its rows is wanted.
         values = torch.empty(len(rows), *self.shape, dtype=self.dtype)
-        buffer, size = memoryview(values.flatten().view(torch.uint8).numpy()), values[:1].nbytes
+        buffer, size = values.flatten().view(torch.uint8).numpy().data, values[:1].nbytes
         place = 0
         with self.path.open("rb") as file:
             for run in rows.tensor_split((rows.diff() != 1).nonzero()[:, 0] + 1):
