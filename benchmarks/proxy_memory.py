@@ -1,8 +1,8 @@
 """Peak memory of training a proxy on 10,000 and on 100,000 latents on disk: ``python -m benchmarks.proxy_memory``.
 
 Synthetic latents are written shard by shard; each training runs in an interpreter of its own, whose peak resident set
-is compared. One pair reads latents on demand, as data sets above ``in_memory_mib`` are, the other as a whole. The result
-goes into ``results/proxy_memory.json``. Linux only.
+is compared. One pair reads latents on demand, as data sets above ``in_memory_mib`` are, the other as a whole. The
+result goes into ``results/proxy_memory.json``. Linux only.
 """
 
 from __future__ import annotations
