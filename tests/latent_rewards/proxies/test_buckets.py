@@ -34,7 +34,7 @@ def prompts(count, kind="clip"):
 @pytest.fixture(scope="module")
 def trained(quick):
     parts = [draw(400, SMALL, 0), draw(200, LARGE, 1)]
-    return train_proxy(parts, [reward(part) for part in parts], config=quick(num_updates=100, ensemble_size=2))
+    return train_proxy(parts, [reward(part) for part in parts], config=quick(num_updates=150, ensemble_size=2))
 
 
 def test_one_proxy_is_good_on_every_shape_it_was_trained_on(trained, quick):
@@ -59,7 +59,7 @@ def test_the_shapes_are_stored_and_an_older_proxy_has_one(trained, tmp_path):
     loaded = RewardProxy.from_pretrained(tmp_path / "proxy")
     assert loaded.latent_shapes == (SMALL, LARGE) and loaded.latent_shape == SMALL
     latents = draw(3, LARGE, 2)
-    assert torch.equal(loaded(latents), trained(latents))
+    torch.testing.assert_close(loaded(latents), trained(latents))
     assert RewardProxy(ProxyConfig(width=8), SMALL, ("a",), PromptFeatures("none", 0)).latent_shapes == (SMALL,)
 
 
@@ -176,7 +176,7 @@ def test_an_update_takes_any_of_the_shapes(trained, tmp_path):
     trained.save_pretrained(tmp_path / "proxy")
     proxy = RewardProxy.from_pretrained(tmp_path / "proxy")
     fresh = draw(100, LARGE, 3) + 1.5
-    logs = proxy.update(fresh, reward(fresh), num_updates=30)
+    logs = proxy.update(fresh, reward(fresh), num_updates=60)
     assert logs["reward/mae_after"] < 0.8 * logs["reward/mae_before"]
     with pytest.raises(DataError, match="reads latents"):
         proxy.update(draw(20, (2, 3, 8, 8), 0), torch.arange(20.0))
