@@ -56,13 +56,14 @@ def test_several_rewards_count_in_units_of_their_spread():
     proxy = RewardProxy(ProxyConfig(trunk="linear"), SHAPE, ("x", "y"), PromptFeatures("none", 0))
     proxy.members[0].weight.copy_(torch.eye(2))
     proxy.reward_std.copy_(torch.tensor([1000.0, 0.1]))
-    latents = point([0.0, 3.0, 1.0], [0.0, -1.0, 1.5])  # standardised sums 0, 2, 2.5
+    latents = point([0.0, 3.0, 1.0], [0.0, -1.0, 3.0])  # standardised sums 0, 2, 4
     assert proxy.acquire(latents, 3, strategy="top").tolist() == [2, 1, 0]
     proxy.calibration.temperature.copy_(torch.tensor([1.0, 2.0]))
     proxy.members = nn.ModuleList([proxy.members[0], LinearMember(2, 2)])
     # disagreement: x / sqrt(2) and y / sqrt(2); std T sqrt(1 + d^2)
     expected = ((1 + latents[:, 0].flatten() ** 2 / 2).sqrt() + 2 * (1 + latents[:, 1].flatten() ** 2 / 2).sqrt()) / 2
     assert proxy.acquire(latents, 3, strategy="uncertain").tolist() == expected.argsort(descending=True).tolist()
+    assert expected.argmax() == 2  # though sample 1 has the largest standard deviation in the units of x
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -75,9 +76,10 @@ def test_the_diverse_are_one_of_each_cluster(exact, seed):
 
 
 def test_features_of_another_scale_do_not_decide_alone(exact):
-    """x spans 1e6 times as much as y; four corners are still told apart."""
+    """x spans 1e6 times as much as y, and its noise a thousand times; four corners are still told apart."""
     corners = torch.arange(4).repeat_interleave(5)
-    latents = point(1e6 * (corners % 2).double(), (corners // 2).double())
+    noise = 1e3 * torch.rand(20, generator=torch.Generator().manual_seed(0))
+    latents = point(1e6 * (corners % 2).double() + noise, (corners // 2).double())
     chosen = exact.acquire(latents, 4, strategy="diverse")
     assert sorted(corners[chosen].tolist()) == [0, 1, 2, 3]
 
