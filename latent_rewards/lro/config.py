@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from latent_rewards.contracts import ConfigError, unknown_name
@@ -50,6 +50,11 @@ class LROConfig:
         refresh_every: updates between proxy refreshes; a refresh needs an oracle.
         refresh_queries: fresh samples per refresh that the oracle scores, at least 8.
         refresh_steps: proxy updates per refresh.
+        acquisition: which fresh samples the oracle scores: "random" takes them as the policy draws them; "uncertain",
+            "top", "diverse" or "mixed" let the proxy choose half of them among more candidates (see
+            :mod:`latent_rewards.proxies.acquire`). The other half stays as drawn, and the gap is recorded on it alone.
+        acquisition_pool: candidates per query, at least 2; they cost a rollout and a proxy call. Unused by "random".
+        replay_half_life: refreshes after which a replayed sample is drawn half as often; None replays all alike.
         max_queries: refresh queries in all; None is unlimited.
         anchor_weight: factor of the anchor's loss.
         anchor_every: updates between uses of the anchor's loss.
@@ -91,6 +96,9 @@ class LROConfig:
     refresh_every: int = 25
     refresh_queries: int = 256
     refresh_steps: int = 100
+    acquisition: Literal["random", "uncertain", "top", "diverse", "mixed"] = "random"
+    acquisition_pool: int = 4
+    replay_half_life: float | None = None
     max_queries: int | None = None
     anchor_weight: float = 1.0
     anchor_every: int = 1
@@ -122,9 +130,12 @@ class LROConfig:
                 raise ConfigError(f"{name} must be at least 1; got {value}")
         if self.refresh_queries < MIN_REFRESH_QUERIES:
             raise ConfigError(f"refresh_queries must be at least {MIN_REFRESH_QUERIES}; got {self.refresh_queries}")
-        for name in ("learning_rate", "head_std"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive; got {getattr(self, name)}")
+        if self.acquisition_pool < 2:
+            raise ConfigError(f"acquisition_pool must be at least 2; got {self.acquisition_pool}")
+        for name in ("learning_rate", "head_std", "replay_half_life"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be positive; got {value}")
         for name in ("warmup", "beta", "pessimism", "anchor_weight", "min_improvement", "max_grad_norm", "max_queries"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
@@ -140,6 +151,7 @@ class LROConfig:
             "estimator": (None, *SCORE_ESTIMATORS, *GRADIENT_ESTIMATORS),
             "chain": ("score", "path"),
             "scale_rewards": ("none", "group", "batch"),
+            "acquisition": ("random", "uncertain", "top", "diverse", "mixed"),
             "mixed_precision": ("no", "bf16"),
         }
         for name, allowed in choices.items():
@@ -179,6 +191,16 @@ class LROConfig:
         """Return whether an estimator goes through the chain by backpropagation, and so has no score terms."""
         return estimator == "pathwise" or (estimator == "smoothed" and self.chain == "path")
 
+    def refresh_settings(self) -> dict[str, Any]:
+        """Return the part of these settings that :class:`~latent_rewards.lro.refresh.Refresher` takes."""
+        return {
+            "num_updates": self.refresh_steps,
+            "seed": self.seed,
+            "acquisition": self.acquisition,
+            "acquisition_pool": self.acquisition_pool,
+            "half_life": self.replay_half_life,
+        }
+
     def loop_config(self) -> LoopConfig:
         """Return the part of these settings that the training loop takes."""
         return LoopConfig(
@@ -216,15 +238,17 @@ class StartedWith:
         return self._settings
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Compare the stored settings with this run's.
+        """Compare the stored settings with this run's; one that was unknown then had what is its default now.
 
         Raises:
             ConfigError: one differs; the message names it.
         """
+        defaults = {setting.name: setting.default for setting in fields(LROConfig)}
         for name, value in self._settings.items():
-            if state.get(name) != value:
+            stored = state.get(name, defaults.get(name))
+            if stored != value:
                 raise ConfigError(
-                    f"the run in output_dir was started with {name}={state.get(name)!r}, this one has {value!r}; "
+                    f"the run in output_dir was started with {name}={stored!r}, this one has {value!r}; "
                     "use the old value to resume, or another output_dir"
                 )
 

@@ -89,10 +89,14 @@ class Guard:
             )
         return due
 
-    def record_gap(self, step: int, proxy: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> dict[str, float]:
+    def record_gap(
+        self, step: int, proxy: Mapping[str, Tensor], true: Mapping[str, Tensor], *, num_queries: int | None = None
+    ) -> dict[str, float]:
         """Record proxy scores and true rewards ``{name: [B]}`` of the same fresh samples; return the values to log.
 
-        A sample whose true reward is NaN enters neither mean.
+        They must be samples as the policy draws them: of samples that the proxy chose the gap would be another one. A
+        sample whose true reward is NaN enters neither mean. ``num_queries`` counts those that were scored but are not
+        given here too; None is B.
         """
         entry: dict[str, Any] = {"step": step, "proxy": {}, "true": {}, "mae": {}}
         logs: dict[str, float] = {}
@@ -105,7 +109,7 @@ class Guard:
             logs[f"true/{name}"] = entry["true"][name]
             logs[f"gap/{name}"] = entry["proxy"][name] - entry["true"][name]
         self.gaps.append(entry)
-        self.num_queries += len(next(iter(proxy.values())))
+        self.num_queries += len(next(iter(proxy.values()))) if num_queries is None else num_queries
         return {**logs, "queries": float(self.num_queries)}
 
     def evaluated(self, step: int) -> bool:

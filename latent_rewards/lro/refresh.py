@@ -1,8 +1,14 @@
-"""Refreshing the proxy on true rewards of what the policy generates now, with everything seen before as replay."""
+"""Refreshing the proxy on true rewards of what the policy generates now, with everything seen before as replay.
+
+Where the proxy chooses what is scored, half of the queries stay as the policy draws them. Of samples that were chosen
+because the proxy rates them highly, proxy minus truth is too large, and of uncertain ones the error; so the gap, the
+errors before the update and the calibration are taken from the drawn half alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -62,9 +68,12 @@ class Refresher:
         guard: records the gap and counts the queries.
         num_updates: proxy updates per refresh.
         seed: root of the proxy updates' randomness.
+        acquisition: "random", or how the proxy chooses half of the queries (see :mod:`latent_rewards.proxies.acquire`).
+        acquisition_pool: candidates per query; they are held in memory while the proxy chooses.
+        half_life: refreshes after which a replayed sample is drawn half as often; None replays all alike.
 
     Raises:
-        ConfigError: the proxy has no ``update``.
+        ConfigError: the proxy has no ``update``, or cannot choose or weigh samples by age and should.
         DataError: ``dataset`` lacks one of the proxy's rewards.
     """
 
@@ -77,49 +86,128 @@ class Refresher:
         *,
         num_updates: int,
         seed: int,
+        acquisition: str = "random",
+        acquisition_pool: int = 4,
+        half_life: float | None = None,
     ) -> None:
         if not isinstance(scoring.proxy, UpdatableProxy):
             raise ConfigError(
                 f"an oracle was given, but {type(scoring.proxy).__name__} has no update(...) to learn from it; pass a "
                 "RewardProxy, or oracle=None to keep the proxy frozen"
             )
+        self._check_abilities(scoring.proxy, acquisition, half_life)
         for name in scoring.proxy.reward_names:
             if dataset is not None and name not in dataset.reward_names:
                 raise DataError(f"the dataset to replay lacks it: {unknown_name('reward', name, dataset.reward_names)}")
         self.scoring, self.oracle, self.guard = scoring, oracle, guard
         self.num_updates, self.seed = num_updates, seed
-        self.replay = dataset
+        self.acquisition, self.acquisition_pool, self.half_life = acquisition, acquisition_pool, half_life
+        self.replay, self._first = dataset, len(dataset or ())
         self._fresh: list[RewardDataset] = []
 
-    def refresh(self, step: int, samples: Iterable[tuple[Batch, Tensor]]) -> dict[str, float]:
+    @staticmethod
+    def _check_abilities(proxy: UpdatableProxy, acquisition: str, half_life: float | None) -> None:
+        parameters = inspect.signature(proxy.update).parameters
+        anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        needs = {"half_life": half_life is not None, "num_random": acquisition != "random"}
+        for name in (name for name, needed in needs.items() if needed and not anything and name not in parameters):
+            raise ConfigError(
+                f"{type(proxy).__name__}.update has no {name}=, so this proxy can be used with acquisition='random' "
+                "and replay_half_life=None only; pass a RewardProxy for others"
+            )
+        if acquisition != "random" and not hasattr(proxy, "acquire"):
+            raise ConfigError(
+                f"acquisition={acquisition!r} lets the proxy choose, but {type(proxy).__name__} has no acquire(...); "
+                "pass a RewardProxy, or acquisition='random'"
+            )
+
+    def candidates(self, queries: int) -> int:
+        """Return how many samples :meth:`refresh` wants for that many queries."""
+        return queries if self.acquisition == "random" else queries * self.acquisition_pool
+
+    def refresh(
+        self, step: int, samples: Iterable[tuple[Batch, Tensor]], queries: int | None = None
+    ) -> dict[str, float]:
         """Score samples of the current policy with oracle and proxy, then update the proxy; return what to log.
 
         Args:
             step: policy updates done so far.
-            samples: batches and their final latents ``[B, C, F, H, W]``.
+            samples: batches and their final latents ``[B, C, F, H, W]``, :meth:`candidates` in all.
+            queries: how many of them to score; needed unless acquisition is "random", which scores all.
 
         Raises:
             DataError: the oracle does not return one of the proxy's rewards, or returns infinity.
         """
+        num_random: int | None = None
+        scored: Iterable[tuple[Tensor, list[str]]] = ((final, batch.prompts) for batch, final in samples)
+        if self.acquisition != "random":
+            if queries is None:
+                raise ConfigError(f"refresh(..., queries=) is needed with acquisition={self.acquisition!r}")
+            num_random = queries - queries // 2
+            scored = self._chosen(step, samples, num_random, queries - num_random)
         latents, prompts, truths, scores = [], [], [], []
-        for batch, final in samples:
-            truths.append(query(self.oracle, final, batch.prompts, self.scoring.proxy.reward_names))
+        for final, texts in scored:
+            truths.append(query(self.oracle, final, texts, self.scoring.proxy.reward_names))
             with torch.no_grad():
-                scores.append(self.scoring.by_name(final, batch.prompts))
+                scores.append(self.scoring.by_name(final, texts))
             latents.append(final.cpu())
-            prompts += batch.prompts
+            prompts += texts
         true, predicted = _joined(truths), _joined(scores)
-        logs = self.guard.record_gap(step, predicted, true)
+        drawn = slice(num_random)
+        logs = self.guard.record_gap(
+            step,
+            {name: values[drawn] for name, values in predicted.items()},
+            {name: values[drawn] for name, values in true.items()},
+            num_queries=len(prompts),
+        )
         fresh = self._dataset(torch.cat(latents), prompts, true)
-        updatable = cast(UpdatableProxy, self.scoring.proxy)
-        learnt = updatable.update(
+        learnt = cast(UpdatableProxy, self.scoring.proxy).update(
             fresh,
             replay=self.replay,
             num_updates=self.num_updates,
             seed=derive_seed(self.seed, "lro/proxy-update", step),
+            **self._extras(num_random),
         )
         self._append(fresh)
         return {**logs, **{f"proxy/{key}": value for key, value in (learnt or {}).items()}}
+
+    def _chosen(
+        self, step: int, samples: Iterable[tuple[Batch, Tensor]], num_random: int, num_chosen: int
+    ) -> Iterator[tuple[Tensor, list[str]]]:
+        """Yield latents and prompts: ``num_random`` as drawn, then ``num_chosen`` that the proxy chose of the rest.
+
+        Those as drawn are the samples of the first ids: the same as would be drawn if there were no others.
+        """
+        parts = [(final, batch.prompts, batch.sample_ids) for batch, final in samples]
+        device, latents = parts[0][0].device, torch.cat([final.cpu() for final, _, _ in parts])
+        prompts = [prompt for _, texts, _ in parts for prompt in texts]
+        order = torch.tensor([i for _, _, ids in parts for i in ids]).argsort()
+        pool = order[num_random:]
+        picked = cast(Any, self.scoring.proxy).acquire(
+            latents[pool],
+            num_chosen,
+            [prompts[i] for i in pool.tolist()],
+            strategy=self.acquisition,
+            seed=derive_seed(self.seed, "lro/acquire", step),
+            reward=self.scoring.reward,
+        )
+        for rows in torch.cat([order[:num_random], pool[picked]]).split(self.scoring.micro_batch):
+            yield latents[rows].to(device), [prompts[i] for i in rows.tolist()]
+
+    def _extras(self, num_random: int | None) -> dict[str, Any]:
+        extras: dict[str, Any] = {} if num_random is None else {"num_random": num_random}
+        if self.half_life is not None and self.replay is not None:
+            extras |= {"half_life": self.half_life, "replay_ages": self.replay_ages()}
+        return extras
+
+    def replay_ages(self) -> Tensor:
+        """Return float64 ``[len(replay)]``: 1 for the samples of the last refresh, 2 for those before, and so on.
+
+        The dataset the trainer was given is one refresh older than the first refresh.
+        """
+        sizes = [self._first, *(len(fresh) for fresh in self._fresh)]
+        ages = torch.arange(len(sizes), 0, -1, dtype=torch.float64)
+        return ages.repeat_interleave(torch.tensor(sizes))
 
     def _dataset(self, latents: Tensor, prompts: list[str], rewards: Mapping[str, Tensor]) -> RewardDataset:
         """Return a dataset that can join the replay: its dtype and fingerprints, NaN in columns the proxy lacks."""

@@ -42,8 +42,8 @@ class TrainResult:
         num_queries: true queries of the refreshes.
         stopped_early: the holdout stopped the run.
         proxy_curve: ``(step, mean reward)`` the policy was optimised for, per update.
-        true_curve: per refresh, on fresh samples and before the proxy learns from them, ``{"step", "proxy": {name:
-            mean}, "true": {name: mean}, "mae": {name: mean absolute error}}``.
+        true_curve: per refresh, on fresh samples as the policy draws them and before the proxy learns from them,
+            ``{"step", "proxy": {name: mean}, "true": {name: mean}, "mae": {name: mean absolute error}}``.
         holdout_curve: per evaluation, ``{"step", "score", "values": {name: mean}}``.
     """
 
@@ -117,9 +117,7 @@ class LatentRewardTrainer:
         self.refresher = (
             None
             if oracle is None
-            else Refresher(
-                self.scoring, oracle, dataset, self.guard, num_updates=config.refresh_steps, seed=config.seed
-            )
+            else Refresher(self.scoring, oracle, dataset, self.guard, **config.refresh_settings())
         )
         self._warn(len(tuple(proxy.reward_names)))
         self.reference = reference
@@ -208,7 +206,8 @@ class LatentRewardTrainer:
             raise StopIteration
         due = self.guard.queries_due(step) if self.refresher is not None else 0
         if due and self.refresher is not None:
-            logs |= self.refresher.refresh(step, self._generate("lro/refresh", step, due))
+            candidates = self._generate("lro/refresh", step, self.refresher.candidates(due))
+            logs |= self.refresher.refresh(step, candidates, due)
         batch = self._draw_batch(step)
         trajectory = self._rollout(batch)
         check_finite("latents", trajectory.final.flatten(1).sum(1), step, batch)

@@ -44,6 +44,9 @@ class ProxyConfig:
             :mod:`latent_rewards.proxies.isotonic`); for predictions that are ordered well and scaled wrongly.
         learning_curve: also refit on a quarter and on half of the training data, which costs three quarters of the
             fit again, and report what twice the labels would bring.
+        any_size: accept latents of frame counts and resolutions it was not trained on; their scores are only as good as
+            the trunk carries over, so look at the out-of-distribution score. Not with the linear trunk.
+        in_memory_mib: a dataset with more MiB of latents than this is read on demand, others as a whole.
         seed: root of all randomness.
         device: torch device; None takes the accelerator if there is one. The proxy stays there.
         progress: draw a progress bar.
@@ -69,6 +72,8 @@ class ProxyConfig:
     ridge_alpha: float | None = None
     calibrate_mean: str = "none"
     learning_curve: bool = False
+    any_size: bool = False
+    in_memory_mib: int = 1024
     seed: int = 0
     device: str | None = None
     progress: bool = True
@@ -83,6 +88,12 @@ class ProxyConfig:
         for name in ("width", "depth", "ensemble_size", "batch_size", "patience", "text_features"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.any_size and self.trunk == "linear":
+            raise ConfigError(
+                "any_size needs a trunk that reads any size; the linear one reads the shape it was fitted on"
+            )
+        if self.in_memory_mib < 0:
+            raise ConfigError(f"in_memory_mib must not be negative; got {self.in_memory_mib}")
         if self.width % 8:
             raise ConfigError(f"width must be a multiple of 8; got {self.width}")
         if self.num_updates is not None and self.num_updates < 1:
@@ -115,6 +126,11 @@ class ProxyConfig:
             raise ConfigError(f"adapter_rank={self.adapter_rank} needs trunk='backbone'; got {self.trunk!r}")
         if self.selection_budget is not None and self.selection_budget < 1:
             raise ConfigError(f"selection_budget must be at least 1, or None; got {self.selection_budget}")
+
+    @property
+    def in_memory_bytes(self) -> int:
+        """``in_memory_mib`` in bytes."""
+        return self.in_memory_mib * 2**20
 
     def updates(self, count: int) -> int:
         """Return the number of updates for ``count`` training samples."""

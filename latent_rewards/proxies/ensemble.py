@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_rewards.proxies.noise import Draw, fixed_draws, fresh_draws
+from latent_rewards.proxies.prompt_table import PromptTable
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.samples import Samples
 from latent_rewards.training.randomness import generator
@@ -19,6 +20,8 @@ EVALUATE_EVERY = 25
 """Updates between evaluations on a member's left-out fold."""
 
 _CHUNK = 128
+_EVALUATION_ROWS = 2048
+"""Most samples of a fold that stop a member early; more would cost large data sets more than their training."""
 
 Batch = tuple[Any, ...]
 """Normalised latents ``[B, C, F, H, W]``, read prompts ``[B, D]`` or None, standardised rewards ``[B, R]`` with NaN;
@@ -34,11 +37,12 @@ class Reader:
     Args:
         proxy: its scales and device are used.
         samples: what is read.
+        prompts: the features of their prompts, if they were made before.
     """
 
-    def __init__(self, proxy: RewardProxy, samples: Samples) -> None:
-        self._proxy, self._samples = proxy, samples
-        self._prompts = proxy.read_prompts(samples.prompts, len(samples))
+    def __init__(self, proxy: RewardProxy, samples: Samples, prompts: PromptTable | None = None) -> None:
+        self._proxy, self.samples = proxy, samples
+        self._prompts = prompts or PromptTable(proxy, samples.prompts, len(samples))
         mean, scale = proxy.reward_mean.to("cpu", torch.float64), proxy.reward_std.to("cpu", torch.float64)
         self.rewards = ((samples.rewards - mean) / scale).to(proxy.reward_mean)
         self._draw: Draw | None = None
@@ -62,17 +66,18 @@ class Reader:
 
     def inputs(self, indices: Tensor) -> tuple[Any, ...]:
         """Return a batch without its rewards: what the members take."""
-        prompts = None if self._prompts is None else self._prompts[indices.to(self._prompts.device)]
-        latents = self._samples.latents(indices)
+        raw = self._prompts(indices)
+        prompts = None if raw is None else self._proxy.scale_prompts(raw)
+        latents = self.samples.latents(indices)
         if self._draw is None or self._proxy.noise is None:
             return self._proxy.normalise(latents), prompts
         latents = latents.to(self._proxy.latent_mean)
-        t, noise = self._draw(indices, self._samples.latent_shape)
+        t, noise = self._draw(indices, tuple(latents.shape[1:]))
         t = t.to(latents)
         return self._proxy.normalise(self._proxy.noise.corrupt(latents, t, noise)), prompts, t
 
     def __call__(self, indices: Tensor) -> Batch:
-        """Return the batch at ``indices`` (int64 ``[B]``, on the CPU)."""
+        """Return the batch at ``indices`` (int64 ``[B]``, on the CPU, of one bucket)."""
         latents, prompts, *level = self.inputs(indices)
         return latents, prompts, self.targets(indices), *level
 
@@ -83,7 +88,12 @@ class Reader:
     @torch.no_grad()
     def map(self, function: Callable[..., Tensor], indices: Tensor) -> Tensor:
         """Return ``function(latents, prompts[, t])`` over all of ``indices``, in chunks and without gradient."""
-        return torch.cat([function(*self.inputs(chunk)) for chunk in indices.split(_CHUNK)])
+        places, parts = [], []
+        for place, chunk in self.samples.chunks(indices, _CHUNK):
+            places.append(place)
+            parts.append(function(*self.inputs(chunk)))
+        values = torch.cat(parts)
+        return values if len(self.samples.bucket_starts) == 1 else values[torch.cat(places).argsort().to(values.device)]
 
     def ensemble(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ensemble's means and variances ``[B, R]``, standardised, on the CPU."""
@@ -104,6 +114,37 @@ def shuffled_batches(indices: Tensor, batch_size: int, count: int, source: torch
     passes = -(-count * size // len(indices))
     order = torch.cat([indices[torch.randperm(len(indices), generator=source)] for _ in range(passes)])
     return list(order[: count * size].split(size))
+
+
+def bucketed_batches(
+    indices: Tensor, buckets: Tensor, batch_size: int, count: int, source: torch.Generator
+) -> list[Tensor]:
+    """Return ``count`` batches of ``indices``, each from one bucket and of at most ``batch_size``.
+
+    A bucket of n of N indices gets ``count n / N`` batches, rounded up or down so that this is their expectation
+    (systematic sampling), in random order. Within a bucket the indices are reshuffled at every pass.
+
+    Args:
+        indices: int64 ``[n]``.
+        buckets: int64 ``[n]``, the bucket of each.
+        batch_size: most indices in a batch; a smaller bucket gives smaller batches.
+        count: number of batches.
+        source: CPU generator.
+    """
+    numbers, sizes = buckets.unique(return_counts=True)
+    if len(numbers) == 1:
+        return shuffled_batches(indices, batch_size, count, source)
+    ends = sizes.double().cumsum(0) / len(indices)
+    positions = (torch.arange(count) + torch.rand((), generator=source, dtype=torch.float64)) / count
+    owners = torch.searchsorted(ends, positions, right=True).clamp(max=len(numbers) - 1)
+    owners = owners[torch.randperm(count, generator=source)]
+    batches: list[Tensor] = [indices] * count
+    for owner in owners.unique().tolist():
+        turns = (owners == owner).nonzero()[:, 0].tolist()
+        mine = indices[buckets == numbers[owner]]
+        for turn, batch in zip(turns, shuffled_batches(mine, batch_size, len(turns), source), strict=True):
+            batches[turn] = batch
+    return batches
 
 
 def train_member(
@@ -168,12 +209,17 @@ def fit_members(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Ten
     with tqdm(total=count * len(proxy.members), desc="proxy", disable=not config.progress, dynamic_ncols=True) as bar:
         for number, member in enumerate(proxy.members):
             left_out = folds == number % (int(folds.max()) + 1)
-            keeper = _BestWeights(member, reader, training[left_out], config.patience, count, bar)
+            judged = training[left_out]
+            if len(judged) > _EVALUATION_ROWS:
+                order = torch.randperm(len(judged), generator=generator(config.seed, "proxy/evaluation", 0, number))
+                judged = judged[order[:_EVALUATION_ROWS]]
+            keeper = _BestWeights(member, reader, judged, config.patience, count, bar)
             source = generator(config.seed, "proxy/batches", 0, number)
+            learnt = training[~left_out]
             train_member(
                 member,
                 reader.noised(source),
-                shuffled_batches(training[~left_out], config.batch_size, count, source),
+                bucketed_batches(learnt, reader.samples.buckets(learnt), config.batch_size, count, source),
                 learning_rate=config.learning_rate,
                 weight_decay=config.weight_decay,
                 warmup=0.15,

@@ -8,6 +8,7 @@ reward has no weight in the loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from latent_rewards.contracts import ConfigError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.assess import add_learning_curves, assess
+from latent_rewards.proxies.buckets import gather_buckets
 from latent_rewards.proxies.calibration import calibrate
 from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.ensemble import Reader, fit_members
@@ -25,12 +27,12 @@ from latent_rewards.proxies.joint import fit_jointly, set_feature_scales
 from latent_rewards.proxies.learning_curve import nested_parts
 from latent_rewards.proxies.linear import LinearMember, fit_ridge
 from latent_rewards.proxies.noise import Schedule
+from latent_rewards.proxies.prompt_table import PromptTable
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.samples import (
     Rewards,
     Samples,
     check_trainable,
-    gather_samples,
     group_ids,
     split_folds,
     split_samples,
@@ -45,13 +47,15 @@ _SMALL = 200
 _CHUNK = 128
 _STATISTICS_ROWS = 4096
 _BASELINE_ROWS = 2048
+_MIN_BASELINE = 8
 _DISTANCE_ROWS = 2048
+_REFERENCE_ROWS = 4096
 
 
 def train_proxy(
-    latents: Tensor | RewardDataset,
-    rewards: Rewards | None = None,
-    prompts: Prompts | None = None,
+    latents: Tensor | RewardDataset | Sequence[Tensor | RewardDataset],
+    rewards: Rewards | Sequence[Rewards] | None = None,
+    prompts: Prompts | Sequence[Prompts] | None = None,
     *,
     latent_space: str | None = None,
     config: ProxyConfig | Literal["auto"] | None = None,
@@ -62,7 +66,10 @@ def train_proxy(
     """Fit a proxy that predicts rewards from latents.
 
     Args:
-        latents: ``[N, C, F, H, W]``, or a dataset (then without ``rewards`` and ``prompts``).
+        latents: ``[N, C, F, H, W]``, or a dataset (then without ``rewards`` and ``prompts``). A list of such, one for
+            each frame count and resolution, trains one proxy for all of them; ``rewards`` and ``prompts`` are lists
+            then. Each batch comes from one of them, chosen in proportion to their sizes; the trunk's stride is chosen
+            for the first.
         rewards: ``[N]`` (named "reward"), ``[N, R]`` ("reward_0", ...) or ``{name: [N]}``; NaN: does not apply.
         prompts: N texts, embeddings ``[N, D]`` or ``[N, L, D]`` (zeros are padding), or None.
         latent_space: fingerprint of the codec; a dataset brings its own.
@@ -84,11 +91,20 @@ def train_proxy(
     Raises:
         DataError: the data cannot be used: NaN latents, infinite or constant rewards, too few samples, wrong shapes.
         ConfigError: the trunk needs a backbone and there is none, or the other way round; the budget of "auto" is too
-            small.
+            small; several shapes for the linear trunk.
+        FingerprintMismatchError: the datasets of a list differ in latent space or metrics, or from ``latent_space``.
     """
     config = _settings(config, backbone is not None, schedule is not None)
     encode = encode if encode is not None else getattr(backbone, "embed", None)
-    samples = gather_samples(latents, rewards, prompts, latent_space=latent_space, use_prompts=config.use_prompts)
+    samples = gather_buckets(
+        latents,
+        rewards,
+        prompts,
+        linear=config.trunk == "linear",
+        latent_space=latent_space,
+        use_prompts=config.use_prompts,
+        in_memory_bytes=config.in_memory_bytes,
+    )
     check_trainable(samples, config.min_samples)
     training, heldout = split_samples(samples, config.holdout_fraction, config.seed)
     automatic = config.trunk == AUTO
@@ -145,9 +161,10 @@ def _fit(
     """Return a proxy fitted on the rows ``training``, not yet calibrated, and what reads samples for it."""
     folds = _folds(config, samples, training)
     proxy = _make_proxy(config, samples, encode, backbone, schedule)
-    set_scales(proxy, samples, training)
+    table = PromptTable(proxy, samples.prompts, len(samples))
+    set_scales(proxy, samples, training, table)
     proxy.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    reader = Reader(proxy, samples)
+    reader = Reader(proxy, samples, table)
     set_feature_scales(proxy, reader, training)
     if proxy.is_linear:
         fit_linear(proxy, reader, training, folds == 0)
@@ -167,20 +184,24 @@ def _make_proxy(
 ) -> RewardProxy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "proxy/init", 0))
-        return RewardProxy(
+        proxy = RewardProxy(
             config,
             samples.latent_shape,
             samples.reward_names,
             PromptFeatures.infer(samples.prompts, config.text_features, encode),
+            latent_shapes=samples.latent_shapes,
             latent_space=samples.latent_space,
             metric_fingerprints=samples.metric_fingerprints,
             encode=encode,
             backbone=backbone,
             schedule=schedule,
         )
+    for shape in samples.latent_shapes:
+        proxy.check_shape((1, *shape))
+    return proxy
 
 
-def set_scales(proxy: RewardProxy, samples: Samples, training: Tensor) -> None:
+def set_scales(proxy: RewardProxy, samples: Samples, training: Tensor, table: PromptTable) -> None:
     """Set the means and scales of latents, prompts and rewards from the training samples.
 
     The linear proxy keeps latents and prompts as they are, so that its penalty is scikit-learn's.
@@ -194,7 +215,7 @@ def set_scales(proxy: RewardProxy, samples: Samples, training: Tensor) -> None:
     order = torch.randperm(len(training), generator=generator(proxy.config.seed, "proxy/scales", 0))
     rows = training[order[:_STATISTICS_ROWS]]
     total, squares = torch.zeros(2, samples.latent_shape[0], dtype=torch.float64)
-    for chunk in rows.split(_CHUNK):
+    for _, chunk in samples.chunks(rows, _CHUNK):
         latents = samples.latents(chunk).double().cpu()
         total += latents.mean(dim=(2, 3, 4)).sum(dim=0)
         squares += latents.square().mean(dim=(2, 3, 4)).sum(dim=0)
@@ -202,9 +223,9 @@ def set_scales(proxy: RewardProxy, samples: Samples, training: Tensor) -> None:
     spread = (squares / len(rows) - latent_mean**2).clamp(min=0).sqrt()
     proxy.latent_mean.copy_(latent_mean[:, None, None, None])
     proxy.latent_std.copy_(spread.clamp(min=1e-6 * float(spread.max()) + 1e-12)[:, None, None, None])
-    prompts = proxy.raw_prompts(samples.prompts, len(samples))
-    if prompts is not None:
-        chosen = prompts[rows.to(prompts.device)].double().cpu()
+    chosen = table(rows)
+    if chosen is not None:
+        chosen = chosen.double().cpu()
         if chosen.ndim == 3:
             chosen = chosen[real_tokens(chosen)]
         centred = chosen - chosen.mean(dim=0)
@@ -229,11 +250,31 @@ def fit_linear(proxy: RewardProxy, reader: Reader, training: Tensor, validation:
 
 
 def _baseline(reader: Reader, training: Tensor, validation: Tensor, heldout: Tensor) -> Tensor:
-    """Return a ridge regression's predictions ``[n, R]`` for ``heldout``, fitted on at most 2,048 training samples."""
+    """Return a ridge regression's predictions ``[n, R]`` for ``heldout``, fitted on at most 2,048 training samples.
+
+    Each bucket has a regression of its own. A reward that fewer than 8 of a bucket's samples have is predicted by its
+    mean over all there.
+    """
     every = -(-len(training) // _BASELINE_ROWS)
     rows, validation = training[::every], validation[::every]
-    weight, intercept = fit_ridge(reader.map(_plain_features, rows), reader.targets(rows), None, validation)
-    return (reader.map(_plain_features, heldout).double() @ weight + intercept).to(weight).cpu()
+    targets = reader.targets(rows)
+    predicted = torch.zeros(len(heldout), targets.shape[1], dtype=torch.float64)
+    owners, owners_heldout = reader.samples.buckets(rows), reader.samples.buckets(heldout)
+    for bucket in owners_heldout.unique().tolist():
+        mine, asked = owners == bucket, owners_heldout == bucket
+        here = targets[mine.to(targets.device)]
+        columns = ((~here.isnan()).sum(dim=0) >= _MIN_BASELINE).nonzero()[:, 0]
+        if not len(columns):
+            continue
+        features = reader.map(_plain_features, rows[mine])
+        weight, intercept = fit_ridge(features, here[:, columns], None, validation[mine])
+        values = reader.map(_ridge_of(weight, intercept), heldout[asked]).cpu()
+        predicted[asked.nonzero(), columns.cpu()] = values
+    return predicted
+
+
+def _ridge_of(weight: Tensor, intercept: Tensor) -> Callable[..., Tensor]:
+    return lambda *inputs: _plain_features(*inputs).double() @ weight + intercept
 
 
 def _plain_features(latents: Tensor, prompt_features: Tensor | None, *level: Tensor) -> Tensor:
@@ -255,6 +296,9 @@ def settle(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor
         )
     order = torch.randperm(len(training), generator=generator(proxy.config.seed, "proxy/distance", 0))
     features = reader.map(proxy.distance_features, training[order[:_DISTANCE_ROWS]])
+    if len(heldout) > _REFERENCE_ROWS:  # enough for the quantiles the score is made of
+        chosen = torch.randperm(len(heldout), generator=generator(proxy.config.seed, "proxy/reference", 0))
+        heldout, variance = heldout[chosen[:_REFERENCE_ROWS]], variance[chosen[:_REFERENCE_ROWS]]
     reference = reader.map(proxy.distance_features, heldout)
     proxy.distance.fit(features, reference)
     distance = proxy.distance.distance(reference)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latent_rewards.proxies.ensemble import Batch, Reader, _BestWeights, shuffled_batches, train_member
+from latent_rewards.proxies.ensemble import Batch, Reader, _BestWeights, bucketed_batches, train_member
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.training.randomness import generator
 
@@ -128,7 +128,7 @@ def fit_jointly(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Ten
         judge = cast(Reader, JointReader(reader, counted[1], number))
         keeper = _BestWeights(joint, judge, rows, config.patience, count, bar)
         source = generator(config.seed, "proxy/batches", 0, 0)
-        batches = shuffled_batches(used, config.batch_size, count, source)
+        batches = bucketed_batches(used, reader.samples.buckets(used), config.batch_size, count, source)
         _train(joint, JointReader(reader, counted[0], number).noised(source), batches, proxy, source, keeper)
         keeper.restore()
 

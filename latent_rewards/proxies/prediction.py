@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from latent_rewards.contracts import DataError
+from latent_rewards.contracts import DataError, check_latents
+from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.conformal import level_index
+from latent_rewards.proxies.members import combine, describe
+from latent_rewards.proxies.text import Prompts
+
+if TYPE_CHECKING:
+    from latent_rewards.proxies.proxy import RewardProxy
+
+_CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -43,3 +53,45 @@ class ProxyPrediction:
         widths = {name: self.ratios[name][index - 1].to(std) * std for name, std in self.std.items()}
         low = {name: mean - widths[name] for name, mean in self.mean.items()}
         return low, {name: mean + widths[name] for name, mean in self.mean.items()}
+
+
+def predict(
+    proxy: RewardProxy, latents: Tensor | RewardDataset, prompts: Prompts | None, t: Tensor | float | None
+) -> ProxyPrediction:
+    """Return what ``proxy`` says of the latents; see :meth:`latent_rewards.proxies.proxy.RewardProxy.predict`."""
+    if isinstance(latents, RewardDataset):
+        proxy.check_latent_space(latents.latent_space)
+        if prompts is not None:
+            raise DataError("a RewardDataset brings its own prompts; pass them only with a latents tensor")
+        prompts = latents.prompts
+    else:
+        check_latents(latents)
+    levels = proxy.read_time(t, len(latents))
+    features = proxy.read_prompts(prompts, len(latents))
+    means, stds, scores = [], [], []
+    for rows in torch.arange(len(latents)).split(_CHUNK):
+        if isinstance(latents, RewardDataset):
+            normalised = proxy.normalise(check_latents(latents.latents(rows)))
+        else:
+            normalised = proxy.normalise(latents[rows.to(latents.device)])
+        read = None if features is None else features[rows.to(features.device)]
+        level = [values[rows.to(values.device)] for values in levels]
+        inputs = proxy.member_inputs(normalised, read, *level)
+        mean, variance = combine(proxy.members, inputs)
+        means.append(proxy.correct(mean) * proxy.reward_std + proxy.reward_mean)
+        stds.append(proxy.deviation(variance, *level) * proxy.reward_std)
+        scores.append(_ood(proxy, describe(proxy.members[0], normalised, inputs), variance))
+    dtype = torch.promote_types(torch.float32, latents.dtype)
+    ood = torch.cat(scores).to(dtype)
+    return ProxyPrediction(
+        proxy.by_name(torch.cat(means).to(dtype)),
+        proxy.by_name(torch.cat(stds).to(dtype)),
+        {name: ood for name in proxy.reward_names},
+        dict(zip(proxy.reward_names, proxy.calibration.ratios.clone(), strict=True)),
+    )
+
+
+def _ood(proxy: RewardProxy, features: Tensor, variance: Tensor) -> Tensor:
+    if not int(proxy.ood_score.count):  # stored before disagreement was a part of it
+        return proxy.distance(features)
+    return proxy.ood_score(proxy.distance.distance(features), variance.mean(dim=1))

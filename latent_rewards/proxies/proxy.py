@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latent_rewards.contracts import DataError, FingerprintMismatchError, check_latents
+from latent_rewards.contracts import FingerprintMismatchError, Reward
 from latent_rewards.dataset import RewardDataset
+from latent_rewards.proxies.buckets import check_readable
 from latent_rewards.proxies.calibration import Calibration
 from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.heldout import HeldOut
@@ -19,12 +20,10 @@ from latent_rewards.proxies.isotonic import MonotoneMap
 from latent_rewards.proxies.members import combine, describe, description_size, make_members, make_shared, member_inputs
 from latent_rewards.proxies.noise import NoiseLevels, Schedule, read_level
 from latent_rewards.proxies.ood import DistanceQuantile, OodScore
-from latent_rewards.proxies.prediction import ProxyPrediction
+from latent_rewards.proxies.prediction import ProxyPrediction, predict
 from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
 from latent_rewards.proxies.trunks import trunk_kind
 from latent_rewards.proxies.trunks.backbone import VideoBackbone
-
-_CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,10 @@ class RewardProxy(nn.Module):
 
     Args:
         config: architecture and training settings.
-        latent_shape: ``(C, F, H, W)`` of the latents it reads.
+        latent_shape: ``(C, F, H, W)`` of the latents it reads, of the first bucket if there are several.
         reward_names: R names.
         prompt_features: how it reads prompts.
+        latent_shapes: all shapes it was trained on; None: ``latent_shape`` alone.
         latent_space: fingerprint of the codec, or None if unknown.
         metric_fingerprints: ``{reward name: fingerprint}``, empty if unknown.
         report: see :func:`latent_rewards.proxies.report.evaluate` and ``extend_report``.
@@ -77,6 +77,7 @@ class RewardProxy(nn.Module):
         reward_names: tuple[str, ...],
         prompt_features: PromptFeatures,
         *,
+        latent_shapes: Sequence[Sequence[int]] | None = None,
         latent_space: str | None = None,
         metric_fingerprints: Mapping[str, str] | None = None,
         report: dict[str, dict[str, Any]] | None = None,
@@ -88,6 +89,7 @@ class RewardProxy(nn.Module):
         super().__init__()
         self.config = config
         self.latent_shape = tuple(latent_shape)
+        self.latent_shapes = tuple(tuple(shape) for shape in latent_shapes or (latent_shape,))
         self.reward_names = tuple(reward_names)
         self.prompt_features = prompt_features
         self.latent_space = latent_space
@@ -124,19 +126,22 @@ class RewardProxy(nn.Module):
     def __repr__(self) -> str:
         return (
             f"RewardProxy({', '.join(self.reward_names)}; {self.config.trunk} x {len(self.members)}, latents "
-            f"{self.latent_shape}, prompts: {self.prompt_features.kind})"
+            f"{', '.join(map(str, self.latent_shapes))}, prompts: {self.prompt_features.kind})"
         )
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Return latents as the members read them: per channel of zero mean and unit variance over the training data.
 
         Raises:
-            DataError: ``latents`` are not ``[B, *latent_shape]``.
+            DataError: ``latents`` have none of the ``latent_shapes``, and ``any_size`` is off or they are too small.
         """
-        if latents.ndim != 5 or tuple(latents.shape[1:]) != self.latent_shape:
-            raise DataError(f"this proxy reads latents [B, {', '.join(map(str, self.latent_shape))}]; got "
-                            f"{tuple(latents.shape)}")  # fmt: skip
+        self.check_shape(latents.shape)
         return (latents.to(self.latent_mean) - self.latent_mean) / self.latent_std
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise DataError, naming the shapes it reads, unless it reads latents ``[B, C, F, H, W]`` of this shape."""
+        smallest = getattr(getattr(self.members[0], "trunk", None), "smallest_side", 1)
+        check_readable(tuple(shape), self.latent_shapes, self.config.any_size, smallest)
 
     def raw_prompts(self, prompts: Prompts | None, count: int) -> Tensor | None:
         """Return prompt features ``[count, D]`` or ``[count, L, D]`` before scaling, or None without prompts.
@@ -153,8 +158,10 @@ class RewardProxy(nn.Module):
             DataError: see :class:`latent_rewards.proxies.text.PromptFeatures`.
         """
         features = self.raw_prompts(prompts, count)
-        if features is None:
-            return None
+        return None if features is None else self.scale_prompts(features)
+
+    def scale_prompts(self, features: Tensor) -> Tensor:
+        """Return what :meth:`raw_prompts` returned as the members read it; padding stays zero."""
         features = features.to(self.prompt_mean)
         scaled = (features - self.prompt_mean) * self.prompt_scale
         return scaled * real_tokens(features)[..., None] if features.ndim == 3 else scaled
@@ -176,7 +183,8 @@ class RewardProxy(nn.Module):
         """Return standardised means ``[B, R]`` as the isotonic map, if there is one, corrects them."""
         return mean if self.monotone is None else self.monotone(mean)
 
-    def _level(self, t: Tensor | float | None, count: int) -> tuple[Tensor, ...]:
+    def read_time(self, t: Tensor | float | None, count: int) -> tuple[Tensor, ...]:
+        """Return t as the members take it; see :func:`latent_rewards.proxies.noise.read_level`."""
         return read_level(self.noise, t, count, like=self.latent_mean)
 
     def deviation(self, variance: Tensor, *level: Tensor) -> Tensor:
@@ -185,7 +193,7 @@ class RewardProxy(nn.Module):
         return std if self.noise is None else std * self.noise.factor(*level)
 
     def _moments(self, latents: Tensor, prompts: Prompts | None, t: Tensor | float | None) -> tuple[Tensor, Tensor]:
-        normalised, level = self.normalise(latents), self._level(t, len(latents))
+        normalised, level = self.normalise(latents), self.read_time(t, len(latents))
         mean, variance = self.ensemble(normalised, self.read_prompts(prompts, len(latents)), *level)
         dtype = torch.promote_types(torch.float32, latents.dtype)
         return (
@@ -193,7 +201,8 @@ class RewardProxy(nn.Module):
             (self.deviation(variance, *level) * self.reward_std).to(dtype),
         )
 
-    def _by_name(self, values: Tensor) -> dict[str, Tensor]:
+    def by_name(self, values: Tensor) -> dict[str, Tensor]:
+        """Return the columns of ``[B, R]`` as ``{reward name: [B]}``."""
         return dict(zip(self.reward_names, values.unbind(dim=1), strict=True))
 
     def forward(
@@ -230,7 +239,7 @@ class RewardProxy(nn.Module):
             DataError: see :meth:`forward`.
         """
         mean, std = self._moments(latents, prompts, t)
-        return self._by_name(mean - pessimism * std if pessimism else mean)
+        return self.by_name(mean - pessimism * std if pessimism else mean)
 
     @torch.no_grad()
     def predict(
@@ -247,41 +256,7 @@ class RewardProxy(nn.Module):
             DataError: see :meth:`forward`; also NaN or infinite latents.
             FingerprintMismatchError: the dataset belongs to another latent space; the message names both.
         """
-        if isinstance(latents, RewardDataset):
-            self.check_latent_space(latents.latent_space)
-            if prompts is not None:
-                raise DataError("a RewardDataset brings its own prompts; pass them only with a latents tensor")
-            prompts = latents.prompts
-        else:
-            check_latents(latents)
-        levels = self._level(t, len(latents))
-        features = self.read_prompts(prompts, len(latents))
-        means, stds, scores = [], [], []
-        for rows in torch.arange(len(latents)).split(_CHUNK):
-            if isinstance(latents, RewardDataset):
-                normalised = self.normalise(check_latents(latents.latents(rows)))
-            else:
-                normalised = self.normalise(latents[rows.to(latents.device)])
-            read = None if features is None else features[rows.to(features.device)]
-            level = [values[rows.to(values.device)] for values in levels]
-            inputs = self.member_inputs(normalised, read, *level)
-            mean, variance = combine(self.members, inputs)
-            means.append(self.correct(mean) * self.reward_std + self.reward_mean)
-            stds.append(self.deviation(variance, *level) * self.reward_std)
-            scores.append(self._ood(describe(self.members[0], normalised, inputs), variance))
-        dtype = torch.promote_types(torch.float32, latents.dtype)
-        ood = torch.cat(scores).to(dtype)
-        return ProxyPrediction(
-            self._by_name(torch.cat(means).to(dtype)),
-            self._by_name(torch.cat(stds).to(dtype)),
-            {name: ood for name in self.reward_names},
-            dict(zip(self.reward_names, self.calibration.ratios.clone(), strict=True)),
-        )
-
-    def _ood(self, features: Tensor, variance: Tensor) -> Tensor:
-        if not int(self.ood_score.count):  # stored before disagreement was a part of it
-            return self.distance(features)
-        return self.ood_score(self.distance.distance(features), variance.mean(dim=1))
+        return predict(self, latents, prompts, t)
 
     def check_latent_space(self, fingerprint: str | None) -> None:
         """Raise unless the proxy was trained in the latent space ``fingerprint``; an unknown one is not judged.
@@ -308,6 +283,21 @@ class RewardProxy(nn.Module):
                     f"{fingerprints[name]!r}; collect and train with one of the two"
                 )
 
+    def acquire(
+        self,
+        latents: Tensor,
+        k: int,
+        prompts: Prompts | None = None,
+        *,
+        strategy: str = "mixed",
+        seed: int = 0,
+        reward: Reward | None = None,
+    ) -> Tensor:
+        """Choose which ``k`` latents to score with the true metrics; see :mod:`latent_rewards.proxies.acquire`."""
+        from latent_rewards.proxies.acquire import acquire
+
+        return acquire(self, latents, k, prompts, strategy=strategy, seed=seed, reward=reward)
+
     def update(
         self,
         dataset_or_latents: RewardDataset | Tensor,
@@ -315,14 +305,26 @@ class RewardProxy(nn.Module):
         prompts: Prompts | None = None,
         *,
         replay: RewardDataset | None = None,
+        replay_ages: Tensor | None = None,
+        half_life: float | None = None,
         num_updates: int | None = None,
+        num_random: int | None = None,
         seed: int = 0,
     ) -> dict[str, float]:
         """Continue training, in place, on fresh samples; see :func:`latent_rewards.proxies.refresh.update_proxy`."""
         from latent_rewards.proxies.refresh import update_proxy
 
         return update_proxy(
-            self, dataset_or_latents, rewards, prompts, replay=replay, num_updates=num_updates, seed=seed
+            self,
+            dataset_or_latents,
+            rewards,
+            prompts,
+            replay=replay,
+            replay_ages=replay_ages,
+            half_life=half_life,
+            num_updates=num_updates,
+            num_random=num_random,
+            seed=seed,
         )
 
     def ood_threshold(self, false_alarm: float = 0.05) -> float:

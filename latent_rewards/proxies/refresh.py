@@ -3,6 +3,9 @@
 While a policy is optimised against a proxy its samples drift away from the proxy's training data. A refresh scores some
 of them with the true metrics and continues from the current weights; half of each batch is fresh and half replayed, so
 that the proxy learns where the policy is without forgetting where it was.
+
+With a half life replayed samples are drawn the more rarely the older they are, with replacement and probability
+proportional to ``2^(-age / half_life)``: what the policy made long ago it may never make again.
 """
 
 from __future__ import annotations
@@ -39,7 +42,10 @@ def update_proxy(
     prompts: Prompts | None = None,
     *,
     replay: RewardDataset | None = None,
+    replay_ages: Tensor | None = None,
+    half_life: float | None = None,
     num_updates: int | None = None,
+    num_random: int | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
     """Continue training ``proxy``, in place, on fresh samples.
@@ -53,32 +59,52 @@ def update_proxy(
         rewards: with a latents tensor; must have the proxy's reward names.
         prompts: with a latents tensor.
         replay: earlier samples; None trains on the fresh ones only.
+        replay_ages: ``[len(replay)]``, at least 0, in any unit, such as refreshes since; needed with a ``half_life``.
+        half_life: age, in that unit, at which a replayed sample is drawn half as often as a new one; None draws all
+            alike, and none twice before all were drawn.
         num_updates: updates of each member; None takes 24. 0 only evaluates and calibrates.
+        num_random: the first so many fresh samples are a random draw, the rest was chosen (see
+            :mod:`latent_rewards.proxies.acquire`): only the former are held out, and the accuracies before the update
+            are theirs. None: all are a random draw.
         seed: root of the batch order; the same arguments give the same weights.
 
     Returns:
         ``num_fresh``, ``num_replay``, ``num_updates``, and per reward ``<name>/mae_before``, ``<name>/spearman_before``
-        (all fresh samples, before any training: how good the proxy was where the policy is now) and
+        (all randomly drawn fresh samples, before any training: how good the proxy was where the policy is now) and
         ``<name>/mae_after``, ``<name>/spearman_after`` (fresh samples that were not trained on).
 
     Raises:
-        DataError: other reward names or latent shape, missing prompts, or fewer than 8 fresh samples.
+        DataError: other reward names or latent shape, missing prompts, fewer than 8 fresh samples, or ages that are not
+            one per replayed sample.
         FingerprintMismatchError: fresh or replayed samples belong to another latent space or metric.
-        ConfigError: ``num_updates`` is negative.
+        ConfigError: ``num_updates`` is negative, ``num_random`` is not in [1, N], or ages come without half life or
+            the other way round.
     """
     count = DEFAULT_UPDATES if num_updates is None else num_updates
     if count < 0:
         raise ConfigError(f"num_updates must not be negative; got {count}")
-    fresh = _matching(proxy, gather_samples(dataset_or_latents, rewards, prompts), "fresh")
+    if (replay_ages is None) != (half_life is None):
+        raise ConfigError("replay_ages and half_life belong together; pass both, or neither to replay all alike")
+    fresh = _matching(
+        proxy,
+        gather_samples(dataset_or_latents, rewards, prompts, in_memory_bytes=proxy.config.in_memory_bytes),
+        "fresh",
+    )
     number = len(fresh)
     if number < _MIN_FRESH:
         raise DataError(f"{number} fresh samples are too few for an update; give at least {_MIN_FRESH}")
-    replayed = _draw_replay(proxy, replay, count, seed)
+    drawn = number if num_random is None else num_random
+    if not 1 <= drawn <= number:
+        raise ConfigError(f"num_random must lie in [1, {number}] for {number} fresh samples; got {num_random}")
+    probabilities = None
+    if replay is not None and replay_ages is not None and half_life is not None:
+        probabilities = replay_probabilities(replay_ages, half_life, len(replay))
+    replayed, old = _draw_replay(proxy, replay, probabilities, count, seed)
     reader = Reader(proxy, fresh if replayed is None else concatenate_samples(fresh, replayed))
-    order = torch.randperm(number, generator=generator(seed, "proxy/update/split", 0))
-    size = max(1, round(proxy.config.holdout_fraction * number))
-    heldout, training = order[:size], order[size:]
-    old = torch.arange(number, number + (len(replayed) if replayed is not None else 0))
+    order = torch.randperm(drawn, generator=generator(seed, "proxy/update/split", 0))
+    size = min(max(1, round(proxy.config.holdout_fraction * number)), drawn)
+    heldout, training = order[:size], torch.cat([order[size:], torch.arange(drawn, number)])
+    old = old + number
 
     logs: dict[str, float] = {"num_fresh": number, "num_replay": len(replay or ()), "num_updates": count}
     logs |= _accuracies(proxy, reader, fresh, order, "before")
@@ -142,11 +168,48 @@ def _matching(proxy: RewardProxy, samples: Samples, kind: str) -> Samples:
     return replace(samples, rewards=samples.rewards[:, columns], reward_names=proxy.reward_names, prompts=prompts)
 
 
-def _draw_replay(proxy: RewardProxy, replay: RewardDataset | None, count: int, seed: int) -> Samples | None:
-    """Return at most as many replayed samples as the update will use."""
+def replay_probabilities(ages: Tensor, half_life: float, count: int) -> Tensor:
+    """Return float64 ``[count]``, proportional to ``2^(-age / half_life)`` and of sum 1.
+
+    Raises:
+        DataError: the ages are not ``[count]``, or one is negative or not finite.
+        ConfigError: the half life is not positive.
+    """
+    if not half_life > 0:
+        raise ConfigError(f"half_life must be positive, or None; got {half_life}")
+    ages = torch.as_tensor(ages).detach().to("cpu", torch.float64)
+    if ages.shape != (count,):
+        raise DataError(f"replay_ages has shape {tuple(ages.shape)}; expected [{count}], one per replayed sample")
+    if not count:
+        return ages
+    if not bool((ages.isfinite() & (ages >= 0)).all()):
+        worst = int((~(ages.isfinite() & (ages >= 0))).nonzero()[0])
+        raise DataError(f"replay_ages[{worst}] is {float(ages[worst])}; ages must be finite and at least 0")
+    weights = torch.exp2((ages.min() - ages) / half_life)
+    return weights / weights.sum()
+
+
+def _draw_replay(
+    proxy: RewardProxy, replay: RewardDataset | None, probabilities: Tensor | None, count: int, seed: int
+) -> tuple[Samples | None, Tensor]:
+    """Return the replayed samples the update will use, at most as many as it needs, and its draws among them.
+
+    With ``probabilities`` a sample may be drawn several times; it is read once.
+    """
     if replay is None or not len(replay) or not count:
-        return None
+        return None, torch.arange(0)
     half = max(1, proxy.config.batch_size // 2)
     wanted = _LINEAR_ROWS if proxy.is_linear else half * count * len(proxy.members)
-    order = torch.randperm(len(replay), generator=generator(seed, "proxy/update/replay", 0))[:wanted]
-    return _matching(proxy, gather_samples(replay.select(order.sort().values), None, None), "replayed")
+    source = generator(seed, "proxy/update/replay", 0)
+    if probabilities is None:
+        rows = torch.randperm(len(replay), generator=source)[:wanted].sort().values
+        draws = torch.arange(len(rows))
+    else:
+        wanted = min(wanted, len(replay)) if proxy.is_linear else wanted
+        ends = probabilities.cumsum(0)
+        uniform = torch.rand(wanted, generator=source, dtype=torch.float64) * ends[-1]
+        drawn = torch.searchsorted(ends, uniform, right=True).clamp(max=len(replay) - 1)
+        rows, draws = drawn.unique(return_inverse=True)
+    return _matching(
+        proxy, gather_samples(replay.select(rows), None, None, in_memory_bytes=proxy.config.in_memory_bytes), "replayed"
+    ), draws

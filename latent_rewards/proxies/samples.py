@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from latent_rewards.contracts import DataError, FingerprintMismatchError, check_latents, prompt_text
 from latent_rewards.dataset import RewardDataset
@@ -27,13 +28,15 @@ class Samples:
     """Latents, rewards and prompts of N samples.
 
     Attributes:
-        latents: int64 ``[M]`` indices -> latents ``[M, C, F, H, W]``.
-        latent_shape: ``(C, F, H, W)``.
+        latents: int64 ``[M]`` indices -> latents ``[M, C, F, H, W]``; of one bucket, where there are several.
+        latent_shape: ``(C, F, H, W)``, of the first bucket.
         rewards: float64 ``[N, R]``, NaN where one does not apply.
         reward_names: R names.
         prompts: N texts, embeddings, or None.
         latent_space: fingerprint of the codec, or None.
         metric_fingerprints: ``{reward name: fingerprint}``, empty if unknown.
+        bucket_shapes: the latent shape of each bucket; empty for a single one.
+        bucket_starts: the first sample of each bucket.
     """
 
     latents: Callable[[Tensor], Tensor]
@@ -43,10 +46,30 @@ class Samples:
     prompts: Prompts | None
     latent_space: str | None
     metric_fingerprints: dict[str, str]
+    bucket_shapes: tuple[tuple[int, ...], ...] = ()
+    bucket_starts: tuple[int, ...] = (0,)
 
     def __len__(self) -> int:
         """Return N."""
         return len(self.rewards)
+
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The distinct latent shapes, the first bucket's first."""
+        return tuple(dict.fromkeys(self.bucket_shapes or (self.latent_shape,)))
+
+    def buckets(self, indices: Tensor) -> Tensor:
+        """Return the bucket, counted from 0, of each of ``indices`` (int64 ``[M]``)."""
+        return torch.searchsorted(torch.tensor(self.bucket_starts), indices.contiguous(), right=True) - 1
+
+    def chunks(self, indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield positions in ``indices`` and the indices there, at most ``size`` and of one bucket at a time."""
+        owners = self.buckets(indices)
+        for bucket in range(len(self.bucket_starts)):
+            places = (owners == bucket).nonzero()[:, 0]
+            if len(places) or len(self.bucket_starts) == 1:
+                for place in places.split(size):
+                    yield place, indices[place]
 
 
 def gather_samples(
@@ -56,10 +79,11 @@ def gather_samples(
     *,
     latent_space: str | None = None,
     use_prompts: bool = True,
+    in_memory_bytes: int | None = None,
 ) -> Samples:
     """Bring every accepted form of data into one.
 
-    A dataset of up to 1 GiB of latents is read into memory; a larger one is read on demand.
+    A dataset of up to ``in_memory_bytes`` (None is 1 GiB) of latents is read into memory; a larger one on demand.
 
     Raises:
         DataError: wrong rank, length or type; NaN or infinite latents; infinite rewards.
@@ -69,7 +93,7 @@ def gather_samples(
         if rewards is not None or prompts is not None:
             raise DataError("a RewardDataset brings its own rewards and prompts; pass them only with a latents tensor")
         columns, latent_shape = dict(source.rewards), source.latent_shape
-        latents, prompts = _dataset_latents(source), source.prompts
+        latents, prompts = _dataset_latents(source, in_memory_bytes), source.prompts
         if None not in (latent_space, source.latent_space) and latent_space != source.latent_space:
             raise FingerprintMismatchError(
                 f"the dataset's latents belong to {source.latent_space!r} and latent_space says {latent_space!r}; "
@@ -99,9 +123,10 @@ def gather_samples(
     )
 
 
-def _dataset_latents(dataset: RewardDataset) -> Callable[[Tensor], Tensor]:
+def _dataset_latents(dataset: RewardDataset, in_memory_bytes: int | None) -> Callable[[Tensor], Tensor]:
+    limit = _IN_MEMORY_BYTES if in_memory_bytes is None else in_memory_bytes
     values = len(dataset) * int(torch.tensor(dataset.latent_shape).prod())
-    if values * dataset.dtype.itemsize <= _IN_MEMORY_BYTES:
+    if values * dataset.dtype.itemsize <= limit:
         tensor = check_latents(dataset.latents())
         return lambda indices: tensor[indices.to(tensor.device)]
     for start in range(0, len(dataset), _CHUNK):
@@ -229,17 +254,30 @@ def concatenate_samples(first: Samples, second: Samples) -> Samples:
         first.latent_shape,
         torch.cat([first.rewards, second.rewards]),
         first.reward_names,
-        _concatenate_prompts(first.prompts, second.prompts),
+        join_prompts([first.prompts, second.prompts]),
         first.latent_space,
         first.metric_fingerprints,
     )
 
 
-def _concatenate_prompts(first: Prompts | None, second: Prompts | None) -> Prompts | None:
-    if first is None and second is None:
+def join_prompts(parts: Sequence[Prompts | None]) -> Prompts | None:
+    """Return the prompts of all parts in one; token embeddings are padded with zeros to the longest.
+
+    Raises:
+        DataError: texts beside embeddings, or prompts beside none.
+    """
+    if all(part is None for part in parts):
         return None
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return torch.cat([first, second])
-    if first is None or second is None or isinstance(first, Tensor) or isinstance(second, Tensor):
-        raise DataError("prompts must be of one kind: texts, embeddings, or none, in the fresh and replayed samples")
-    return [*first, *second]
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if any(part is None for part in parts) or len(tensors) not in (0, len(parts)):
+        raise DataError("prompts must be of one kind in all that is trained on: texts, embeddings, or none")
+    if not tensors:
+        return [prompt for part in parts for prompt in (part or ())]
+    if any(tensor.ndim != tensors[0].ndim or tensor.shape[-1] != tensors[0].shape[-1] for tensor in tensors):
+        raise DataError(
+            f"prompt embeddings must be of one kind and dimension; got {[tuple(tensor.shape) for tensor in tensors]}"
+        )
+    if tensors[0].ndim == 3:
+        longest = max(tensor.shape[1] for tensor in tensors)
+        tensors = [functional.pad(tensor, (0, 0, 0, longest - tensor.shape[1])) for tensor in tensors]
+    return torch.cat(tensors)

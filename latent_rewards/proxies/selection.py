@@ -31,16 +31,19 @@ Judge = Callable[[ProxyConfig, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Settings, rows to fit on and rows to predict -> predictions and targets ``[n, R]``, standardised, on the CPU."""
 
 
-def applicable(config: ProxyConfig, has_backbone: bool) -> tuple[str, ...]:
+def applicable(config: ProxyConfig, has_backbone: bool, num_shapes: int = 1) -> tuple[str, ...]:
     """Return the registered trunks that can be tried, cheapest first.
 
-    Those that need a backbone are left out where there is none, and those that know no time where latents are noisy.
+    Those that need a backbone are left out where there is none, those that know no time where latents are noisy, and
+    ridge regressions on latents where these have several shapes.
     """
     kinds = [trunk_kind(name) for name in list_trunks()]
     return tuple(
         kind.name
         for kind in kinds
-        if (has_backbone or not kind.needs_backbone) and not (kind.closed_form and config.noise_levels is not None)
+        if (has_backbone or not kind.needs_backbone)
+        and not (kind.closed_form and config.noise_levels is not None)
+        and not (kind.closed_form and not kind.needs_backbone and num_shapes > 1)
     )
 
 
@@ -101,7 +104,7 @@ def choose_trunk(
     Raises:
         ConfigError: the budget is too small.
     """
-    names = applicable(config, has_backbone)
+    names = applicable(config, has_backbone, len(samples.latent_shapes))
     trained = [name for name in names if not trunk_kind(name).closed_form]
     updates = updates_each(config, len(training), len(trained))
     size = min(config.batch_size, len(training))

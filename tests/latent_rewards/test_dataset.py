@@ -120,3 +120,24 @@ def test_rows_that_do_not_match_the_latents_are_found_though_every_hash_is_right
             (folder / name).write_bytes((tmp_path / source / name).read_bytes())
     with pytest.raises(CheckpointError, match="6 rows in samples.parquet and 5 latents"):
         RewardDataset.load(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_are_read_in_any_order_and_repeated(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("latent_rewards.dataset._SHARD_BYTES", 9 * 8 * dtype.itemsize)
+    latents = torch.randn(30, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    RewardDataset.from_tensors(latents, ["p"] * 30, {"r": torch.arange(30.0)}).save(tmp_path / "d")
+    stored = RewardDataset.load(tmp_path / "d")
+    for rows in ([29, 3, 4, 5, 3, 0, 28, 10, 9], [5, 5], list(range(30)), list(range(29, -1, -1))):
+        assert torch.equal(stored.latents(rows), latents[rows])
+    assert stored.latents([]).shape == (0, 2, 1, 2, 2)
+
+
+def test_a_shard_cut_short_after_it_was_opened_is_named(tmp_path):
+    RewardDataset.from_tensors(torch.randn(6, 2, 1, 2, 2), ["p"] * 6, {"r": torch.rand(6)}).save(tmp_path / "d")
+    stored = RewardDataset.load(tmp_path / "d")
+    shard = tmp_path / "d" / "latents-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    stored.latents([0, 4])
+    with pytest.raises(CheckpointError, match="latents-00000.safetensors ends before row 5"):
+        stored.latents([4, 5])

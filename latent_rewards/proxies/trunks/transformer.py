@@ -95,6 +95,7 @@ class TransformerTrunk(nn.Module):
         self.stem = make_stem(latent_shape, width)
         self.blocks = nn.ModuleList([SpaceTimeBlock(width, prompt_width) for _ in range(depth)])
         self.num_features = 2 * width
+        self.smallest_side = self.stem.stride[1]
 
     def forward(self, latents: Tensor, prompt: Tensor | None) -> Tensor:
         """Return the mean and the maximum over positions, ``[B, F, 2 width]``."""

@@ -30,6 +30,9 @@ from latent_rewards.training.settings import SettingsError, read_section
         ("pessimism", -0.5),
         ("refresh_queries", 7),
         ("max_queries", -1),
+        ("acquisition", "best"),
+        ("acquisition_pool", 1),
+        ("replay_half_life", 0.0),
         ("holdout_samples", 0),
         ("patience", 0),
         ("mixed_precision", "fp16"),
@@ -79,6 +82,14 @@ def test_a_resumed_run_keeps_its_settings():
     falling = StartedWith(LROConfig(learning_rate_floor=0.1, num_updates=100), 3).state_dict()
     with pytest.raises(ConfigError, match="num_updates=100"):
         StartedWith(LROConfig(learning_rate_floor=0.1, num_updates=900), 3).load_state_dict(falling)
+
+
+def test_a_run_from_before_a_setting_existed_had_its_default():
+    stored = StartedWith(LROConfig(), 3).state_dict()
+    old = {name: value for name, value in stored.items() if name != "acquisition"}
+    StartedWith(LROConfig(), 3).load_state_dict(old)
+    with pytest.raises(ConfigError, match=r"acquisition='random'.*'top'"):
+        StartedWith(LROConfig(acquisition="top"), 3).load_state_dict(old)
 
 
 def test_a_yaml_section_is_read_strictly():

@@ -41,6 +41,12 @@ def test_gap_is_proxy_minus_true_over_the_samples_the_metric_applies_to():
     assert watched.gaps == [{"step": 5, "proxy": {"a": 2.0}, "true": {"a": 0.5}, "mae": {"a": 2.5}}]
 
 
+def test_queries_that_are_not_given_count_too():
+    watched = guard()
+    assert watched.record_gap(5, {"a": tensor(4, 0)}, {"a": tensor(0, 1)}, num_queries=5)["queries"] == 5
+    assert watched.num_queries == 5
+
+
 def test_stops_after_patience_evaluations_without_a_new_best_and_returns_to_it():
     watched = guard(patience=2)
     weight = watched.policy.weight

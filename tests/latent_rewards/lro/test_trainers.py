@@ -14,6 +14,7 @@ from latent_rewards.dataset import RewardDataset
 from latent_rewards.lro.checks import OffPolicyError
 from latent_rewards.lro.config import LROConfig
 from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer
+from latent_rewards.proxies import ProxyConfig, train_proxy
 from latent_rewards.rewards import WeightedSum
 from latent_rewards.training.loop import NonFiniteError
 
@@ -211,6 +212,40 @@ def test_the_query_budget_is_kept(linear_policy, exact_proxy):
     with pytest.warns(UserWarning, match="budget of 24"):
         assert made.train().num_queries == 24
     assert [update["fresh"] for update in made.scoring.proxy.updates] == [16, 8]
+
+
+@pytest.mark.parametrize("acquisition", ["random", "mixed"])
+def test_a_proxy_that_chooses_its_queries_costs_no_more_of_them(linear_policy, acquisition):
+    draws = torch.randn(64, 1, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+    data = RewardDataset.from_tensors(draws, ["a"] * 64, truth(draws, []))
+    proxy = train_proxy(data, config=ProxyConfig(width=8, depth=1, ensemble_size=2, num_updates=5, progress=False))
+    queried = []
+
+    def counting(latents, prompts):
+        queried.append(len(latents))
+        return truth(latents, prompts)
+
+    settings = config(
+        num_updates=7, refresh_every=3, refresh_queries=10, refresh_steps=2, acquisition=acquisition,
+        acquisition_pool=3, replay_half_life=1.0,
+    )  # fmt: skip
+    made = ReinforceTrainer(linear_policy().float(), proxy, PROMPTS, settings, oracle=counting, dataset=data)
+    result = made.train()
+    assert sum(queried) == result.num_queries == 20 and len(made.refresher.replay) == 84
+    assert len(result.true_curve) == 2
+
+
+def test_the_first_samples_of_a_pool_are_those_of_a_smaller_draw(linear_policy, exact_proxy):
+    made = ReinforceTrainer(linear_policy(), exact_proxy(), PROMPTS, config(step_counts=[1, 2]), oracle=truth)
+
+    def by_id(count):
+        parts = list(made._generate("lro/refresh", 3, count))
+        ids = torch.tensor([i for batch, _ in parts for i in batch.sample_ids])
+        texts = [prompt for batch, _ in parts for prompt in batch.prompts]
+        return torch.cat([final for _, final in parts])[ids.argsort()], [texts[i] for i in ids.argsort()]
+
+    (few, few_prompts), (many, many_prompts) = by_id(5), by_id(20)
+    assert torch.equal(few, many[:5]) and few_prompts == many_prompts[:5]
 
 
 def test_holdout_stops_early_and_the_best_policy_remains(linear_policy, exact_proxy):

@@ -7,7 +7,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from latent_rewards.proxies.ensemble import _BestWeights, masked_error, shuffled_batches, train_member
+from latent_rewards.proxies import ensemble as module
+from latent_rewards.proxies import train_proxy
+from latent_rewards.proxies.ensemble import (
+    _BestWeights,
+    bucketed_batches,
+    masked_error,
+    shuffled_batches,
+    train_member,
+)
 
 
 def test_masked_error_averages_the_known_entries_only():
@@ -27,6 +35,50 @@ def test_every_pass_sees_every_sample_once():
     assert sorted(order[:6].tolist()) == sorted(order[6:].tolist()) == indices.tolist()
     assert not torch.equal(order[:6], order[6:])
     assert [len(b) for b in shuffled_batches(indices, 64, 2, torch.Generator())] == [6, 6]
+
+
+def test_a_batch_is_of_one_bucket_and_buckets_come_in_proportion_to_their_sizes():
+    sizes, count = torch.tensor([60, 30, 7, 3]), 90
+    buckets = torch.arange(4).repeat_interleave(sizes)
+    expected, totals, repeats = count * sizes / 100, torch.zeros(4), 200
+    for seed in range(repeats):
+        batches = bucketed_batches(torch.arange(100), buckets, 16, count, torch.Generator().manual_seed(seed))
+        assert len(batches) == count
+        owners = torch.stack([buckets[batch].unique() for batch in batches])[:, 0]
+        turns = torch.bincount(owners, minlength=4)
+        assert ((turns - expected).abs() < 1).all()
+        assert all(len(batch) == min(16, int(sizes[owner])) for batch, owner in zip(batches, owners, strict=True))
+        totals += turns
+    # a turn more or less has variance f (1 - f), f the fraction of the expectation
+    fraction = expected % 1
+    sigma = (fraction * (1 - fraction) / repeats).sqrt()
+    assert ((totals / repeats - expected).abs() <= 4.5 * sigma + 1e-9).all()
+    assert not torch.equal(owners, owners.sort().values)
+    own = torch.cat([batch for batch, owner in zip(batches, owners, strict=True) if owner == 1])
+    assert sorted(own[:30].tolist()) == list(range(60, 90))
+
+
+def test_one_bucket_is_shuffled_as_ever():
+    rows = torch.arange(20)
+    plain = shuffled_batches(rows, 8, 5, torch.Generator().manual_seed(3))
+    same = bucketed_batches(rows, torch.zeros_like(rows), 8, 5, torch.Generator().manual_seed(3))
+    assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
+
+
+def test_a_large_fold_is_judged_by_a_part_of_it(world, quick, monkeypatch):
+    draw, curved = world
+    latents, judged = draw(300, 0), []
+    kept = module._BestWeights
+    monkeypatch.setattr(
+        module, "_BestWeights", lambda m, r, rows, *rest: judged.append(rows) or kept(m, r, rows, *rest)
+    )
+    proxies = []
+    for limit in (2048, 7):
+        monkeypatch.setattr(module, "_EVALUATION_ROWS", limit)
+        proxies.append(train_proxy(latents, curved(latents), config=quick(num_updates=2)))
+    assert [len(rows) for rows in judged] == [26, 26, 26, 7, 7, 7]
+    for whole, part in zip(judged[:3], judged[3:], strict=True):
+        assert set(part.tolist()) < set(whole.tolist())
 
 
 class Line(nn.Module):

@@ -7,7 +7,9 @@ import torch
 
 from latent_rewards.contracts import DataError
 from latent_rewards.dataset import RewardDataset
+from latent_rewards.proxies import fit as module
 from latent_rewards.proxies import train_proxy
+from latent_rewards.proxies.ood import DistanceQuantile
 from latent_rewards.proxies.report import accuracy
 
 
@@ -97,3 +99,32 @@ def test_bad_data_is_refused_before_training(world, quick):
         train_proxy(draw(64, 0), torch.ones(64), config=quick())
     with pytest.raises(DataError, match="8 samples are too few"):
         train_proxy(draw(8, 0), torch.arange(8.0), config=quick())
+
+
+def test_a_large_dataset_is_read_in_small_pieces_and_gives_the_same_proxy(world, quick, tmp_path, monkeypatch):
+    draw, curved = world
+    latents = draw(700, 0)
+    made = RewardDataset.from_tensors(latents, [f"clip {i // 4}" for i in range(700)], {"r": curved(latents)})
+    made.save(tmp_path / "data")
+    whole = train_proxy(RewardDataset.load(tmp_path / "data"), config=quick(num_updates=4))
+    reads, read = [], RewardDataset.latents
+
+    def counted(self, indices=None):
+        reads.append(len(self) if indices is None else len(indices))
+        return read(self, indices)
+
+    monkeypatch.setattr(RewardDataset, "latents", counted)
+    pieces = train_proxy(RewardDataset.load(tmp_path / "data"), config=quick(num_updates=4, in_memory_mib=0))
+    assert max(reads) <= 256 and sum(reads) > 1400
+    assert all(torch.equal(value, pieces.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_the_reference_of_the_distance_is_a_part_of_many_held_out_samples(world, quick, monkeypatch):
+    draw, curved = world
+    latents, sizes = draw(300, 0), []
+    fit = DistanceQuantile.fit
+    monkeypatch.setattr(DistanceQuantile, "fit", lambda s, x, y: sizes.append((len(x), len(y))) or fit(s, x, y))
+    for limit in (4096, 20):
+        monkeypatch.setattr(module, "_REFERENCE_ROWS", limit)
+        train_proxy(latents, curved(latents), config=quick(num_updates=1))
+    assert sizes == [(255, 45), (255, 20)]

@@ -8,6 +8,7 @@ import torch
 from latent_rewards.contracts import ConfigError, DataError, FingerprintMismatchError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies import RewardProxy, train_proxy
+from latent_rewards.proxies.refresh import _draw_replay, replay_probabilities
 from latent_rewards.proxies.report import accuracy
 
 
@@ -111,3 +112,89 @@ def test_foreign_data_is_refused(world, trained):
         proxy.update(dataset(*world, 4, 1))
     with pytest.raises(ConfigError, match="num_updates"):
         proxy.update(dataset(*world, 20, 1), num_updates=-1)
+
+
+def test_the_probability_of_a_replayed_sample_halves_with_each_half_life():
+    ages = torch.tensor([0.0, 2.0, 4.0, 2.0, 1.0])
+    weights = torch.tensor([1.0, 0.5, 0.25, 0.5, 2**-0.5], dtype=torch.float64)
+    torch.testing.assert_close(replay_probabilities(ages, 2.0, 5), weights / weights.sum(), rtol=1e-14, atol=0)
+    torch.testing.assert_close(replay_probabilities(ages + 5000, 2.0, 5), weights / weights.sum(), rtol=1e-9, atol=0)
+    assert replay_probabilities(ages[:0], 2.0, 0).shape == (0,)
+
+
+def test_replayed_samples_are_drawn_with_these_probabilities(world, trained):
+    proxy, count = trained(), 400
+    data = dataset(*world, 40, 7)
+    ages = torch.arange(40) // 10
+    probabilities = replay_probabilities(ages, 0.5, 40)  # ages 0, 1, 2, 3: weights 1, 1/4, 1/16, 1/64
+    samples, draws = _draw_replay(proxy, data, probabilities, count, seed=1)
+    total = 32 * count * len(proxy.members)
+    assert len(draws) == total
+    # each row is read once, and the draws point at it
+    source = {float(value): row for row, value in enumerate(data.rewards["curve"].tolist())}
+    rows = torch.tensor([source[float(value)] for value in samples.rewards[:, 0].float()])
+    assert len(rows.unique()) == len(rows) <= 40
+    frequencies = torch.bincount(rows[draws], minlength=40) / total
+    sigma = (probabilities * (1 - probabilities) / total).sqrt()
+    assert ((frequencies - probabilities).abs() < 4.5 * sigma).all()
+    assert torch.equal(samples.latents(torch.arange(len(rows))), data.latents(rows))
+
+
+def test_what_is_too_old_is_never_trained_on(world, trained):
+    """With a half life of 1/100 an old sample has probability 2^-100: another old reward changes no weight."""
+    states = []
+    for poison in (0.0, 100.0):
+        proxy, data = trained(), dataset(*world, 40, 7)
+        data.rewards["curve"][20:] += poison
+        ages = torch.arange(40) // 20
+        proxy.update(dataset(*world, 24, 1), replay=data, replay_ages=ages, half_life=0.01, num_updates=2, seed=3)
+        states.append(proxy.members.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    uniform = trained()
+    uniform.update(dataset(*world, 24, 1), replay=data, num_updates=2, seed=3)
+    assert any(not torch.equal(value, states[0][name]) for name, value in uniform.members.state_dict().items())
+
+
+def test_a_linear_proxy_forgets_old_samples_too(world, quick):
+    latents = world[0](200, 0)
+    rewards = latents[:, 0].mean(dim=(1, 2, 3))
+    replay = RewardDataset.from_tensors(latents, ["p"] * 200, {"reward": torch.cat([5 * rewards[:100], rewards[100:]])})
+    ages = torch.tensor([9] * 100 + [1] * 100)
+    fresh = world[0](40, 1)
+    errors = []
+    for extra in ({}, {"half_life": 0.2, "replay_ages": ages}):
+        proxy = train_proxy(latents, rewards, config=quick(trunk="linear"))
+        logs = proxy.update(fresh, fresh[:, 0].mean(dim=(1, 2, 3)), replay=replay, **extra)
+        errors.append(logs["reward/mae_after"])
+    assert errors[1] < 0.1 * errors[0]
+
+
+def test_only_randomly_drawn_samples_are_held_out_and_judged(world, trained):
+    """The chosen samples have absurd rewards, which neither the accuracies nor the calibration may see."""
+    honest, chosen = dataset(*world, 200, 1), dataset(*world, 100, 2)
+    chosen.rewards["curve"] += 1000
+    alone, both = trained(), trained()
+    expected = alone.update(honest, num_updates=0, seed=3)
+    logs = both.update(honest.concatenate(chosen), num_updates=0, num_random=200, seed=3)
+    assert logs["curve/mae_before"] == pytest.approx(expected["curve/mae_before"], rel=1e-5)
+    assert logs["curve/mae_after"] < 10 * expected["curve/mae_after"] and logs["num_fresh"] == 300
+    prediction = both.predict(honest.latents(), honest.prompts)
+    assert float(prediction.std["curve"].max()) < 50
+    careless = trained()
+    careless.update(honest.concatenate(chosen), num_updates=0, seed=3)
+    assert float(careless.predict(honest.latents(), honest.prompts).std["curve"].min()) > 50
+
+
+def test_ages_and_half_life_are_checked(world, trained):
+    proxy, fresh = trained(), dataset(*world, 20, 1)
+    for settings, error, message in (
+        ({"half_life": 2.0}, ConfigError, "belong together"),
+        ({"replay_ages": torch.zeros(20)}, ConfigError, "belong together"),
+        ({"half_life": 0.0, "replay_ages": torch.zeros(20)}, ConfigError, "half_life must be positive"),
+        ({"half_life": 2.0, "replay_ages": torch.zeros(3)}, DataError, r"shape \(3,\); expected \[20\]"),
+        ({"half_life": 2.0, "replay_ages": -torch.ones(20)}, DataError, r"replay_ages\[0\] is -1"),
+        ({"num_random": 0}, ConfigError, r"num_random must lie in \[1, 20\]"),
+        ({"num_random": 21}, ConfigError, "got 21"),
+    ):
+        with pytest.raises(error, match=message):
+            proxy.update(fresh, replay=fresh, **settings)
