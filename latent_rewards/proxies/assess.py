@@ -54,9 +54,10 @@ def _at_lowest(proxy: RewardProxy, reader: Reader) -> Reader:
 
 def _add_noise_levels(proxy: RewardProxy, reader: Reader, truth: Tensor, heldout: Tensor) -> None:
     """Add to each reward's report, under "noise", how good a proxy of noisy latents is at each of its levels."""
-    centre, scale = proxy.reward_mean.cpu(), proxy.reward_std.cpu()
+    centre, scale = proxy.reward_mean.double().cpu(), proxy.reward_std.double().cpu()
     for level in [] if proxy.noise is None else proxy.noise.levels.tolist():
-        predicted = proxy.correct(reader.at(level).ensemble(heldout)[0].to(proxy.reward_mean)).cpu() * scale + centre
+        mean, _ = reader.at(level).ensemble(heldout)
+        predicted = proxy.correct(mean.to(proxy.reward_mean)).double().cpu() * scale + centre
         for i, name in enumerate(proxy.reward_names):
             at_level = {"t": level, **accuracy(predicted[:, i], truth[:, i])}
             proxy.report[name].setdefault("noise", []).append(at_level)
