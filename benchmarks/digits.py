@@ -101,26 +101,32 @@ def summarise(results: list[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
     Rows and paired differences become mean and standard deviation over seeds; ``gap_closed`` is the share of the
     legibility between the untuned student and real clips that each trainer won.
     """
-    rows = {
-        label: {score: _spread([result["rows"][label]["scores"][score] for result in results]) for score in SCORES}
-        for label in results[0]["rows"]
-    }
-    differences = {
-        pair: {score: _spread([result["differences"][pair][score]["difference"] for result in results])
-               for score in SCORES}
-        for pair in results[0]["differences"]
-    }  # fmt: skip
+    rows = mean_scores([{label: row["scores"] for label, row in result["rows"].items()} for result in results])
+    differences = mean_scores([point_differences(result["differences"]) for result in results])
     tuning = {name: _tuning(results, name) for name in results[0]["tuning"]}
-    proxy = {key: _spread([result["proxy"][TUNED][key] for result in results]) for key in ("spearman", "r2", "mae")} | {
-        "ridge_spearman": _spread([result["proxy"][TUNED]["ridge"]["spearman"] for result in results])
-    }
+    told = [result["proxy"][TUNED] for result in results]
+    proxy = {key: over_seeds([entry[key] for entry in told]) for key in ("spearman", "r2", "mae")}
+    proxy["ridge_spearman"] = over_seeds([entry["ridge"]["spearman"] for entry in told])
     summary = {"seeds": [result["seed"] for result in results], "rows": rows, "differences": differences}
     compared = {pair: values for pair, values in differences.items() if f"1 step minus {STUDENT}" not in pair}
-    lines = [*_table("method", rows), "", *_table("difference", compared), "", *_tuning_table(tuning)]
+    lines = [*score_table("method", rows), "", *score_table("difference", compared), "", *_tuning_table(tuning)]
     return {**summary, "tuning": tuning, "proxy": proxy, **provenance()}, "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def mean_scores(tables: list[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the main scores of each row, mean and standard deviation over one table per training seed."""
+    return {
+        label: {score: over_seeds([table[label][score] for table in tables]) for score in SCORES} for label in tables[0]
+    }
+
+
+def point_differences(pairs: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Return what :func:`paired` gives for each pair, without the intervals."""
+    return {pair: {score: told["difference"] for score, told in scores.items()} for pair, scores in pairs.items()}
+
+
+def over_seeds(values: list[float]) -> dict[str, float]:
+    """Return mean and standard deviation of one number per training seed."""
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
@@ -142,10 +148,11 @@ def _tuning(results: list[Mapping[str, Any]], name: str) -> dict[str, dict[str, 
         }
         for key, value in values.items():
             facts.setdefault(key, []).append(value)
-    return {key: _spread(values) for key, values in facts.items()}
+    return {key: over_seeds(values) for key, values in facts.items()}
 
 
-def _table(first: str, rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+def score_table(first: str, rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+    """Return the lines of a Markdown table of the main scores; ``first`` heads the column of the rows' names."""
     titles = dict(
         zip(SCORES, ("total", "quality", "semantic", "diversity", "Fréchet", "digit", "legibility"), strict=True)
     )

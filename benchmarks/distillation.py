@@ -1,0 +1,74 @@
+"""Distillation alone, for several training seeds, scored in full: ``python -m benchmarks.distillation``.
+
+The first two stages of the digits benchmark (VSD, then CD) under its configuration, at four steps and at one, beside
+the 50-step teacher. Runs are those of :mod:`benchmarks.digits`, which continues from them. Each seed ends in
+``results/distillation/seed<k>.json``; ``--summary`` only aggregates what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.digits import CONFIG, TEACHER, mean_scores, paired, point_differences, score_table, seeded
+from benchmarks.provenance import provenance
+from recipes.dollar import Dollar, counted
+from recipes.moving_digits.benchmark import DigitsBenchmark
+
+RESULTS = Path(__file__).parent / "results" / "distillation"
+STEPS = (4, 1)
+
+
+def run_seed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Distil (or load), score and compare one training seed."""
+    pipeline = Dollar(settings)
+    students = {"VSD": pipeline.distil("student_vsd", cd_steps=0), "VSD→CD": pipeline.distil("student")}
+    benchmark = pipeline.benchmark()
+    assert isinstance(benchmark, DigitsBenchmark)  # noqa: S101 - the configuration's world
+    guidance = float(settings["run"].guidance_scale)
+    benchmark.add(TEACHER, pipeline.teacher_sampler(50, guidance), num_steps=1, network_evaluations=100)
+    for label, student in students.items():
+        for steps in STEPS:
+            sampler = pipeline.student_sampler(student, steps)
+            benchmark.add(f"{label}, {counted(steps)}", sampler, num_steps=steps, network_evaluations=steps)
+    return {
+        "seed": settings["run"].seed,
+        "rows": {label: row.evaluation.scores for label, row in benchmark.rows.items()},
+        "differences": {
+            f"{label} minus {TEACHER}": paired(benchmark, TEACHER, label)
+            for label in benchmark.rows
+            if label.startswith("VSD")
+        },
+        **provenance(),
+    }
+
+
+def summarise(results: list[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
+    """Return mean and standard deviation over seeds of rows and paired differences, and the same as Markdown."""
+    rows = mean_scores([result["rows"] for result in results])
+    differences = mean_scores([point_differences(result["differences"]) for result in results])
+    lines = [*score_table("method", rows), "", *score_table("difference", differences)]
+    summary = {"seeds": [result["seed"] for result in results], "rows": rows, "differences": differences}
+    return {**summary, **provenance()}, "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Read the command line, run the seeds, aggregate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="training seeds (default: 0 1 2)")
+    parser.add_argument("--summary", action="store_true", help="only aggregate the results that are there")
+    options = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in [] if options.summary else options.seeds:
+        (RESULTS / f"seed{seed}.json").write_text(json.dumps(run_seed(seeded(CONFIG, seed)), indent=1))
+    summary, markdown = summarise([json.loads(file.read_text()) for file in sorted(RESULTS.glob("seed*.json"))])
+    (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1))
+    (RESULTS / "summary.md").write_text(markdown)
+    print(markdown)
+
+
+if __name__ == "__main__":
+    main()
