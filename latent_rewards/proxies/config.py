@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from latent_rewards.contracts import ConfigError, unknown_name
+from latent_rewards.proxies.objectives import PREFERENCE_OBJECTIVES, SCORE_OBJECTIVES
 
 TRUNKS = ("conv3d", "linear")
 
@@ -15,6 +16,11 @@ class ProxyConfig:
 
     Attributes:
         trunk: "conv3d" (an ensemble of small residual networks) or "linear" (one exact ridge regression).
+        objective: for rewards that are numbers "mse", "huber" (robust: single wild labels weigh less) or "gaussian" (the
+            network also predicts the noise of each label, so ``std`` differs between samples of noisy and of quiet
+            rewards); for :class:`latent_rewards.proxies.Preferences` "bradley_terry" or "thurstone" (the network also
+            predicts how undecided the judge is on each sample). The linear trunk knows "mse" and "bradley_terry".
+        huber_delta: where the Huber loss turns linear, in standard deviations of the reward.
         width: channels of the conv3d trunk, a multiple of 8.
         depth: residual blocks of the conv3d trunk.
         ensemble_size: networks; each leaves another part of the data out. A linear proxy has one.
@@ -36,6 +42,8 @@ class ProxyConfig:
     """
 
     trunk: str = "conv3d"
+    objective: str = "mse"
+    huber_delta: float = 1.0
     width: int = 64
     depth: int = 2
     ensemble_size: int = 3
@@ -58,6 +66,16 @@ class ProxyConfig:
         """Raise ConfigError when a setting is outside what it may be."""
         if self.trunk not in TRUNKS:
             raise ConfigError(unknown_name("trunk", self.trunk, TRUNKS))
+        objectives = SCORE_OBJECTIVES + PREFERENCE_OBJECTIVES
+        if self.objective not in objectives:
+            raise ConfigError(unknown_name("objective", self.objective, objectives))
+        if self.trunk == "linear" and self.objective not in ("mse", "bradley_terry"):
+            raise ConfigError(
+                f"the linear trunk is fitted by 'mse' (ridge) or 'bradley_terry' (logistic regression), not by "
+                f"{self.objective!r}; choose another trunk or objective"
+            )
+        if not self.huber_delta > 0:
+            raise ConfigError(f"huber_delta must be positive; got {self.huber_delta}")
         for name in ("width", "depth", "ensemble_size", "batch_size", "patience", "text_features"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from latent_rewards.proxies.objectives import Loss, masked_error, regression_loss
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.samples import Samples
 from latent_rewards.training.randomness import generator
@@ -20,6 +22,22 @@ _CHUNK = 128
 
 Batch = tuple[Tensor, Tensor | None, Tensor]
 """Normalised latents ``[B, C, F, H, W]``, read prompts ``[B, D]``, standardised rewards ``[B, R]`` with NaN."""
+
+
+class BatchReader(Protocol):
+    """What training a member needs: batches, targets and outputs by the number of what it learns from."""
+
+    def __call__(self, indices: Tensor) -> Batch:
+        """Return the batch at ``indices``."""
+        ...
+
+    def targets(self, indices: Tensor) -> Tensor:
+        """Return the targets of ``indices``."""
+        ...
+
+    def map(self, function: Callable[[Tensor, Tensor | None], Tensor], indices: Tensor) -> Tensor:
+        """Return the outputs of ``function`` over all of ``indices``, without gradient."""
+        ...
 
 
 class Reader:
@@ -56,13 +74,6 @@ class Reader:
         return both[:, 0].cpu(), both[:, 1].cpu()
 
 
-def masked_error(predicted: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error over the entries of ``target`` that are not NaN; 0 if there are none."""
-    known = ~target.isnan()
-    squared = (predicted - target.nan_to_num(0.0)).square() * known
-    return squared.sum() / known.sum().clamp(min=1)
-
-
 def shuffled_batches(indices: Tensor, batch_size: int, count: int, source: torch.Generator) -> list[Tensor]:
     """Return ``count`` batches of at most ``batch_size`` of ``indices``, reshuffled at every pass."""
     size = min(batch_size, len(indices))
@@ -82,6 +93,7 @@ def train_member(
     stop: Callable[[int], bool],
     input_noise: float = 0.0,
     source: torch.Generator | None = None,
+    loss: Loss = masked_error,
 ) -> None:
     """Train one member by AdamW with a one-cycle schedule (Smith & Topin 2017), then freeze it again.
 
@@ -95,6 +107,7 @@ def train_member(
         stop: called with the number of each finished update; True ends the training.
         input_noise: standard deviation of Gaussian noise added to the normalised latents.
         source: CPU generator of that noise.
+        loss: of the member's outputs and the targets.
     """
     member.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(member.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -107,9 +120,9 @@ def train_member(
             if input_noise:
                 noise = torch.randn(latents.shape, generator=source, dtype=latents.dtype)
                 latents = latents + input_noise * noise.to(latents.device)
-            loss = masked_error(member(latents, prompts), target)
+            value = loss(member(latents, prompts), target)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            value.backward()
             nn.utils.clip_grad_norm_(member.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -119,21 +132,30 @@ def train_member(
     member.requires_grad_(False).eval()
 
 
-def fit_members(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Tensor) -> None:
+def fit_members(
+    proxy: RewardProxy,
+    reader: BatchReader,
+    training: Tensor,
+    folds: Tensor,
+    networks: Sequence[tuple[nn.Module, Loss]] | None = None,
+) -> None:
     """Train every member from scratch; member m stops early on the samples of fold m, which it never trains on.
 
     Args:
-        proxy: whose members.
+        proxy: whose members and settings.
         reader: reads the samples.
-        training: int64 ``[n]``, the samples to train on.
-        folds: int64 ``[n]``, their folds, numbered from 0.
+        training: int64 ``[n]``, the samples (or pairs) to train on.
+        folds: int64 ``[n]``, their folds, numbered from 0; ``[n, 2]`` for pairs, left out where one of the two is.
+        networks: what is trained, each with its loss; None takes the members with the loss of the config's objective.
     """
     config = proxy.config
     count = config.updates(len(training))
-    with tqdm(total=count * len(proxy.members), desc="proxy", disable=not config.progress, dynamic_ncols=True) as bar:
-        for number, member in enumerate(proxy.members):
-            left_out = folds == number % (int(folds.max()) + 1)
-            keeper = _BestWeights(member, reader, training[left_out], config.patience, count, bar)
+    if networks is None:
+        networks = [(member, regression_loss(config.objective, config.huber_delta)) for member in proxy.members]
+    with tqdm(total=count * len(networks), desc="proxy", disable=not config.progress, dynamic_ncols=True) as bar:
+        for number, (member, loss) in enumerate(networks):
+            left_out = (folds == number % (int(folds.max()) + 1)).reshape(len(training), -1).any(dim=1)
+            keeper = _BestWeights(member, reader, training[left_out], config.patience, count, bar, loss)
             source = generator(config.seed, "proxy/batches", 0, number)
             train_member(
                 member,
@@ -145,6 +167,7 @@ def fit_members(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Ten
                 stop=keeper,
                 input_noise=config.input_noise,
                 source=source,
+                loss=loss,
             )
             keeper.restore()
             bar.update(count * (number + 1) - bar.n)
@@ -154,8 +177,16 @@ class _BestWeights:
     """Evaluates a member now and then, keeps its best weights, and says when patience is over."""
 
     def __init__(
-        self, member: nn.Module, reader: Reader, rows: Tensor, patience: int, num_updates: int, bar: tqdm
+        self,
+        member: nn.Module,
+        reader: BatchReader,
+        rows: Tensor,
+        patience: int,
+        num_updates: int,
+        bar: tqdm,
+        loss: Loss = masked_error,
     ) -> None:
+        self._loss = loss
         self._member, self._reader, self._rows, self._bar = member, reader, rows, bar
         self._patience, self._num_updates = patience, num_updates
         self._best, self._waited = float("inf"), 0
@@ -165,7 +196,7 @@ class _BestWeights:
         self._bar.update()
         if (number + 1) % EVALUATE_EVERY and number + 1 != self._num_updates:
             return False
-        error = masked_error(self._reader.map(self._member, self._rows), self._reader.targets(self._rows)).item()
+        error = self._loss(self._reader.map(self._member, self._rows), self._reader.targets(self._rows)).item()
         self._waited += 1
         if error <= self._best:
             self._best, self._waited, self._weights = error, 0, deepcopy(self._member.state_dict())

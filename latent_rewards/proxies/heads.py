@@ -11,7 +11,9 @@ from latent_rewards.proxies.trunks import Conv3dTrunk
 
 
 class BilinearHead(nn.Module):
-    """Features ``[B, F, K]`` of F frames and a prompt ``[B, P]`` -> standardised rewards ``[B, R]``.
+    """Features ``[B, F, K]`` of F frames and a prompt ``[B, P]`` -> outputs ``[B, O]``.
+
+    The outputs are standardised rewards, followed by their log-variances where the objective asks for them.
 
     Each frame is judged by itself and the judgements are averaged: most video metrics are means over frames, and F
     views of one label teach more than their mean does.
@@ -19,15 +21,15 @@ class BilinearHead(nn.Module):
     the latents show what the prompt names, which a sum of the two cannot express.
     """
 
-    def __init__(self, num_features: int, prompt_width: int, width: int, num_rewards: int) -> None:
+    def __init__(self, num_features: int, prompt_width: int, width: int, num_outputs: int) -> None:
         super().__init__()
         self.features = nn.Linear(num_features, width)
         self.prompt = nn.Linear(prompt_width, width) if prompt_width else None
         self.hidden = nn.Linear(2 * width if prompt_width else width, width)
-        self.output = nn.Linear(width, num_rewards)
+        self.output = nn.Linear(width, num_outputs)
 
     def forward(self, features: Tensor, prompt: Tensor | None) -> Tensor:
-        """Return ``[B, R]``."""
+        """Return ``[B, O]``."""
         hidden = self.features(features)
         if self.prompt is not None:
             hidden = torch.cat([hidden, hidden * self.prompt(prompt)[:, None]], dim=2)
@@ -63,13 +65,13 @@ class ConvMember(nn.Module):
     Args:
         latent_shape: ``(C, F, H, W)``.
         prompts: how prompts are read.
-        num_rewards: R.
+        num_outputs: O, see :func:`latent_rewards.proxies.objectives.num_outputs`.
         width: channels and hidden units.
         depth: residual blocks.
     """
 
     def __init__(
-        self, latent_shape: tuple[int, ...], prompts: PromptFeatures, num_rewards: int, *, width: int, depth: int
+        self, latent_shape: tuple[int, ...], prompts: PromptFeatures, num_outputs: int, *, width: int, depth: int
     ) -> None:
         super().__init__()
         prompt_width = width if prompts.dim else 0
@@ -79,7 +81,7 @@ class ConvMember(nn.Module):
         elif prompts.dim:
             self.embedding = nn.Linear(prompts.dim, width, bias=False)
         self.trunk = Conv3dTrunk(latent_shape, width, depth, prompt_width)
-        self.head = BilinearHead(self.trunk.num_features, prompt_width, width, num_rewards)
+        self.head = BilinearHead(self.trunk.num_features, prompt_width, width, num_outputs)
 
     def features(self, latents: Tensor, prompt_features: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the trunk's features ``[B, F, K]`` and the embedded prompt ``[B, width]``, if any."""
@@ -87,5 +89,5 @@ class ConvMember(nn.Module):
         return self.trunk(latents, prompt), prompt
 
     def forward(self, latents: Tensor, prompt_features: Tensor | None) -> Tensor:
-        """Return standardised rewards ``[B, R]`` of normalised latents ``[B, C, F, H, W]``."""
+        """Return outputs ``[B, O]`` of normalised latents ``[B, C, F, H, W]``."""
         return self.head(*self.features(latents, prompt_features))

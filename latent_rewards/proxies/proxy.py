@@ -19,6 +19,7 @@ from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.features import latent_statistics, linear_features
 from latent_rewards.proxies.heads import ConvMember
 from latent_rewards.proxies.linear import LinearMember
+from latent_rewards.proxies.objectives import num_outputs, split_outputs
 from latent_rewards.proxies.ood import DistanceQuantile
 from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
 from latent_rewards.training.checkpoint import CheckpointError, commit_directory, verify_directory
@@ -121,8 +122,9 @@ class RewardProxy(nn.Module):
             size = linear_features(torch.zeros(1, *self.latent_shape), torch.zeros(1, prompts.dim)).shape[1]
             return [LinearMember(size, num_rewards)]
         width, depth = self.config.width, self.config.depth
+        outputs = num_outputs(self.config.objective, num_rewards)
         return [
-            ConvMember(self.latent_shape, prompts, num_rewards, width=width, depth=depth)
+            ConvMember(self.latent_shape, prompts, outputs, width=width, depth=depth)
             for _ in range(self.config.ensemble_size)
         ]
 
@@ -170,10 +172,23 @@ class RewardProxy(nn.Module):
         return scaled * real_tokens(features)[..., None] if features.ndim == 3 else scaled
 
     def ensemble(self, latents: Tensor, prompt_features: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the members' mean and variance ``[B, R]``, standardised, of normalised latents and read prompts."""
-        outputs = torch.stack([member(latents, prompt_features) for member in self.members])
+        """Return the members' mean and variance ``[B, R]``, standardised, of normalised latents and read prompts.
+
+        With the "gaussian" objective the variance is that of the members' mixture (Lakshminarayanan et al. 2017): their
+        disagreement plus the mean of the variances they predict.
+        """
+        outputs, predicted = self.member_outputs(latents, prompt_features)
         mean = outputs.mean(dim=0)
-        return mean, (outputs - mean).square().sum(dim=0) / max(1, len(self.members) - 1)
+        variance = (outputs - mean).square().sum(dim=0) / max(1, len(self.members) - 1)
+        if predicted is not None and self.config.objective == "gaussian":
+            variance = variance + predicted
+        return mean, variance
+
+    def member_outputs(self, latents: Tensor, prompt_features: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return every member's means ``[M, B, R]``, and the mean ``[B, R]`` of the variances they predict, if any."""
+        outputs = torch.stack([member(latents, prompt_features) for member in self.members])
+        means, log_variances = split_outputs(outputs, len(self.reward_names))
+        return means, None if log_variances is None else log_variances.exp().mean(dim=0)
 
     def distance_features(self, latents: Tensor, prompt_features: Tensor | None) -> Tensor:
         """Return what :attr:`distance` looks at: latent statistics and the first member's trunk features."""

@@ -16,6 +16,7 @@ from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.ensemble import Reader, shuffled_batches, train_member
 from latent_rewards.proxies.fit import fit_linear, settle
+from latent_rewards.proxies.objectives import PREFERENCE_OBJECTIVES, regression_loss
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.report import accuracy
 from latent_rewards.proxies.samples import Rewards, Samples, concatenate_samples, gather_samples
@@ -63,11 +64,16 @@ def update_proxy(
     Raises:
         DataError: other reward names or latent shape, missing prompts, or fewer than 8 fresh samples.
         FingerprintMismatchError: fresh or replayed samples belong to another latent space or metric.
-        ConfigError: ``num_updates`` is negative.
+        ConfigError: ``num_updates`` is negative, or the proxy was trained on preferences.
     """
     count = DEFAULT_UPDATES if num_updates is None else num_updates
     if count < 0:
         raise ConfigError(f"num_updates must not be negative; got {count}")
+    if proxy.config.objective in PREFERENCE_OBJECTIVES:
+        raise ConfigError(
+            f"a proxy of preferences ({proxy.config.objective!r}) cannot be updated with scores, which have another "
+            "unit; train a new one on the old and the new pairs"
+        )
     fresh = _matching(proxy, gather_samples(dataset_or_latents, rewards, prompts), "fresh")
     number = len(fresh)
     if number < _MIN_FRESH:
@@ -112,6 +118,7 @@ def _train(proxy: RewardProxy, reader: Reader, fresh: Tensor, old: Tensor, count
             stop=lambda number: False,
             input_noise=config.input_noise,
             source=source,
+            loss=regression_loss(config.objective, config.huber_delta),
         )
 
 

@@ -15,8 +15,8 @@ from latent_rewards.training.randomness import derive_seed, generator
 
 _IN_MEMORY_BYTES = 2**30
 _CHUNK = 256
-_MIN_GROUPS = 10
-_MIN_HELDOUT = 5
+MIN_GROUPS = 10
+MIN_HELDOUT = 5
 
 Rewards = Tensor | Mapping[str, Tensor]
 """``[N]``, ``[N, R]`` or ``{name: [N]}``."""
@@ -144,18 +144,20 @@ def check_trainable(samples: Samples, min_samples: int) -> None:
             raise DataError(f"reward {name!r} is constant ({float(known[0]):g}); there is nothing to learn: drop it")
 
 
+def prompt_ids(prompts: Prompts) -> Tensor:
+    """Return int64 ``[N]``, numbers from 0 that are the same for equal prompts."""
+    if isinstance(prompts, Tensor):
+        return prompts.detach().cpu().flatten(1).unique(dim=0, return_inverse=True)[1]
+    known: dict[str, int] = {}
+    return torch.tensor([known.setdefault(prompt_text(prompt), len(known)) for prompt in prompts])
+
+
 def group_ids(prompts: Prompts | None, count: int) -> Tensor | None:
     """Return int64 ``[N]`` ids of equal prompts, or None where prompts do not repeat or are fewer than 10 distinct."""
     if prompts is None:
         return None
-    if isinstance(prompts, Tensor):
-        distinct, ids = prompts.detach().cpu().flatten(1).unique(dim=0, return_inverse=True)
-        number = len(distinct)
-    else:
-        known: dict[str, int] = {}
-        ids = torch.tensor([known.setdefault(prompt_text(prompt), len(known)) for prompt in prompts])
-        number = len(known)
-    return ids if _MIN_GROUPS <= number < count else None
+    ids = prompt_ids(prompts)
+    return ids if MIN_GROUPS <= int(ids.max()) + 1 < count else None
 
 
 def split_samples(samples: Samples, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -169,7 +171,7 @@ def split_samples(samples: Samples, fraction: float, seed: int) -> tuple[Tensor,
     groups = group_ids(samples.prompts, len(samples))
     if groups is None:
         order = torch.randperm(len(samples), generator=generator(seed, "proxy/split", 0))
-        size = max(_MIN_HELDOUT, round(fraction * len(samples)))
+        size = max(MIN_HELDOUT, round(fraction * len(samples)))
         heldout, training = order[:size].sort().values, order[size:].sort().values
     else:
         from sklearn.model_selection import GroupShuffleSplit
@@ -180,7 +182,7 @@ def split_samples(samples: Samples, fraction: float, seed: int) -> tuple[Tensor,
     for part, indices in (("training", training), ("held-out", heldout)):
         for name, values in zip(samples.reward_names, samples.rewards[indices].T, strict=True):
             known = values[~values.isnan()]
-            if len(known) < _MIN_HELDOUT or float(known.max() - known.min()) == 0:
+            if len(known) < MIN_HELDOUT or float(known.max() - known.min()) == 0:
                 raise DataError(
                     f"reward {name!r} has {len(known)} values, {len(known.unique())} of them distinct, in the {part} "
                     "part; collect more samples, use more prompts, or change holdout_fraction or seed"
