@@ -16,10 +16,10 @@ class ProxyConfig:
 
     Attributes:
         trunk: "conv3d" (an ensemble of small residual networks) or "linear" (one exact ridge regression).
-        objective: for rewards that are numbers "mse", "huber" (robust: single wild labels weigh less) or "gaussian" (the
-            network also predicts the noise of each label, so ``std`` differs between samples of noisy and of quiet
-            rewards); for :class:`latent_rewards.proxies.Preferences` "bradley_terry" or "thurstone" (the network also
-            predicts how undecided the judge is on each sample). The linear trunk knows "mse" and "bradley_terry".
+        objective: for rewards that are numbers "mse", "huber" (robust: single wild labels weigh less) or "gaussian"
+            (the network also predicts the noise of each label, so ``std`` follows noise that differs between samples);
+            for :class:`latent_rewards.proxies.Preferences` "bradley_terry" or "thurstone" (the network also predicts
+            how undecided the judge is on each sample). The linear trunk knows "mse" and "bradley_terry".
         huber_delta: where the Huber loss turns linear, in standard deviations of the reward.
         width: channels of the conv3d trunk, a multiple of 8.
         depth: residual blocks of the conv3d trunk.

@@ -8,6 +8,9 @@ reward has no weight in the loss.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -19,6 +22,8 @@ from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.ensemble import Reader, fit_members
 from latent_rewards.proxies.features import linear_features
 from latent_rewards.proxies.linear import LinearMember, fit_ridge
+from latent_rewards.proxies.objectives import check_objective
+from latent_rewards.proxies.preferences import Preferences, check_preferences, name_preferences
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.report import evaluate
 from latent_rewards.proxies.samples import (
@@ -27,6 +32,7 @@ from latent_rewards.proxies.samples import (
     check_trainable,
     gather_samples,
     group_ids,
+    prompt_ids,
     split_folds,
     split_samples,
 )
@@ -42,7 +48,7 @@ _DISTANCE_ROWS = 2048
 
 def train_proxy(
     latents: Tensor | RewardDataset,
-    rewards: Rewards | None = None,
+    rewards: Rewards | Preferences | Mapping[str, Preferences] | None = None,
     prompts: Prompts | None = None,
     *,
     latent_space: str | None = None,
@@ -52,11 +58,13 @@ def train_proxy(
     """Fit a proxy that predicts rewards from latents.
 
     Args:
-        latents: ``[N, C, F, H, W]``, or a dataset (then without ``rewards`` and ``prompts``).
-        rewards: ``[N]`` (named "reward"), ``[N, R]`` ("reward_0", ...) or ``{name: [N]}``; NaN: does not apply.
+        latents: ``[N, C, F, H, W]``, or a dataset (then without ``prompts``, and ``rewards`` only as preferences).
+        rewards: ``[N]`` (named "reward"), ``[N, R]`` ("reward_0", ...) or ``{name: [N]}``; NaN: does not apply. Or
+            :class:`Preferences` (named "preference") or ``{name: Preferences}``: the proxy then returns a score whose
+            unit :mod:`latent_rewards.proxies.duels` states, and ``proxy.compare`` probabilities.
         prompts: N texts, embeddings ``[N, D]`` or ``[N, L, D]`` (zeros are padding), or None.
         latent_space: fingerprint of the codec; a dataset brings its own.
-        config: settings; None takes the defaults.
+        config: settings; None takes the defaults, with "bradley_terry" for preferences.
         encode: N texts -> embeddings, best those the policy was trained with: they know which words mean the same,
             which hashed words (the default) do not. Per token they take ``4 N L D`` bytes, pooled ones ``4 N D``.
 
@@ -65,9 +73,16 @@ def train_proxy(
         proxy bit for bit.
 
     Raises:
-        DataError: the data cannot be used: NaN latents, infinite or constant rewards, too few samples, wrong shapes.
+        DataError: the data cannot be used: NaN latents, infinite or constant rewards, too few samples, wrong shapes;
+            pairs that compare different prompts, or only ties.
+        ConfigError: the objective is one of scores and the rewards are preferences, or the other way round.
     """
-    config = config or ProxyConfig()
+    named = name_preferences(rewards)
+    config = config or ProxyConfig(objective="mse" if named is None else "bradley_terry")
+    check_objective(config.objective, named is not None)
+    if named is not None:
+        return _train_on_preferences(latents, *named, prompts, latent_space, config, encode)
+    rewards = cast(Rewards | None, rewards)
     samples = gather_samples(latents, rewards, prompts, latent_space=latent_space, use_prompts=config.use_prompts)
     check_trainable(samples, config.min_samples)
     training, heldout = split_samples(samples, config.holdout_fraction, config.seed)
@@ -97,6 +112,39 @@ def train_proxy(
         coverage,
         num_train,
     )
+    return proxy
+
+
+def _train_on_preferences(
+    latents: Tensor | RewardDataset,
+    name: str,
+    preferences: Preferences,
+    prompts: Prompts | None,
+    latent_space: str | None,
+    config: ProxyConfig,
+    encode: PromptEncoder | None,
+) -> RewardProxy:
+    from latent_rewards.proxies.duels import fit_preferences
+
+    unknown = None if isinstance(latents, RewardDataset) else torch.full((len(latents),), math.nan)
+    samples = gather_samples(latents, unknown, prompts, latent_space=latent_space)
+    ids = None if samples.prompts is None else prompt_ids(samples.prompts)
+    check_preferences(preferences, len(samples), ids, config.min_samples)
+    samples = replace(
+        samples,
+        rewards=torch.full((len(samples), 1), math.nan, dtype=torch.float64),
+        reward_names=(name,),
+        metric_fingerprints={},
+        prompts=samples.prompts if config.use_prompts else None,
+    )
+    proxy = _make_proxy(config, samples, encode)
+    set_scales(proxy, samples, preferences.pairs.unique())
+    proxy.reward_mean.zero_()
+    proxy.reward_std.fill_(1.0)
+    proxy.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    reader = Reader(proxy, samples)
+    training, heldout = fit_preferences(proxy, reader, preferences, ids)
+    settle(proxy, reader, training, heldout)
     return proxy
 
 

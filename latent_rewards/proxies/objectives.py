@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from latent_rewards.contracts import ConfigError
+
 SCORE_OBJECTIVES = ("mse", "huber", "gaussian")
 """Objectives of rewards that are numbers."""
 
@@ -58,6 +60,14 @@ def gaussian_error(mean: Tensor, log_variance: Tensor, target: Tensor) -> Tensor
     log_variance = _precise(log_variance)
     nll = 0.5 * (residual.square() * (-log_variance).exp() + log_variance + math.log(2 * math.pi))
     return _mean(nll, known)
+
+
+def check_objective(objective: str, preferences: bool) -> None:
+    """Raise ConfigError unless ``objective`` fits data that are preferences, or scores."""
+    fitting = PREFERENCE_OBJECTIVES if preferences else SCORE_OBJECTIVES
+    if objective not in fitting:
+        data = "Preferences" if preferences else "rewards that are numbers"
+        raise ConfigError(f"objective {objective!r} cannot be fitted to {data}; choose one of {', '.join(fitting)}")
 
 
 def split_outputs(outputs: Tensor, num_rewards: int) -> tuple[Tensor, Tensor | None]:

@@ -18,8 +18,9 @@ from latent_rewards.proxies.calibration import Calibration
 from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.features import latent_statistics, linear_features
 from latent_rewards.proxies.heads import ConvMember
+from latent_rewards.proxies.judgement import Judgement
 from latent_rewards.proxies.linear import LinearMember
-from latent_rewards.proxies.objectives import num_outputs, split_outputs
+from latent_rewards.proxies.objectives import PREFERENCE_OBJECTIVES, num_outputs, split_outputs
 from latent_rewards.proxies.ood import DistanceQuantile
 from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
 from latent_rewards.training.checkpoint import CheckpointError, commit_directory, verify_directory
@@ -110,6 +111,7 @@ class RewardProxy(nn.Module):
         self.register_buffer("reward_std", torch.ones(num_rewards))
         self.members = nn.ModuleList(self._make_members())
         self.calibration = Calibration(num_rewards)
+        self.judgement = Judgement(config.objective) if config.objective in PREFERENCE_OBJECTIVES else None
         trunk_features = 0 if self.is_linear else cast(ConvMember, self.members[0]).trunk.num_features
         self.distance = DistanceQuantile(3 * channels + trunk_features)
         if self.is_linear:
@@ -256,6 +258,27 @@ class RewardProxy(nn.Module):
             self._by_name(torch.cat(variances).to(dtype)),
             {name: ood for name in self.reward_names},
         )
+
+    def compare(
+        self, first: Tensor, second: Tensor, prompts: Prompts | None = None, *, noise: Tensor | None = None
+    ) -> Tensor:
+        """Return how likely each outcome is when two samples are compared, for a proxy of preferences; differentiable.
+
+        Args:
+            first: ``[B, C, F, H, W]``.
+            second: of the same shape.
+            prompts: B, shared by both samples.
+            noise: ``[B, 2]`` noise levels of both, for "thurstone" fitted with ``Preferences(noise=...)``; None: 0.
+
+        Returns:
+            ``[B, 3]`` probabilities: the first is better, a tie, the second is better.
+
+        Raises:
+            DataError: the proxy was trained on scores, or see :meth:`forward`.
+        """
+        from latent_rewards.proxies.duels import compare
+
+        return compare(self, first, second, prompts, noise)
 
     def check_latent_space(self, fingerprint: str | None) -> None:
         """Raise unless the proxy was trained in the latent space ``fingerprint``; an unknown one is not judged.

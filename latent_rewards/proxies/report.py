@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from latent_rewards.proxies.preference_report import preference_rows
+
 
 def spearman(predicted: Tensor, target: Tensor) -> float:
     """Return Spearman's rank correlation of two ``[n]`` tensors; NaN if one of them is constant."""
@@ -62,7 +64,11 @@ def evaluate(
 
 
 def format_report(report: dict[str, dict[str, Any]]) -> str:
-    """Return a report as a table of text, one line per reward."""
+    """Return a report as a table of text, one line per reward; preferences have a table of their own."""
+    preferences = {name: entry for name, entry in report.items() if "log_loss" in entry}
+    if preferences:
+        scores = {name: entry for name, entry in report.items() if name not in preferences}
+        return _table(preference_rows(preferences)) + (f"\n\n{format_report(scores)}" if scores else "")
     header = ("reward", "spearman", "(ridge)", "r2", "(ridge)", "mae", "90% covers", "train", "held out")
     rows: list[tuple[str, ...]] = [header]
     for name, entry in report.items():
@@ -70,6 +76,10 @@ def format_report(report: dict[str, dict[str, Any]]) -> str:
         numbers = [entry["spearman"], ridge["spearman"], entry["r2"], ridge["r2"], entry["mae"], entry["coverage"]]
         counts = [str(entry["num_train"]), str(entry["num_holdout"])]
         rows.append((name, *(f"{value:.3g}" for value in numbers), *counts))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return _table(rows)
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
