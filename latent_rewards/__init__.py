@@ -28,7 +28,7 @@ _HOME = {
     "latent_rewards.collect_videos": ("collect_videos",),
     "latent_rewards.oracle": ("MetricOracle",),
     "latent_rewards.dataset": ("RewardDataset",),
-    "latent_rewards.proxies": ("ProxyConfig", "RewardProxy", "train_proxy"),
+    "latent_rewards.proxies": ("Preferences", "ProxyConfig", "RewardProxy", "train_proxy"),
     "latent_rewards.rewards": ("Constraint", "Tchebycheff", "WeightedSum"),
     "latent_rewards.lro": ("DifferentiableRewardTrainer", "LROConfig", "ReinforceTrainer", "TrainResult"),
     "latent_rewards.report": ("Report",),

@@ -2,6 +2,7 @@
 
 from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.fit import train_proxy
+from latent_rewards.proxies.preferences import Preferences
 from latent_rewards.proxies.proxy import ProxyPrediction, RewardProxy
 from latent_rewards.proxies.refresh import update_proxy
 from latent_rewards.proxies.report import format_report
@@ -9,6 +10,7 @@ from latent_rewards.proxies.trunks import TrunkKind, register_trunk
 from latent_rewards.proxies.trunks.backbone import VideoBackbone, WanBackbone
 
 __all__ = [
+    "Preferences",
     "ProxyConfig",
     "ProxyPrediction",
     "RewardProxy",

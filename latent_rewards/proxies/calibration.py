@@ -4,6 +4,9 @@ With d the standard deviation of the ensemble's members, the standard deviation 
 
     std = T_r sqrt(a_r + b_r d^2)
 
+With the "gaussian" objective d^2 is the variance of the members' mixture: their disagreement plus the mean variance
+that they predict, so that std follows noise that differs between samples.
+
 a_r (noise the ensemble agrees on) and b_r >= 1 (members that share data agree too much) maximise the Gaussian
 likelihood of the held-out errors e; b_r runs over powers of two and a_r = mean(e^2) - b_r mean(d^2), kept positive. T_r
 then makes the central 90 % interval ``mean +- 1.645 std`` cover: it is the split-conformal quantile (rank

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from latent_rewards.contracts import ConfigError, unknown_name
+from latent_rewards.proxies.objectives import PREFERENCE_OBJECTIVES, SCORE_OBJECTIVES
 from latent_rewards.proxies.trunks import AUTO, trunk_kind
 
 MEAN_CALIBRATIONS = ("none", "isotonic")
@@ -20,6 +21,11 @@ class ProxyConfig:
             transformer), "backbone_linear" (ridge regression on them), one added by
             :func:`latent_rewards.proxies.trunks.register_trunk`, or "auto": chosen among those by cross-validation,
             see :mod:`latent_rewards.proxies.selection`.
+        objective: for rewards that are numbers "mse", "huber" (robust: single wild labels weigh less) or "gaussian"
+            (the network also predicts the noise of each label, so ``std`` follows noise that differs between samples);
+            for :class:`latent_rewards.proxies.Preferences` "bradley_terry" or "thurstone" (the network also predicts
+            how undecided the judge is on each sample). Ridge regressions know "mse", "linear" also "bradley_terry".
+        huber_delta: where the Huber loss turns linear, in standard deviations of the reward.
         width: channels of a trunk and hidden units of its head, a multiple of 8.
         depth: blocks of a trunk.
         ensemble_size: networks; each leaves another part of the data out. A linear proxy has one.
@@ -53,6 +59,8 @@ class ProxyConfig:
     """
 
     trunk: str = "conv3d"
+    objective: str = "mse"
+    huber_delta: float = 1.0
     width: int = 64
     depth: int = 2
     ensemble_size: int = 3
@@ -85,6 +93,7 @@ class ProxyConfig:
         self._check_conditioning()
         if self.calibrate_mean not in MEAN_CALIBRATIONS:
             raise ConfigError(unknown_name("calibrate_mean", self.calibrate_mean, MEAN_CALIBRATIONS))
+        self._check_objective()
         for name in ("width", "depth", "ensemble_size", "batch_size", "patience", "text_features"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -110,6 +119,20 @@ class ProxyConfig:
             raise ConfigError(f"min_samples must be at least 16; got {self.min_samples}")
         if self.ridge_alpha is not None and not self.ridge_alpha > 0:
             raise ConfigError(f"ridge_alpha must be positive, or None; got {self.ridge_alpha}")
+
+    def _check_objective(self) -> None:
+        objectives = SCORE_OBJECTIVES + PREFERENCE_OBJECTIVES
+        if self.objective not in objectives:
+            raise ConfigError(unknown_name("objective", self.objective, objectives))
+        if not self.huber_delta > 0:
+            raise ConfigError(f"huber_delta must be positive; got {self.huber_delta}")
+        if self.trunk == AUTO or not trunk_kind(self.trunk).closed_form:
+            return
+        if self.objective != "mse" and (self.trunk, self.objective) != ("linear", "bradley_terry"):
+            raise ConfigError(
+                f"trunk {self.trunk!r} is fitted by 'mse' (ridge), and 'linear' also by 'bradley_terry' (logistic "
+                f"regression), not by {self.objective!r}; choose another trunk or objective"
+            )
 
     def _check_conditioning(self) -> None:
         closed = self.trunk != AUTO and trunk_kind(self.trunk).closed_form

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_rewards.proxies.noise import Draw, fixed_draws, fresh_draws
+from latent_rewards.proxies.objectives import Loss, masked_error, regression_loss
 from latent_rewards.proxies.prompt_table import PromptTable
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.samples import Samples
@@ -26,6 +27,30 @@ _EVALUATION_ROWS = 2048
 Batch = tuple[Any, ...]
 """Normalised latents ``[B, C, F, H, W]``, read prompts ``[B, D]`` or None, standardised rewards ``[B, R]`` with NaN;
 and t ``[B]``, for a proxy of noisy latents."""
+
+
+class BatchReader(Protocol):
+    """What training a member needs: batches, targets and outputs by the number of what it learns from."""
+
+    def __call__(self, indices: Tensor) -> Batch:
+        """Return the batch at ``indices``."""
+        ...
+
+    def targets(self, indices: Tensor) -> Tensor:
+        """Return the targets of ``indices``."""
+        ...
+
+    def map(self, function: Callable[..., Tensor], indices: Tensor) -> Tensor:
+        """Return the outputs of ``function`` over all of ``indices``, without gradient."""
+        ...
+
+    def noised(self, source: torch.Generator) -> BatchReader:
+        """Return a reader that draws times and noise from ``source``; itself for clean latents."""
+        ...
+
+    def batches(self, indices: Tensor, batch_size: int, count: int, source: torch.Generator) -> list[Tensor]:
+        """Return the indices of ``count`` batches of at most ``batch_size``, shuffled."""
+        ...
 
 
 class Reader:
@@ -81,6 +106,10 @@ class Reader:
         latents, prompts, *level = self.inputs(indices)
         return latents, prompts, self.targets(indices), *level
 
+    def batches(self, indices: Tensor, batch_size: int, count: int, source: torch.Generator) -> list[Tensor]:
+        """Return batches of one bucket each; see :func:`bucketed_batches`."""
+        return bucketed_batches(indices, self.samples.buckets(indices), batch_size, count, source)
+
     def targets(self, indices: Tensor) -> Tensor:
         """Return the standardised rewards ``[B, R]`` at ``indices``."""
         return self.rewards[indices.to(self.rewards.device)]
@@ -99,13 +128,6 @@ class Reader:
         """Return the ensemble's means and variances ``[B, R]``, standardised, on the CPU."""
         both = self.map(lambda *inputs: torch.stack(self._proxy.ensemble(*inputs), dim=1), indices)
         return both[:, 0].cpu(), both[:, 1].cpu()
-
-
-def masked_error(predicted: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error over the entries of ``target`` that are not NaN; 0 if there are none."""
-    known = ~target.isnan()
-    squared = (predicted - target.nan_to_num(0.0)).square() * known
-    return squared.sum() / known.sum().clamp(min=1)
 
 
 def shuffled_batches(indices: Tensor, batch_size: int, count: int, source: torch.Generator) -> list[Tensor]:
@@ -158,6 +180,7 @@ def train_member(
     stop: Callable[[int], bool],
     input_noise: float = 0.0,
     source: torch.Generator | None = None,
+    loss: Loss = masked_error,
 ) -> None:
     """Train one member by AdamW with a one-cycle schedule (Smith & Topin 2017), then freeze it again.
 
@@ -171,6 +194,7 @@ def train_member(
         stop: called with the number of each finished update; True ends the training.
         input_noise: standard deviation of Gaussian noise added to the normalised latents.
         source: CPU generator of that noise.
+        loss: of the member's outputs and the targets.
     """
     member.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(member.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -183,9 +207,9 @@ def train_member(
             if input_noise:
                 noise = torch.randn(latents.shape, generator=source, dtype=latents.dtype)
                 latents = latents + input_noise * noise.to(latents.device)
-            loss = masked_error(member(latents, prompts, *level), target)
+            value = loss(member(latents, prompts, *level), target)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            value.backward()
             nn.utils.clip_grad_norm_(member.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -195,37 +219,46 @@ def train_member(
     member.requires_grad_(False).eval()
 
 
-def fit_members(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Tensor) -> None:
+def fit_members(
+    proxy: RewardProxy,
+    reader: BatchReader,
+    training: Tensor,
+    folds: Tensor,
+    networks: Sequence[tuple[nn.Module, Loss]] | None = None,
+) -> None:
     """Train every member from scratch; member m stops early on the samples of fold m, which it never trains on.
 
     Args:
-        proxy: whose members.
+        proxy: whose members and settings.
         reader: reads the samples.
-        training: int64 ``[n]``, the samples to train on.
-        folds: int64 ``[n]``, their folds, numbered from 0.
+        training: int64 ``[n]``, the samples (or pairs) to train on.
+        folds: int64 ``[n]``, their folds, numbered from 0; ``[n, 2]`` for pairs, left out where one of the two is.
+        networks: what is trained, each with its loss; None takes the members with the loss of the config's objective.
     """
     config = proxy.config
     count = config.updates(len(training))
-    with tqdm(total=count * len(proxy.members), desc="proxy", disable=not config.progress, dynamic_ncols=True) as bar:
-        for number, member in enumerate(proxy.members):
-            left_out = folds == number % (int(folds.max()) + 1)
+    if networks is None:
+        networks = [(member, regression_loss(config.objective, config.huber_delta)) for member in proxy.members]
+    with tqdm(total=count * len(networks), desc="proxy", disable=not config.progress, dynamic_ncols=True) as bar:
+        for number, (member, loss) in enumerate(networks):
+            left_out = (folds == number % (int(folds.max()) + 1)).reshape(len(training), -1).any(dim=1)
             judged = training[left_out]
             if len(judged) > _EVALUATION_ROWS:
                 order = torch.randperm(len(judged), generator=generator(config.seed, "proxy/evaluation", 0, number))
                 judged = judged[order[:_EVALUATION_ROWS]]
-            keeper = _BestWeights(member, reader, judged, config.patience, count, bar)
+            keeper = _BestWeights(member, reader, judged, config.patience, count, bar, loss)
             source = generator(config.seed, "proxy/batches", 0, number)
-            learnt = training[~left_out]
             train_member(
                 member,
                 reader.noised(source),
-                bucketed_batches(learnt, reader.samples.buckets(learnt), config.batch_size, count, source),
+                reader.batches(training[~left_out], config.batch_size, count, source),
                 learning_rate=config.learning_rate,
                 weight_decay=config.weight_decay,
                 warmup=0.15,
                 stop=keeper,
                 input_noise=config.input_noise,
                 source=source,
+                loss=loss,
             )
             keeper.restore()
             bar.update(count * (number + 1) - bar.n)
@@ -235,8 +268,16 @@ class _BestWeights:
     """Evaluates a member now and then, keeps its best weights, and says when patience is over."""
 
     def __init__(
-        self, member: nn.Module, reader: Reader, rows: Tensor, patience: int, num_updates: int, bar: tqdm
+        self,
+        member: nn.Module,
+        reader: BatchReader,
+        rows: Tensor,
+        patience: int,
+        num_updates: int,
+        bar: tqdm,
+        loss: Loss = masked_error,
     ) -> None:
+        self._loss = loss
         self._member, self._reader, self._rows, self._bar = member, reader, rows, bar
         self._patience, self._num_updates = patience, num_updates
         self._best, self._waited = float("inf"), 0
@@ -246,7 +287,7 @@ class _BestWeights:
         self._bar.update()
         if (number + 1) % EVALUATE_EVERY and number + 1 != self._num_updates:
             return False
-        error = masked_error(self._reader.map(self._member, self._rows), self._reader.targets(self._rows)).item()
+        error = self._loss(self._reader.map(self._member, self._rows), self._reader.targets(self._rows)).item()
         self._waited += 1
         if error <= self._best:
             self._best, self._waited, self._weights = error, 0, deepcopy(self._member.state_dict())

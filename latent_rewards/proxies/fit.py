@@ -8,7 +8,9 @@ reward has no weight in the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -27,13 +29,17 @@ from latent_rewards.proxies.joint import fit_jointly, set_feature_scales
 from latent_rewards.proxies.learning_curve import nested_parts
 from latent_rewards.proxies.linear import LinearMember, fit_ridge
 from latent_rewards.proxies.noise import Schedule
+from latent_rewards.proxies.objectives import check_objective
+from latent_rewards.proxies.preferences import Preferences, check_preferences, name_preferences
 from latent_rewards.proxies.prompt_table import PromptTable
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.samples import (
     Rewards,
     Samples,
     check_trainable,
+    gather_samples,
     group_ids,
+    prompt_ids,
     split_folds,
     split_samples,
 )
@@ -54,7 +60,7 @@ _REFERENCE_ROWS = 4096
 
 def train_proxy(
     latents: Tensor | RewardDataset | Sequence[Tensor | RewardDataset],
-    rewards: Rewards | Sequence[Rewards] | None = None,
+    rewards: Rewards | Sequence[Rewards] | Preferences | Mapping[str, Preferences] | None = None,
     prompts: Prompts | Sequence[Prompts] | None = None,
     *,
     latent_space: str | None = None,
@@ -66,15 +72,18 @@ def train_proxy(
     """Fit a proxy that predicts rewards from latents.
 
     Args:
-        latents: ``[N, C, F, H, W]``, or a dataset (then without ``rewards`` and ``prompts``). A list of such, one for
-            each frame count and resolution, trains one proxy for all of them; ``rewards`` and ``prompts`` are lists
-            then. Each batch comes from one of them, chosen in proportion to their sizes; the trunk's stride is chosen
-            for the first.
-        rewards: ``[N]`` (named "reward"), ``[N, R]`` ("reward_0", ...) or ``{name: [N]}``; NaN: does not apply.
+        latents: ``[N, C, F, H, W]``, or a dataset (then without ``prompts``, and ``rewards`` only as preferences). A
+            list of such, one for each frame count and resolution, trains one proxy for all of them; ``rewards`` and
+            ``prompts`` are lists then. Each batch comes from one of them, chosen in proportion to their sizes; the
+            trunk's stride is chosen for the first.
+        rewards: ``[N]`` (named "reward"), ``[N, R]`` ("reward_0", ...) or ``{name: [N]}``; NaN: does not apply. Or
+            :class:`Preferences` (named "preference") or ``{name: Preferences}``: the proxy then returns a score whose
+            unit :mod:`latent_rewards.proxies.duels` states, and ``proxy.compare`` probabilities.
         prompts: N texts, embeddings ``[N, D]`` or ``[N, L, D]`` (zeros are padding), or None.
         latent_space: fingerprint of the codec; a dataset brings its own.
-        config: settings; None takes the defaults (with a backbone, its features); "auto" lets cross-validation choose
-            the trunk, see :mod:`latent_rewards.proxies.selection`; ``proxy.selection`` says how it chose.
+        config: settings; None takes the defaults (with a backbone, its features; for preferences "bradley_terry");
+            "auto" lets cross-validation choose the trunk, see :mod:`latent_rewards.proxies.selection`;
+            ``proxy.selection`` says how it chose.
         encode: N texts -> embeddings, best those the policy was trained with: they know which words mean the same,
             which hashed words (the default) do not. Per token they take ``4 N L D`` bytes, pooled ones ``4 N D``.
             None takes the backbone's, if there is one.
@@ -89,16 +98,23 @@ def train_proxy(
         bit.
 
     Raises:
-        DataError: the data cannot be used: NaN latents, infinite or constant rewards, too few samples, wrong shapes.
+        DataError: the data cannot be used: NaN latents, infinite or constant rewards, too few samples, wrong shapes;
+            pairs that compare different prompts, or only ties.
         ConfigError: the trunk needs a backbone and there is none, or the other way round; the budget of "auto" is too
-            small; several shapes for the linear trunk.
+            small; several shapes for the linear trunk; the objective is one of scores and the rewards are preferences,
+            or the other way round.
         FingerprintMismatchError: the datasets of a list differ in latent space or metrics, or from ``latent_space``.
     """
-    config = _settings(config, backbone is not None, schedule is not None)
+    named = name_preferences(rewards)
+    config = _settings(config, backbone is not None, schedule is not None, named is not None)
     encode = encode if encode is not None else getattr(backbone, "embed", None)
+    check_objective(config.objective, named is not None)
+    if named is not None:
+        texts = cast(Prompts | None, prompts)
+        return _train_on_preferences(latents, *named, texts, latent_space, config, encode, backbone)
     samples = gather_buckets(
         latents,
-        rewards,
+        cast(Rewards | Sequence[Rewards] | None, rewards),
         prompts,
         linear=config.trunk == "linear",
         latent_space=latent_space,
@@ -134,12 +150,15 @@ def train_proxy(
     return proxy
 
 
-def _settings(config: ProxyConfig | str | None, has_backbone: bool, has_schedule: bool) -> ProxyConfig:
+def _settings(
+    config: ProxyConfig | str | None, has_backbone: bool, has_schedule: bool, preferences: bool
+) -> ProxyConfig:
     if isinstance(config, str):
         if config != AUTO:
             raise ConfigError(f"config must be a ProxyConfig, None or {AUTO!r}; got {config!r}")
         config = ProxyConfig(trunk=AUTO)
-    config = config or (ProxyConfig(trunk="backbone") if has_backbone else ProxyConfig())
+    objective = "bradley_terry" if preferences else "mse"
+    config = config or ProxyConfig(trunk="backbone" if has_backbone else "conv3d", objective=objective)
     if has_schedule and config.noise_levels is None:
         raise ConfigError("a schedule was given without noise levels; set ProxyConfig(noise_levels=(low, high))")
     return config
@@ -173,6 +192,64 @@ def _fit(
     else:
         fit_members(proxy, reader, training, folds)
     return proxy, reader
+
+
+def _check_plain(config: ProxyConfig, latents: object) -> None:
+    """Raise ConfigError for what preferences cannot be combined with."""
+    default = ProxyConfig()
+    chosen = [
+        name
+        for name in ("noise_levels", "calibrate_mean", "learning_curve")
+        if getattr(config, name) != getattr(default, name)
+    ]
+    if config.trunk == AUTO or trunk_kind(config.trunk).needs_backbone:
+        chosen.insert(0, f"trunk={config.trunk!r}")
+    if not isinstance(latents, Tensor | RewardDataset):
+        chosen.insert(0, "a list of latents")
+    if chosen:
+        raise ConfigError(
+            f"preferences cannot be combined with {', '.join(chosen)}; give latents of one size, a trunk that reads "
+            "them, and leave the others at their defaults"
+        )
+
+
+def _train_on_preferences(
+    latents: object,
+    name: str,
+    preferences: Preferences,
+    prompts: Prompts | None,
+    latent_space: str | None,
+    config: ProxyConfig,
+    encode: PromptEncoder | None,
+    backbone: VideoBackbone | None,
+) -> RewardProxy:
+    from latent_rewards.proxies.duels import fit_preferences
+
+    _check_plain(config, latents)
+    source = cast(Tensor | RewardDataset, latents)
+    unknown = None if isinstance(source, RewardDataset) else torch.full((len(source),), math.nan)
+    samples = gather_samples(
+        source, unknown, prompts, latent_space=latent_space, in_memory_bytes=config.in_memory_bytes
+    )
+    ids = prompt_ids(samples.prompts)
+    check_preferences(preferences, len(samples), ids, config.min_samples)
+    samples = replace(
+        samples,
+        rewards=torch.full((len(samples), 1), math.nan, dtype=torch.float64),
+        reward_names=(name,),
+        metric_fingerprints={},
+        prompts=samples.prompts if config.use_prompts else None,
+    )
+    proxy = _make_proxy(config, samples, encode, backbone, None)
+    table = PromptTable(proxy, samples.prompts, len(samples))
+    set_scales(proxy, samples, preferences.pairs.unique(), table)
+    proxy.reward_mean.zero_()
+    proxy.reward_std.fill_(1.0)
+    proxy.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    reader = Reader(proxy, samples, table)
+    training, heldout = fit_preferences(proxy, reader, preferences, ids)
+    settle(proxy, reader, training, heldout)
+    return proxy
 
 
 def _make_proxy(

@@ -14,7 +14,9 @@ from latent_rewards.proxies.trunks import Builder, Conv3dTrunk
 
 
 class BilinearHead(nn.Module):
-    """Features ``[B, F, K]`` of F frames and a prompt ``[B, P]`` -> standardised rewards ``[B, R]``.
+    """Features ``[B, F, K]`` of F frames and a prompt ``[B, P]`` -> outputs ``[B, O]``.
+
+    The outputs are standardised rewards, followed by their log-variances where the objective asks for them.
 
     Each frame is judged by itself and the judgements are averaged: most video metrics are means over frames, and F
     views of one label teach more than their mean does.
@@ -22,15 +24,15 @@ class BilinearHead(nn.Module):
     the latents show what the prompt names, which a sum of the two cannot express.
     """
 
-    def __init__(self, num_features: int, prompt_width: int, width: int, num_rewards: int) -> None:
+    def __init__(self, num_features: int, prompt_width: int, width: int, num_outputs: int) -> None:
         super().__init__()
         self.features = nn.Linear(num_features, width)
         self.prompt = nn.Linear(prompt_width, width) if prompt_width else None
         self.hidden = nn.Linear(2 * width if prompt_width else width, width)
-        self.output = nn.Linear(width, num_rewards)
+        self.output = nn.Linear(width, num_outputs)
 
     def forward(self, features: Tensor, prompt: Tensor | None) -> Tensor:
-        """Return ``[B, R]``."""
+        """Return ``[B, O]``."""
         hidden = self.features(features)
         if self.prompt is not None:
             hidden = torch.cat([hidden, hidden * self.prompt(prompt)[:, None]], dim=2)
@@ -66,7 +68,7 @@ class ConvMember(nn.Module):
     Args:
         latent_shape: ``(C, F, H, W)``.
         prompts: how prompts are read.
-        num_rewards: R.
+        num_outputs: O, see :func:`latent_rewards.proxies.objectives.num_outputs`.
         width: channels and hidden units.
         depth: blocks.
         make_trunk: see :data:`latent_rewards.proxies.trunks.Builder`.
@@ -77,7 +79,7 @@ class ConvMember(nn.Module):
         self,
         latent_shape: tuple[int, ...],
         prompts: PromptFeatures,
-        num_rewards: int,
+        num_outputs: int,
         *,
         width: int,
         depth: int,
@@ -95,7 +97,7 @@ class ConvMember(nn.Module):
         condition_width = prompt_width + (width if timed else 0)
         self.trunk = make_trunk(latent_shape, width, depth, condition_width)
         num_features = cast(int, self.trunk.num_features)
-        self.head = BilinearHead(num_features, condition_width, width, num_rewards)
+        self.head = BilinearHead(num_features, condition_width, width, num_outputs)
 
     def features(
         self, latents: Tensor, prompt_features: Tensor | None, t: Tensor | None = None
@@ -108,7 +110,7 @@ class ConvMember(nn.Module):
         return self.trunk(latents, condition), condition
 
     def forward(self, latents: Tensor, prompt_features: Tensor | None, t: Tensor | None = None) -> Tensor:
-        """Return standardised rewards ``[B, R]`` of what the trunk reads, e.g. normalised latents ``[B, C, F, H, W]``.
+        """Return outputs ``[B, O]`` of what the trunk reads, e.g. normalised latents ``[B, C, F, H, W]``.
 
         A timed member needs t ``[B]``.
         """

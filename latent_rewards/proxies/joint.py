@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latent_rewards.proxies.ensemble import Batch, Reader, _BestWeights, bucketed_batches, train_member
+from latent_rewards.proxies.ensemble import Batch, Reader, _BestWeights, train_member
+from latent_rewards.proxies.objectives import Loss, regression_loss
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.training.randomness import generator
 
@@ -25,7 +26,7 @@ _JUDGED_ROWS = 1024
 
 
 class JointMember(nn.Module):
-    """All members of a proxy as one network: ``[B, M R]``, the members' outputs side by side.
+    """All members of a proxy as one network: ``[B, M O]``, the members' outputs side by side.
 
     Args:
         proxy: one with a backbone; its members and adapters become this module's parameters, its backbone does not.
@@ -40,7 +41,7 @@ class JointMember(nn.Module):
         self._inputs = proxy.member_inputs
 
     def forward(self, latents: Tensor, prompt_features: Tensor | None, *level: Tensor) -> Tensor:
-        """Return ``[B, M R]`` for normalised latents, read prompts and, of a noisy proxy, t ``[B]``."""
+        """Return ``[B, M O]`` for normalised latents, read prompts and, of a noisy proxy, t ``[B]``."""
         inputs = self._inputs(latents, prompt_features, *level)
         return torch.cat([member(*inputs) for member in self.members], dim=1)
 
@@ -79,6 +80,17 @@ class JointReader:
         if self._counted is not None:
             repeated = repeated.masked_fill(~self._counted[indices].to(targets.device)[..., None], math.nan)
         return repeated.flatten(1)
+
+
+def joint_loss(proxy: RewardProxy) -> Loss:
+    """Return the loss of the config's objective on the outputs ``[B, M O]`` and targets ``[B, M R]`` of all members."""
+    loss = regression_loss(proxy.config.objective, proxy.config.huber_delta)
+    number = len(proxy.members)
+
+    def joint(outputs: Tensor, targets: Tensor) -> Tensor:
+        return loss(*(values.unflatten(1, (number, -1)).flatten(0, 1) for values in (outputs, targets)))
+
+    return joint
 
 
 def left_out(folds: Tensor, num_members: int, adapters: bool) -> tuple[Tensor, Tensor]:
@@ -126,9 +138,9 @@ def fit_jointly(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Ten
     count = config.updates(len(training))
     with tqdm(total=count, desc="proxy", disable=not config.progress, dynamic_ncols=True) as bar:
         judge = cast(Reader, JointReader(reader, counted[1], number))
-        keeper = _BestWeights(joint, judge, rows, config.patience, count, bar)
+        keeper = _BestWeights(joint, judge, rows, config.patience, count, bar, joint_loss(proxy))
         source = generator(config.seed, "proxy/batches", 0, 0)
-        batches = bucketed_batches(used, reader.samples.buckets(used), config.batch_size, count, source)
+        batches = reader.batches(used, config.batch_size, count, source)
         _train(joint, JointReader(reader, counted[0], number).noised(source), batches, proxy, source, keeper)
         keeper.restore()
 
@@ -178,4 +190,5 @@ def _train(
         stop=stop,
         input_noise=proxy.config.input_noise,
         source=source,
+        loss=joint_loss(proxy),
     )

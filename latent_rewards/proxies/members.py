@@ -12,6 +12,7 @@ from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.features import latent_statistics, linear_features
 from latent_rewards.proxies.heads import ConvMember
 from latent_rewards.proxies.linear import LinearMember
+from latent_rewards.proxies.objectives import num_outputs, split_outputs
 from latent_rewards.proxies.text import PromptFeatures, real_tokens
 from latent_rewards.proxies.trunks import AUTO, trunk_kind
 from latent_rewards.proxies.trunks.backbone import VideoBackbone
@@ -67,7 +68,7 @@ def make_members(
         ConvMember(
             latent_shape,
             prompts,
-            num_rewards,
+            num_outputs(config.objective, num_rewards),
             width=config.width,
             depth=config.depth,
             make_trunk=cast(Any, build),
@@ -97,11 +98,25 @@ def member_inputs(
     return features, prompt_features, *level
 
 
-def combine(members: nn.ModuleList, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """Return mean and variance ``[B, R]`` of the members' outputs."""
-    outputs = torch.stack([member(*inputs) for member in members])
-    mean = outputs.mean(dim=0)
-    return mean, (outputs - mean).square().sum(dim=0) / max(1, len(members) - 1)
+def outputs_of(proxy: RewardProxy, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
+    """Return every member's means ``[M, B, R]``, and the mean ``[B, R]`` of the variances they predict, if any."""
+    outputs = torch.stack([member(*inputs) for member in proxy.members])
+    means, log_variances = split_outputs(outputs, len(proxy.reward_names))
+    return means, None if log_variances is None else log_variances.exp().mean(dim=0)
+
+
+def combine(proxy: RewardProxy, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Return mean and variance ``[B, R]`` of the members' outputs.
+
+    With the "gaussian" objective the variance is that of the members' mixture (Lakshminarayanan et al. 2017): their
+    disagreement plus the mean of the variances they predict.
+    """
+    means, predicted = outputs_of(proxy, inputs)
+    mean = means.mean(dim=0)
+    variance = (means - mean).square().sum(dim=0) / max(1, len(means) - 1)
+    if predicted is not None and proxy.config.objective == "gaussian":
+        variance = variance + predicted
+    return mean, variance
 
 
 def describe(member: nn.Module, latents: Tensor, inputs: tuple[Any, ...]) -> Tensor:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from latent_rewards.contracts import ConfigError, DataError, FingerprintMismatchError
 from latent_rewards.proxies.calibration import LEVEL, Z_LEVEL
+from latent_rewards.proxies.held import Held
 from latent_rewards.training.randomness import sample_noise, sample_uniform
 
 Schedule = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -72,16 +71,6 @@ def probe_schedule(schedule: Schedule) -> list[list[float]]:
     return values.tolist()
 
 
-@dataclass(frozen=True)
-class _Held:
-    """Keeps a schedule that is a module out of the state and of copies of the proxy."""
-
-    schedule: Schedule | None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Held:
-        return self
-
-
 class NoiseLevels(nn.Module):
     """The range of t that a proxy reads, the schedule it was trained with, and the correction of its deviation.
 
@@ -117,7 +106,7 @@ class NoiseLevels(nn.Module):
                 f"the proxy was trained with a schedule whose (alpha, sigma) are {self.probed} at nine times from 0 to "
                 f"1; the one given has {probed}: pass the same schedule"
             )
-        self._held = _Held(None if differs else schedule or rectified_flow)
+        self._held = Held(None if differs else schedule or rectified_flow)
         self.register_buffer("levels", torch.linspace(*bounds, NUM_LEVELS))
         self.register_buffer("factors", torch.ones(NUM_LEVELS, num_rewards))
 
@@ -143,14 +132,14 @@ class NoiseLevels(nn.Module):
         Raises:
             DataError: the proxy was loaded without the schedule it was trained with.
         """
-        if self._held.schedule is None:
+        if self._held.value is None:
             raise DataError(
                 "this proxy was trained with another schedule than rectified flow, which is not stored; pass it: "
                 "RewardProxy.from_pretrained(path, schedule=...)"
             )
         alpha, sigma = (
             torch.as_tensor(value).to(latents).expand(len(latents)).view(-1, 1, 1, 1, 1)
-            for value in self._held.schedule(t)
+            for value in self._held.value(t)
         )
         return alpha * latents + sigma * noise.to(latents)
 

@@ -77,7 +77,7 @@ def predict(
         read = None if features is None else features[rows.to(features.device)]
         level = [values[rows.to(values.device)] for values in levels]
         inputs = proxy.member_inputs(normalised, read, *level)
-        mean, variance = combine(proxy.members, inputs)
+        mean, variance = combine(proxy, inputs)
         means.append(proxy.correct(mean) * proxy.reward_std + proxy.reward_mean)
         stds.append(proxy.deviation(variance, *level) * proxy.reward_std)
         scores.append(_ood(proxy, describe(proxy.members[0], normalised, inputs), variance))

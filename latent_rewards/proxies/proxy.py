@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from latent_rewards.contracts import FingerprintMismatchError, Reward
+from latent_rewards.contracts import Reward
 from latent_rewards.dataset import RewardDataset
+from latent_rewards.proxies import members
 from latent_rewards.proxies.buckets import check_readable
 from latent_rewards.proxies.calibration import Calibration
 from latent_rewards.proxies.config import ProxyConfig
+from latent_rewards.proxies.fingerprints import check_latent_space, check_metrics
+from latent_rewards.proxies.held import Held
 from latent_rewards.proxies.heldout import HeldOut
 from latent_rewards.proxies.isotonic import MonotoneMap
-from latent_rewards.proxies.members import combine, describe, description_size, make_members, make_shared, member_inputs
+from latent_rewards.proxies.judgement import Judgement
 from latent_rewards.proxies.noise import NoiseLevels, Schedule, read_level
+from latent_rewards.proxies.objectives import PREFERENCE_OBJECTIVES
 from latent_rewards.proxies.ood import DistanceQuantile, OodScore
 from latent_rewards.proxies.prediction import ProxyPrediction, predict
 from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
 from latent_rewards.proxies.trunks import trunk_kind
 from latent_rewards.proxies.trunks.backbone import VideoBackbone
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """Holds a prompt encoder, so that one that is a module is neither stored nor copied with the proxy."""
-
-    encode: PromptEncoder | None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
-        return self
 
 
 class RewardProxy(nn.Module):
@@ -97,7 +90,7 @@ class RewardProxy(nn.Module):
         self.report = report or {}
         self.selection: dict[str, Any] = {}
         self.heldout: HeldOut | None = None
-        self._encoder = _Shared(encode)
+        self._encoder = Held(encode)
         channels, num_rewards = self.latent_shape[0], len(self.reward_names)
         self.register_buffer("latent_mean", torch.zeros(channels, 1, 1, 1))
         self.register_buffer("latent_std", torch.ones(channels, 1, 1, 1))
@@ -108,11 +101,14 @@ class RewardProxy(nn.Module):
         self.noise: NoiseLevels | None = None
         if config.noise_levels is not None:
             self.noise = NoiseLevels(config.noise_levels, num_rewards, schedule, schedule_probe)
-        self.shared = make_shared(config, backbone, self.latent_shape, prompt_features)
-        self.members = nn.ModuleList(make_members(config, self.latent_shape, prompt_features, num_rewards, self.shared))
+        self.shared = members.make_shared(config, backbone, self.latent_shape, prompt_features)
+        self.members = nn.ModuleList(
+            members.make_members(config, self.latent_shape, prompt_features, num_rewards, self.shared)
+        )
         self.calibration = Calibration(num_rewards)
+        self.judgement = Judgement(config.objective) if config.objective in PREFERENCE_OBJECTIVES else None
         self.monotone = MonotoneMap(num_rewards) if config.calibrate_mean == "isotonic" else None
-        self.distance = DistanceQuantile(description_size(self.members[0], channels))
+        self.distance = DistanceQuantile(members.description_size(self.members[0], channels))
         self.ood_score = OodScore()
         if self.is_linear:
             self.double()
@@ -149,7 +145,7 @@ class RewardProxy(nn.Module):
         Raises:
             DataError: see :class:`latent_rewards.proxies.text.PromptFeatures`.
         """
-        return self.prompt_features(prompts, count, self._encoder.encode)
+        return self.prompt_features(prompts, count, self._encoder.value)
 
     def read_prompts(self, prompts: Prompts | None, count: int) -> Tensor | None:
         """Return prompt features as the members read them, or None for a proxy without prompts; padding stays zero.
@@ -168,16 +164,22 @@ class RewardProxy(nn.Module):
 
     def member_inputs(self, latents: Tensor, prompt_features: Tensor | None, *level: Tensor) -> tuple[Any, ...]:
         """Return what the members take; see :func:`latent_rewards.proxies.members.member_inputs`."""
-        return member_inputs(self, latents, prompt_features, *level)
+        return members.member_inputs(self, latents, prompt_features, *level)
 
     def ensemble(self, latents: Tensor, prompt_features: Tensor | None, *level: Tensor) -> tuple[Tensor, Tensor]:
         """Return the members' mean and variance ``[B, R]``, standardised, of normalised latents and read prompts."""
-        return combine(self.members, self.member_inputs(latents, prompt_features, *level))
+        return members.combine(self, self.member_inputs(latents, prompt_features, *level))
+
+    def member_outputs(
+        self, latents: Tensor, prompt_features: Tensor | None, *level: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return each member's means and what they predict of variance; see :func:`~.members.outputs_of`."""
+        return members.outputs_of(self, self.member_inputs(latents, prompt_features, *level))
 
     def distance_features(self, latents: Tensor, prompt_features: Tensor | None, *level: Tensor) -> Tensor:
         """Return what :attr:`distance` looks at: latent statistics and the first member's trunk features."""
         inputs = self.member_inputs(latents, prompt_features, *level)
-        return describe(self.members[0], latents, inputs)
+        return members.describe(self.members[0], latents, inputs)
 
     def correct(self, mean: Tensor) -> Tensor:
         """Return standardised means ``[B, R]`` as the isotonic map, if there is one, corrects them."""
@@ -258,17 +260,34 @@ class RewardProxy(nn.Module):
         """
         return predict(self, latents, prompts, t)
 
+    def compare(
+        self, first: Tensor, second: Tensor, prompts: Prompts | None = None, *, noise: Tensor | None = None
+    ) -> Tensor:
+        """Return how likely each outcome is when two samples are compared, for a proxy of preferences; differentiable.
+
+        Args:
+            first: ``[B, C, F, H, W]``.
+            second: of the same shape.
+            prompts: B, shared by both samples.
+            noise: ``[B, 2]`` noise levels of both, for "thurstone" fitted with ``Preferences(noise=...)``; None: 0.
+
+        Returns:
+            ``[B, 3]`` probabilities: the first is better, a tie, the second is better.
+
+        Raises:
+            DataError: the proxy was trained on scores, or see :meth:`forward`.
+        """
+        from latent_rewards.proxies.duels import compare
+
+        return compare(self, first, second, prompts, noise)
+
     def check_latent_space(self, fingerprint: str | None) -> None:
         """Raise unless the proxy was trained in the latent space ``fingerprint``; an unknown one is not judged.
 
         Raises:
             FingerprintMismatchError: the two differ; the message names both.
         """
-        if None not in (self.latent_space, fingerprint) and self.latent_space != fingerprint:
-            raise FingerprintMismatchError(
-                f"the proxy was trained in latent space {self.latent_space!r} and is used with {fingerprint!r}; train "
-                "a proxy on latents of that codec"
-            )
+        check_latent_space(self.latent_space, fingerprint)
 
     def check_metrics(self, fingerprints: Mapping[str, str]) -> None:
         """Raise unless the metrics the proxy knows have these fingerprints; unknown ones are not judged.
@@ -276,12 +295,7 @@ class RewardProxy(nn.Module):
         Raises:
             FingerprintMismatchError: one differs; the message names both.
         """
-        for name, mine in self.metric_fingerprints.items():
-            if fingerprints.get(name, mine) != mine:
-                raise FingerprintMismatchError(
-                    f"reward {name!r}: the proxy was trained on metric {mine!r} and is used with "
-                    f"{fingerprints[name]!r}; collect and train with one of the two"
-                )
+        check_metrics(self.metric_fingerprints, fingerprints)
 
     def acquire(
         self,
@@ -343,18 +357,11 @@ class RewardProxy(nn.Module):
 
         save_proxy(self, path)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Reward proxy",
-    ) -> str:
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # noqa: ANN401 - those of push_proxy
         """Upload the proxy, return the commit's URL; see :func:`latent_rewards.proxies.artefact.push_proxy`."""
         from latent_rewards.proxies.artefact import push_proxy
 
-        return push_proxy(self, repo_id, private=private, token=token, commit_message=commit_message)
+        return push_proxy(self, repo_id, **options)
 
     @classmethod
     def from_pretrained(

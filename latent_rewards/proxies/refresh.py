@@ -20,6 +20,7 @@ from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.ensemble import Reader, shuffled_batches, train_member
 from latent_rewards.proxies.fit import fit_linear, settle
 from latent_rewards.proxies.joint import continue_jointly
+from latent_rewards.proxies.objectives import PREFERENCE_OBJECTIVES, regression_loss
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.report import accuracy
 from latent_rewards.proxies.samples import Rewards, Samples, concatenate_samples, gather_samples
@@ -77,12 +78,17 @@ def update_proxy(
         DataError: other reward names or latent shape, missing prompts, fewer than 8 fresh samples, or ages that are not
             one per replayed sample.
         FingerprintMismatchError: fresh or replayed samples belong to another latent space or metric.
-        ConfigError: ``num_updates`` is negative, ``num_random`` is not in [1, N], or ages come without half life or
-            the other way round.
+        ConfigError: ``num_updates`` is negative, ``num_random`` is not in [1, N], ages come without half life or the
+            other way round, or the proxy was trained on preferences.
     """
     count = DEFAULT_UPDATES if num_updates is None else num_updates
     if count < 0:
         raise ConfigError(f"num_updates must not be negative; got {count}")
+    if proxy.config.objective in PREFERENCE_OBJECTIVES:
+        raise ConfigError(
+            f"a proxy of preferences ({proxy.config.objective!r}) cannot be updated with scores, which have another "
+            "unit; train a new one on the old and the new pairs"
+        )
     if (replay_ages is None) != (half_life is None):
         raise ConfigError("replay_ages and half_life belong together; pass both, or neither to replay all alike")
     fresh = _matching(
@@ -143,6 +149,7 @@ def _train(proxy: RewardProxy, reader: Reader, fresh: Tensor, old: Tensor, count
             stop=lambda number: False,
             input_noise=config.input_noise,
             source=source,
+            loss=regression_loss(config.objective, config.huber_delta),
         )
 
 

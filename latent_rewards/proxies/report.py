@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latent_rewards.proxies.heldout import HeldOut
 from latent_rewards.proxies.honesty import honesty
+from latent_rewards.proxies.preference_report import preference_rows
 
 
 def spearman(predicted: Tensor, target: Tensor) -> float:
@@ -106,7 +107,14 @@ def honesty_rows(entry: Mapping[str, Any]) -> list[tuple[str, list[float | None]
 
 
 def format_report(report: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a report as text: accuracy, one line per reward; then, where known, honesty and learning curves."""
+    """Return a report as text: accuracy, one line per reward; then, where known, honesty and learning curves.
+
+    Preferences have a table of their own.
+    """
+    preferences = {name: entry for name, entry in report.items() if "log_loss" in entry}
+    if preferences:
+        scores = {name: entry for name, entry in report.items() if name not in preferences}
+        return _aligned(preference_rows(preferences)) + (f"\n\n{format_report(scores)}" if scores else "")
     rows = [["reward", "spearman", "(ridge)", "r2", "(ridge)", "mae", "90% covers", "train", "held out"]]
     honest = [["reward", "predictor", *HONESTY_COLUMNS.values()]]
     curves = []

@@ -16,8 +16,8 @@ from latent_rewards.training.randomness import derive_seed, generator
 
 _IN_MEMORY_BYTES = 2**30
 _CHUNK = 256
-_MIN_GROUPS = 10
-_MIN_HELDOUT = 5
+MIN_GROUPS = 10
+MIN_HELDOUT = 5
 
 Rewards = Tensor | Mapping[str, Tensor]
 """``[N]``, ``[N, R]`` or ``{name: [N]}``."""
@@ -188,7 +188,7 @@ def prompt_ids(prompts: Prompts | None) -> Tensor | None:
 def group_ids(prompts: Prompts | None, count: int) -> Tensor | None:
     """Return int64 ``[N]`` ids of equal prompts, or None where prompts do not repeat or are fewer than 10 distinct."""
     ids = prompt_ids(prompts)
-    return ids if ids is not None and _MIN_GROUPS <= int(ids.max()) + 1 < count else None
+    return ids if ids is not None and MIN_GROUPS <= int(ids.max()) + 1 < count else None
 
 
 def split_samples(samples: Samples, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ def split_samples(samples: Samples, fraction: float, seed: int) -> tuple[Tensor,
     groups = group_ids(samples.prompts, len(samples))
     if groups is None:
         order = torch.randperm(len(samples), generator=generator(seed, "proxy/split", 0))
-        size = max(_MIN_HELDOUT, round(fraction * len(samples)))
+        size = max(MIN_HELDOUT, round(fraction * len(samples)))
         heldout, training = order[:size].sort().values, order[size:].sort().values
     else:
         from sklearn.model_selection import GroupShuffleSplit
@@ -213,7 +213,7 @@ def split_samples(samples: Samples, fraction: float, seed: int) -> tuple[Tensor,
     for part, indices in (("training", training), ("held-out", heldout)):
         for name, values in zip(samples.reward_names, samples.rewards[indices].T, strict=True):
             known = values[~values.isnan()]
-            if len(known) < _MIN_HELDOUT or float(known.max() - known.min()) == 0:
+            if len(known) < MIN_HELDOUT or float(known.max() - known.min()) == 0:
                 raise DataError(
                     f"reward {name!r} has {len(known)} values, {len(known.unique())} of them distinct, in the {part} "
                     "part; collect more samples, use more prompts, or change holdout_fraction or seed"

@@ -35,14 +35,14 @@ def applicable(config: ProxyConfig, has_backbone: bool, num_shapes: int = 1) -> 
     """Return the registered trunks that can be tried, cheapest first.
 
     Those that need a backbone are left out where there is none, those that know no time where latents are noisy, and
-    ridge regressions on latents where these have several shapes.
+    ridge regressions on latents where these have several shapes, and all of them for another objective than theirs.
     """
     kinds = [trunk_kind(name) for name in list_trunks()]
     return tuple(
         kind.name
         for kind in kinds
         if (has_backbone or not kind.needs_backbone)
-        and not (kind.closed_form and config.noise_levels is not None)
+        and not (kind.closed_form and (config.noise_levels is not None or config.objective != "mse"))
         and not (kind.closed_form and not kind.needs_backbone and num_shapes > 1)
     )
 

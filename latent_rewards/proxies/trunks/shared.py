@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from latent_rewards.contracts import FingerprintMismatchError
+from latent_rewards.proxies.held import Held
 from latent_rewards.proxies.text import PromptFeatures
 from latent_rewards.proxies.trunks.backbone import VideoBackbone
-
-
-@dataclass(frozen=True)
-class _Held:
-    """Keeps the backbone out of the state and of copies of the proxy."""
-
-    backbone: VideoBackbone
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Held:
-        return self
 
 
 class SharedTrunk(nn.Module):
@@ -47,7 +35,7 @@ class SharedTrunk(nn.Module):
     ) -> None:
         super().__init__()
         backbone.check(latent_shape)
-        self._held = _Held(backbone)
+        self._held = Held(backbone)
         self._reads_prompts = prompts.kind == "tokens" and prompts.dim == backbone.text_dim
         self.num_features = 2 * backbone.width
         self.register_buffer("feature_mean", torch.zeros(self.num_features))
@@ -65,7 +53,7 @@ class SharedTrunk(nn.Module):
     @property
     def fingerprint(self) -> str:
         """The backbone's fingerprint."""
-        return self._held.backbone.fingerprint
+        return self._held.value.fingerprint
 
     def forward(self, latents: Tensor, tokens: Tensor | None, t: Tensor | None = None) -> Tensor:
         """Return ``[B, F', K]``.
@@ -78,7 +66,7 @@ class SharedTrunk(nn.Module):
         t = latents.new_zeros(len(latents)) if t is None else t
         weights = {self._names[key]: value for key, value in self.adapters.items()}
         tokens = tokens if self._reads_prompts else None
-        features = self._held.backbone.features(latents, tokens, t, weights)
+        features = self._held.value.features(latents, tokens, t, weights)
         return (features - self.feature_mean) / self.feature_std
 
     @torch.no_grad()
