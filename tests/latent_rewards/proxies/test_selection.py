@@ -127,6 +127,6 @@ def test_candidates_share_what_an_encoder_said_and_the_proxy_keeps_the_encoder_i
     asked.clear()
     latents = world[0](64, 0)
     proxy = train_proxy(latents, latents[:, 0].mean(dim=(1, 2, 3)), ["a", "bb"] * 32, config="auto", encode=encode)
-    assert proxy._encoder.encode is encode
+    assert proxy._encoder.value is encode
     # A prompt to see the kind, and all of them to read them: once while choosing, once for the proxy that is kept.
     assert asked.count(["a", "bb"]) == 2 and asked.count(["a"]) == 2

@@ -47,7 +47,7 @@ def test_the_backbone_is_neither_copied_nor_stored_and_adapters_are(backbone):
     plain = backbone.features(LATENTS, None, torch.zeros(6))
     torch.testing.assert_close(shared(LATENTS, None), plain)
     copied = copy.deepcopy(shared)
-    assert copied._held.backbone is backbone
+    assert copied._held.value is backbone
     with torch.no_grad():
         for value in copied.adapters.values():
             value.add_(0.1)
