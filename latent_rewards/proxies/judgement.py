@@ -91,8 +91,8 @@ class Judgement(nn.Module):
     def rescale(self, log_factor: float) -> None:
         """Express the parameters in scores that ``e^log_factor`` has multiplied; a model with no scale is unchanged."""
         if self.objective == "thurstone":
-            self.log_tie += log_factor
-            self.log_noise += 2 * log_factor
+            self.log_tie.add_(log_factor)
+            self.log_noise.add_(2 * log_factor)
 
 
 class Judge(nn.Module):
@@ -162,7 +162,7 @@ def calibrate(judgement: Judgement, duels: Duels) -> float:
         return posterior
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        optimizer.step(closure)
     with torch.no_grad():
         for mine, found in zip(judgement.parameters(), fitted.parameters(), strict=True):
             mine.copy_(found)

@@ -60,9 +60,7 @@ def test_gradients_are_those_of_finite_differences():
     difference = DIFFERENCE[5:36:3].clone().requires_grad_()
     log_tie, log_variance = NU.log().requires_grad_(), torch.linspace(-1, 1, 11, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(bradley_terry, (difference, log_tie))
-    assert torch.autograd.gradcheck(
-        lambda d, v, t: thurstone(d, v.exp(), t.exp()), (difference, log_variance, log_tie)
-    )
+    assert torch.autograd.gradcheck(lambda d, v, t: thurstone(d, v.exp(), t.exp()), (difference, log_variance, log_tie))
 
 
 def test_the_variance_of_a_judgement_is_the_sum_over_both_samples():
