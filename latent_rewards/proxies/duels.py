@@ -5,12 +5,15 @@ there are at least ten and samples otherwise; linked things stay in one part. Wh
 compared across each other) the things are divided and the pairs that would join the two parts are left out, with a
 warning that says how many.
 
-Each member is shifted to a mean score of 0 over the training samples, and with Thurstone's model scaled to a mean
-judgement variance ``V_1 + V_2`` of 1; their mean is then scaled by what makes it right on held-out pairs
-(:func:`latent_rewards.proxies.judgement.calibrate`). A difference of 1 means odds of e : 1 (Bradley-Terry) or, between
-samples of typical variance and without ties, a win with probability Phi(1) = 0.84 (Thurstone). ``std`` is the members'
-disagreement in that unit: nobody knows true scores to calibrate it by, and it includes what pairs cannot tell, a shift
-of all scores of a prompt.
+Each member is shifted to a mean score of 0 over the training samples, and with Thurstone's model scaled to a variance
+V of 1/2, geometric mean over the training samples, so that two typical ones have ``V_1 + V_2 = 1``. The mean of the
+members is then scaled by what makes its probabilities right on held-out pairs
+(:func:`latent_rewards.proxies.judgement.calibrate`). So a difference of 1 means that the proxy is sure to odds of e : 1
+(Bradley-Terry) or, between typical samples and without ties, to Phi(1) = 0.84 (Thurstone). A proxy that has learned
+little scales its scores down, as a regression shrinks to the mean.
+
+``std`` is the members' disagreement in that unit: nobody knows true scores to calibrate it by, and it includes what
+pairs cannot tell, a shift of all scores of a prompt.
 """
 
 from __future__ import annotations
@@ -202,7 +205,7 @@ def _fit_judges(proxy: RewardProxy, duels: DuelReader, training: Tensor, folds: 
             scores, log_variance = split_outputs(duels.samples.map(judge.member, rows), 1)
             output.bias[0] -= scores.mean()
             if log_variance is not None:
-                log_sigma = 0.5 * float((2 * log_variance.exp().mean()).log())
+                log_sigma = 0.5 * (math.log(2) + float(log_variance.mean()))
                 output.weight[0] *= math.exp(-log_sigma)
                 output.bias[0] *= math.exp(-log_sigma)
                 output.bias[1] -= 2 * log_sigma
