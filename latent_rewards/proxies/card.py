@@ -99,6 +99,12 @@ def _report(proxy: RewardProxy) -> list[str]:
         rows += [[f"`{name}`", kind, *map(_number, values)] for kind, values in honesty_rows(entry)]
     parts.append(_table(["reward", "predictor", *HONESTY_COLUMNS.values()], rows))
     for name, entry in proxy.report.items():
+        if "log_loss" in entry:
+            parts.append(
+                f"`{name}`: {entry['num_train']} training and {entry['num_holdout']} held-out pairs; log-loss "
+                f"{_number(entry['log_loss'])} nats a pair, a constant's {_number(entry['constant']['log_loss'])}."
+            )
+            continue
         low, high = entry.get("coverage_interval") or (None, None)
         parts.append(
             f"`{name}`: {entry['num_train']} training and {entry['num_holdout']} held-out labels; prompts resampled, "

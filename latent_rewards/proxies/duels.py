@@ -29,7 +29,7 @@ from torch import Tensor
 from latent_rewards.contracts import DataError
 from latent_rewards.proxies.ensemble import Batch, Reader, fit_members, shuffled_batches
 from latent_rewards.proxies.features import linear_features
-from latent_rewards.proxies.heads import ConvMember
+from latent_rewards.proxies.heads import NetworkMember
 from latent_rewards.proxies.judgement import Duels, Judge, Judgement, calibrate, crossfit_log_probabilities
 from latent_rewards.proxies.linear import LinearMember
 from latent_rewards.proxies.logistic import fit_logistic
@@ -201,7 +201,7 @@ def _fit_judges(proxy: RewardProxy, duels: DuelReader, training: Tensor, folds: 
     rows = seen[order[:_CENTRE_ROWS]].sort().values
     with torch.no_grad():
         for judge in judges:
-            output = cast(ConvMember, judge.member).head.output
+            output = cast(NetworkMember, judge.member).head.output
             scores, log_variance = split_outputs(duels.samples.map(judge.member, rows), 1)
             output.bias[0] -= scores.mean()
             if log_variance is not None:

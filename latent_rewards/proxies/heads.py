@@ -59,7 +59,7 @@ class TokenAttention(nn.Module):
         return torch.einsum("blh,blhd->bhd", weights, values).flatten(1)
 
 
-class ConvMember(nn.Module):
+class NetworkMember(nn.Module):
     """One network of an ensemble: prompt embedding, time embedding if there is a time, trunk, bilinear head.
 
     The embedding of the prompt features is linear. With a nonlinear one the network learns prompts by heart: on

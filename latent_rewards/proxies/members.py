@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from latent_rewards.contracts import ConfigError
 from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.features import latent_statistics, linear_features
-from latent_rewards.proxies.heads import ConvMember
+from latent_rewards.proxies.heads import NetworkMember
 from latent_rewards.proxies.linear import LinearMember
 from latent_rewards.proxies.objectives import num_outputs, split_outputs
 from latent_rewards.proxies.text import PromptFeatures, real_tokens
@@ -65,7 +65,7 @@ def make_members(
             return PassThrough(num_features)
 
     return [
-        ConvMember(
+        NetworkMember(
             latent_shape,
             prompts,
             num_outputs(config.objective, num_rewards),
@@ -124,12 +124,12 @@ def describe(member: nn.Module, latents: Tensor, inputs: tuple[Any, ...]) -> Ten
     statistics = latent_statistics(latents)
     if isinstance(member, LinearMember):
         return statistics
-    features, _ = cast(ConvMember, member).features(*inputs)
+    features, _ = cast(NetworkMember, member).features(*inputs)
     return torch.cat([statistics, features.mean(dim=1)], dim=1)
 
 
 def description_size(member: nn.Module, channels: int) -> int:
     """Return K of :func:`describe`."""
     return 3 * channels + (
-        0 if isinstance(member, LinearMember) else cast(int, cast(ConvMember, member).trunk.num_features)
+        0 if isinstance(member, LinearMember) else cast(int, cast(NetworkMember, member).trunk.num_features)
     )

@@ -3,10 +3,11 @@
 import math
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from latent_rewards.proxies import ProxyConfig, RewardProxy, train_proxy
+from latent_rewards.proxies import Preferences, ProxyConfig, RewardProxy, train_proxy
 from latent_rewards.proxies.card import model_card
 from latent_rewards.proxies.text import PromptFeatures
 
@@ -55,3 +56,17 @@ def test_what_is_not_known_is_no_metric(proxy):
     changed = RewardProxy(proxy.config, proxy.latent_shape, ("curve",), proxy.prompt_features, report={"curve": entry})
     names = [result.metric_type for result in ModelCard(model_card(changed)).data.eval_results]
     assert "spearman" not in names and "r2" in names
+
+
+def test_a_card_of_preferences_counts_pairs(world, quick):
+    draw, curved = world
+    latents = draw(120, 0)
+    scores = curved(latents)
+    first, second = torch.arange(0, 120, 2), torch.arange(1, 120, 2)
+    judged = Preferences(first, second, (scores[first] > scores[second]).double())
+    proxy = train_proxy(latents, judged, config=quick(objective="bradley_terry", num_updates=5, ensemble_size=2))
+    entry = proxy.report["preference"]
+    card = model_card(proxy)
+    counted = f"{entry['num_train']} training and {entry['num_holdout']} held-out pairs"
+    assert f"{counted}; log-loss {entry['log_loss']:.4g} nats a pair, a constant's 0.6931" in card
+    assert "interval covers" not in card

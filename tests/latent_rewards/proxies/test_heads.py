@@ -2,7 +2,7 @@
 
 import torch
 
-from latent_rewards.proxies.heads import BilinearHead, ConvMember, TokenAttention
+from latent_rewards.proxies.heads import BilinearHead, NetworkMember, TokenAttention
 from latent_rewards.proxies.text import PromptFeatures
 
 
@@ -20,7 +20,7 @@ def test_a_prompt_can_change_the_sign_of_a_feature():
 
 
 def test_a_member_without_prompts_ignores_them():
-    member = ConvMember((2, 2, 4, 4), PromptFeatures("none", 0), 1, width=8, depth=1)
+    member = NetworkMember((2, 2, 4, 4), PromptFeatures("none", 0), 1, width=8, depth=1)
     latents = torch.randn(3, 2, 2, 4, 4)
     assert member(latents, None).shape == (3, 1)
     assert member.embedding is None and member.head.prompt is None
