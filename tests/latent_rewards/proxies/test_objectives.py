@@ -65,6 +65,9 @@ def test_half_precision_outputs_are_judged_in_float32():
         value = regression_loss(objective, 1.0)(chosen, target)
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, regression_loss(objective, 1.0)(chosen.float(), target), rtol=0, atol=0)
+        half = target.bfloat16()
+        exact = regression_loss(objective, 1.0)(chosen.double(), half.double())
+        assert float(regression_loss(objective, 1.0)(chosen, half)) == pytest.approx(exact.item(), rel=1e-5)
     assert masked_error(draw(3, 1), draw(3, 1)).dtype == torch.float64
 
 
@@ -101,14 +104,14 @@ def noisy_world(latents, seed):
 
 def test_the_gaussian_objective_finds_the_noise_of_each_sample_and_the_mse_cannot(world, quick):
     draw_latents, _ = world
-    latents, fresh = draw_latents(1200, 0), draw_latents(800, 1)
+    latents, fresh = draw_latents(1500, 0), draw_latents(800, 1)
     rewards, _ = noisy_world(latents, 2)
     target, std = noisy_world(fresh, 3)
     quiet, loud = (std < std.quantile(q) for q in (0.33, 0.67))
     loud = ~loud
     found, coverage = {}, {}
     for objective in ("gaussian", "mse"):
-        proxy = train_proxy(latents, rewards, config=quick(objective=objective, num_updates=120))
+        proxy = train_proxy(latents, rewards, config=quick(objective=objective, num_updates=150))
         prediction = proxy.predict(fresh)
         torch.testing.assert_close(proxy(fresh), prediction.mean["reward"])
         found[objective] = prediction.std["reward"]
@@ -116,9 +119,9 @@ def test_the_gaussian_objective_finds_the_noise_of_each_sample_and_the_mse_canno
         coverage[objective] = [float(inside[rows].float().mean()) for rows in (quiet, loud)]
     assert spearman(found["gaussian"], std) > 0.9 > 0.5 > spearman(found["mse"], std)
     ratio = (found["gaussian"] / std).log()
-    assert abs(float(ratio.mean())) < 0.2 and float(ratio.std()) < 0.3
+    assert abs(float(ratio.mean())) < 0.2 and float(ratio.std()) < 0.35
     assert float((found["mse"] / std).log().std()) > 0.5
-    # 264 samples a part, and 180 held-out ones for the calibration: four standard errors are 0.13.
+    # 264 samples a part, and 225 held-out ones for the calibration: four standard errors are 0.13.
     assert all(abs(share - 0.9) < 0.08 for share in coverage["gaussian"])
     assert coverage["mse"][0] > 0.98 and coverage["mse"][1] < 0.82
 

@@ -73,7 +73,7 @@ def test_the_variance_of_a_judgement_is_the_sum_over_both_samples():
 
 
 def test_the_error_is_torchs_categorical_and_unknown_outcomes_weigh_nothing():
-    difference = DIFFERENCE.clone().requires_grad_()
+    difference = (DIFFERENCE + 0.3).requires_grad_()
     log_probabilities = bradley_terry(difference, NU.log())
     outcome = torch.tensor([1.0, 0.5, 0.0, math.nan]).repeat(11)[:41].double()
     known = ~outcome.isnan()
