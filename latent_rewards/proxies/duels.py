@@ -201,19 +201,32 @@ def _fit_judges(proxy: RewardProxy, duels: DuelReader, training: Tensor, folds: 
     rows = seen[order[:_CENTRE_ROWS]].sort().values
     with torch.no_grad():
         for judge in judges:
-            output = cast(NetworkMember, judge.member).head.output
-            scores, log_variance = split_outputs(duels.samples.map(judge.member, rows), 1)
-            output.bias[0] -= scores.mean()
-            if log_variance is not None:
-                log_sigma = 0.5 * (math.log(2) + float(log_variance.mean()))
-                output.weight[0] *= math.exp(-log_sigma)
-                output.bias[0] *= math.exp(-log_sigma)
-                output.bias[1] -= 2 * log_sigma
-                judge.judgement.rescale(-log_sigma)
+            to_unit(judge, duels.samples.map(judge.member, rows))
         for name, parameter in shared.named_parameters():
             values = [cast(Tensor, getattr(judge.judgement, name)) for judge in judges]
             parameter.copy_(torch.stack(values).mean())
     proxy.requires_grad_(False)
+
+
+@torch.no_grad()
+def to_unit(judge: Judge, outputs: Tensor) -> None:
+    """Shift a judge's scores to a mean of 0, and scale Thurstone's to a geometric mean variance of 1/2.
+
+    This changes the last layer and the judgement, in place, and no probability of any outcome.
+
+    Args:
+        judge: a trained one of a :class:`latent_rewards.proxies.heads.NetworkMember`.
+        outputs: ``[n, O]``, of its member for the samples that define the unit.
+    """
+    output = cast(NetworkMember, judge.member).head.output
+    scores, log_variance = split_outputs(outputs, 1)
+    output.bias[0] -= scores.mean()
+    if log_variance is not None:
+        log_sigma = 0.5 * (math.log(2) + float(log_variance.mean()))
+        output.weight[0] *= math.exp(-log_sigma)
+        output.bias[0] *= math.exp(-log_sigma)
+        output.bias[1] -= 2 * log_sigma
+        judge.judgement.rescale(-log_sigma)
 
 
 @torch.no_grad()

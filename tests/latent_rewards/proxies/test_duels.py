@@ -11,11 +11,15 @@ import torch
 from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies import Preferences, RewardProxy, format_report, train_proxy
-from latent_rewards.proxies.duels import DuelReader, split_pairs
+from latent_rewards.proxies.duels import DuelReader, split_pairs, to_unit
 from latent_rewards.proxies.ensemble import Reader
+from latent_rewards.proxies.heads import NetworkMember
+from latent_rewards.proxies.judgement import Duels, Judge, Judgement
+from latent_rewards.proxies.objectives import split_outputs
 from latent_rewards.proxies.preferences import bradley_terry, judgement_variance, thurstone
 from latent_rewards.proxies.report import spearman
 from latent_rewards.proxies.samples import gather_samples
+from latent_rewards.proxies.text import PromptFeatures
 
 NU, TAU = torch.tensor(0.6), torch.tensor(0.3)
 
@@ -202,6 +206,34 @@ def test_pairs_are_read_interleaved_and_every_sample_once(world, quick):
 
     torch.testing.assert_close(reader.map(function, rows), read.mean(dim=(1, 2, 3, 4))[:, None])
     assert sizes == [4]
+
+
+@pytest.mark.parametrize("objective", ["bradley_terry", "thurstone"])
+def test_a_change_of_unit_changes_no_probability(objective):
+    torch.manual_seed(0)
+    outputs = 1 if objective == "bradley_terry" else 2
+    member = NetworkMember((2, 3, 4, 4), PromptFeatures("none", 0), outputs, width=8, depth=1).double()
+    judgement = Judgement(objective).double()
+    judgement.start(0.2, noise=objective == "thurstone")
+    judge = Judge(member, judgement).requires_grad_(False)
+    with torch.no_grad():
+        member.head.output.weight *= 5
+        member.head.output.bias += 2
+    latents = torch.randn(40, 2, 3, 4, 4, dtype=torch.float64)
+    levels = torch.rand(20, 2, dtype=torch.float64)
+
+    def log_probabilities():
+        scores, log_variance = split_outputs(judge(latents, None), 1)
+        paired = None if log_variance is None else log_variance.reshape(-1, 2)
+        return judgement(Duels(scores.reshape(-1, 2), torch.ones(20), paired, levels))
+
+    before = log_probabilities()
+    to_unit(judge, judge(latents, None))
+    torch.testing.assert_close(log_probabilities(), before)
+    scores, log_variance = split_outputs(judge(latents, None), 1)
+    assert abs(float(scores.mean())) < 1e-12
+    if log_variance is not None:
+        assert float(log_variance.mean()) == pytest.approx(math.log(0.5))
 
 
 def test_a_dataset_serves_too_and_its_fingerprints_of_scores_do_not_stick(world, quick):
