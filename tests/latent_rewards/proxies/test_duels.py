@@ -251,6 +251,24 @@ def test_a_dataset_serves_too_and_its_fingerprints_of_scores_do_not_stick(world,
     assert (one.latent_space, one.metric_fingerprints, one.reward_names) == ("vae", {}, ("preference",))
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"noise_levels": (0.0, 0.5)}, "noise_levels"),
+        ({"calibrate_mean": "isotonic"}, "calibrate_mean"),
+        ({"learning_curve": True}, "learning_curve"),
+        ({"trunk": "auto"}, "trunk='auto'"),
+    ],
+)
+def test_what_preferences_cannot_be_combined_with_is_named(world, quick, changes, named):
+    latents, preferences, prompts = small_world(world[0])
+    config = quick(objective="bradley_terry", **changes)
+    with pytest.raises(ConfigError, match=f"preferences cannot be combined with {named};"):
+        train_proxy(latents, preferences, prompts, config=config)
+    with pytest.raises(ConfigError, match="combined with a list of latents"):
+        train_proxy([latents], preferences, prompts, config=quick(objective="bradley_terry"))
+
+
 def test_data_and_objective_must_fit(world, quick):
     draw, _ = world
     latents, preferences, prompts = small_world(draw)

@@ -1,6 +1,7 @@
 """Members on a backbone: its blocks run once per batch, each member leaves out its own samples, adapters learn."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from latent_rewards.contracts import ConfigError, FingerprintMismatchError
 from latent_rewards.proxies import RewardProxy, WanBackbone, train_proxy
 from latent_rewards.proxies.features import linear_features
-from latent_rewards.proxies.joint import JointMember, JointReader, left_out
+from latent_rewards.proxies.joint import JointMember, JointReader, joint_loss, left_out
 from latent_rewards.proxies.text import PromptFeatures
 
 SHAPE = (4, 2, 4, 4)
@@ -189,3 +190,15 @@ def test_noise_levels_reach_the_transformer(backbone, quick):
     one, two = (proxy.member_inputs(latents[:2], None, torch.full((2,), t))[0] for t in (0.1, 0.7))
     assert not torch.allclose(one, two)
     assert len(proxy.report["reward"]["noise"]) == 5
+
+
+def test_the_joint_loss_is_that_of_each_member_on_what_it_is_trained_on():
+    source = torch.Generator().manual_seed(0)
+    outputs = torch.randn(5, 3, 4, generator=source, dtype=torch.float64)  # three members, two means, two variances
+    targets = torch.randn(5, 3, 2, generator=source, dtype=torch.float64)
+    targets[0, 1] = math.nan
+    proxy = SimpleNamespace(config=SimpleNamespace(objective="gaussian", huber_delta=1.0), members=[0, 1, 2])
+    mean, std = outputs[..., :2], (outputs[..., 2:] / 2).exp()
+    known = ~targets.isnan()
+    exact = -torch.distributions.Normal(mean, std).log_prob(targets.nan_to_num())[known].mean()
+    torch.testing.assert_close(joint_loss(proxy)(outputs.flatten(1), targets.flatten(1)), exact)

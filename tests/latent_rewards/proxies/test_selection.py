@@ -18,6 +18,8 @@ def test_candidates_are_those_that_apply():
     assert applicable(config, True) == ("linear", "conv3d", "transformer", "backbone_linear", "backbone")
     noisy = ProxyConfig(trunk="auto", noise_levels=(0.0, 0.5))
     assert applicable(noisy, True) == ("conv3d", "transformer", "backbone")
+    robust = ProxyConfig(trunk="auto", objective="huber")
+    assert applicable(robust, True) == ("conv3d", "transformer", "backbone"), "ridge knows the squared error only"
     adapted = ProxyConfig(trunk="auto", adapter_rank=4)
     assert [candidate(adapted, name).adapter_rank for name in ("linear", "backbone")] == [0, 4]
 
