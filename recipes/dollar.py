@@ -3,9 +3,9 @@
     python -m recipes.dollar --config recipes/configs/moving_digits.yaml
     accelerate launch -m recipes.dollar --config recipes/configs/wan2.1_1.3b.yaml
 
-A teacher becomes a student (VSD, CD); the student's samples are decoded once and scored by the true metrics; a proxy
-learns those scores from latents; the student is tuned on the proxy, which is refreshed while an anchor (VSD again) and
-a held-out metric keep watch. Every stage is kept in ``<output_dir>/<name>/`` and resumes where it was killed.
+A teacher becomes a student (VSD, CD); the student's samples are decoded and scored by the true metrics; a proxy learns
+those scores from latents; the student is tuned on the proxy, which is refreshed while an anchor (VSD again) and a
+held-out metric keep watch. Every stage is kept in ``<output_dir>/<name>/`` and resumes where it was killed.
 """
 
 from __future__ import annotations
@@ -201,9 +201,10 @@ class Dollar:
     def fit(self, dataset: lr.RewardDataset) -> lr.RewardProxy:
         """Stage 3b: regress the proxy on latents."""
         section = self.section("proxy", device=self.device)
+        codec = self.codec if section.trunk in ("pixels", "auto") else None
         proxy = self.cached(
             "proxy",
-            lambda: lr.train_proxy(dataset, config=section, encode=self.embed),
+            lambda: lr.train_proxy(dataset, config=section, encode=self.embed, codec=codec),
             lambda proxy, path: proxy.save_pretrained(path),
             lambda path: lr.RewardProxy.from_pretrained(path, encode=self.embed).to(self.device),
         )
@@ -297,12 +298,8 @@ class Dollar:
             return PromptBenchmark(self.codec, self.teacher.latent_shape, self.eval_prompts, metrics, self.config.seed)
         from recipes.moving_digits.benchmark import DigitsBenchmark
 
-        benchmark = DigitsBenchmark(
-            self.codec,
-            self.teacher.latent_shape,
-            self.folder / "evaluation",
-            num_prompts=self.config.num_eval_prompts,
-        )
+        folder, count = self.folder / "evaluation", self.config.num_eval_prompts
+        benchmark = DigitsBenchmark(self.codec, self.teacher.latent_shape, folder, num_prompts=count)
         benchmark.add_ceilings()
         return benchmark
 

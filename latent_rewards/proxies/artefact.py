@@ -24,7 +24,8 @@ from latent_rewards.proxies.heldout import HeldOut
 from latent_rewards.proxies.noise import Schedule
 from latent_rewards.proxies.text import PromptEncoder, PromptFeatures
 from latent_rewards.proxies.trunks.backbone import VideoBackbone
-from latent_rewards.proxies.trunks.shared import check_backbone
+from latent_rewards.proxies.trunks.shared import SharedTrunk, check_backbone
+from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 from latent_rewards.training.checkpoint import CheckpointError, commit_directory, verify_directory
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def save_proxy(proxy: RewardProxy, path: str | Path) -> None:
         "metric_fingerprints": proxy.metric_fingerprints,
         "report": proxy.report,
         "selection": proxy.selection,
-        "backbone": None if proxy.shared is None else proxy.shared.fingerprint,
+        "backbone": proxy.shared.fingerprint if isinstance(proxy.shared, SharedTrunk) else None,
+        "decoder": proxy.shared.geometry if isinstance(proxy.shared, TinyDecoder) else None,
         "schedule": None if proxy.noise is None else proxy.noise.probed,
     }
     with commit_directory(path) as folder:
@@ -132,6 +134,7 @@ def _described(
             report=described["report"],
             encode=encode or getattr(backbone, "embed", None),
             backbone=backbone,
+            decoder=TinyDecoder(**drawn) if (drawn := described.get("decoder")) else None,
             schedule=schedule,
             schedule_probe=described.get("schedule"),
         )

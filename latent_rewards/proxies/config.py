@@ -17,6 +17,7 @@ class ProxyConfig:
 
     Attributes:
         trunk: "conv3d" (an ensemble of small residual networks), "transformer" (of factorised space-time transformers),
+            "pixels" (of networks on small frames, which a tiny decoder draws; it needs ``train_proxy(..., codec=)``),
             "linear" (one exact ridge regression), "backbone" (an ensemble of heads on features of a frozen video
             transformer), "backbone_linear" (ridge regression on them), one added by
             :func:`latent_rewards.proxies.trunks.register_trunk`, or "auto": chosen among those by cross-validation,
@@ -29,7 +30,8 @@ class ProxyConfig:
         width: channels of a trunk and hidden units of its head, a multiple of 8.
         depth: blocks of a trunk.
         ensemble_size: networks; each leaves another part of the data out. A linear proxy has one.
-        num_updates: most updates per network; None chooses ``clamp(18 N / batch_size, 200, 600)`` for N samples.
+        num_updates: most updates per network; None chooses ``clamp(18 N / batch_size, 200, 600)`` for N samples, for
+            "pixels" ``clamp(45 N / batch_size, 200, 1500)``.
         batch_size: samples per update.
         learning_rate: peak of the one-cycle schedule of AdamW.
         weight_decay: of AdamW.
@@ -143,6 +145,8 @@ class ProxyConfig:
                 raise ConfigError(f"trunk {self.trunk!r} is linear and has no time; set noise_levels=None")
             # JSON and YAML give a list.
             self.noise_levels = (float(self.noise_levels[0]), float(self.noise_levels[1]))
+            if self.trunk != AUTO and trunk_kind(self.trunk).needs_codec:
+                raise ConfigError(f"trunk {self.trunk!r} draws clean latents and has no time; set noise_levels=None")
         if self.adapter_rank < 0:
             raise ConfigError(f"adapter_rank must not be negative; got {self.adapter_rank}")
         if self.adapter_rank and self.trunk not in (AUTO, "backbone"):
@@ -157,4 +161,5 @@ class ProxyConfig:
 
     def updates(self, count: int) -> int:
         """Return the number of updates for ``count`` training samples."""
-        return self.num_updates or min(600, max(200, 18 * count // self.batch_size))
+        kind = trunk_kind("conv3d" if self.trunk == AUTO else self.trunk)
+        return self.num_updates or min(kind.most_updates, max(200, kind.passes * count // self.batch_size))

@@ -16,14 +16,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from latent_rewards.contracts import ConfigError
+from latent_rewards.contracts import Codec, ConfigError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.assess import add_learning_curves, assess
 from latent_rewards.proxies.buckets import gather_buckets
 from latent_rewards.proxies.calibration import calibrate
 from latent_rewards.proxies.config import ProxyConfig
+from latent_rewards.proxies.distil_decoder import distil_decoder
 from latent_rewards.proxies.ensemble import Reader, fit_members
 from latent_rewards.proxies.features import linear_features
+from latent_rewards.proxies.held import Given
 from latent_rewards.proxies.heldout import halve, heldout_prompts
 from latent_rewards.proxies.joint import fit_jointly, set_feature_scales
 from latent_rewards.proxies.learning_curve import nested_parts
@@ -67,6 +69,7 @@ def train_proxy(
     config: ProxyConfig | Literal["auto"] | None = None,
     encode: PromptEncoder | None = None,
     backbone: VideoBackbone | None = None,
+    codec: Codec | None = None,
     schedule: Schedule | None = None,
 ) -> RewardProxy:
     """Fit a proxy that predicts rewards from latents.
@@ -81,7 +84,8 @@ def train_proxy(
             unit :mod:`latent_rewards.proxies.duels` states, and ``proxy.compare`` probabilities.
         prompts: N texts, embeddings ``[N, D]`` or ``[N, L, D]`` (zeros are padding), or None.
         latent_space: fingerprint of the codec; a dataset brings its own.
-        config: settings; None takes the defaults (with a backbone, its features; for preferences "bradley_terry");
+        config: settings; None takes the defaults (with a backbone its features, with a codec "pixels"; for preferences
+            "bradley_terry");
             "auto" lets cross-validation choose the trunk, see :mod:`latent_rewards.proxies.selection`;
             ``proxy.selection`` says how it chose.
         encode: N texts -> embeddings, best those the policy was trained with: they know which words mean the same,
@@ -90,6 +94,8 @@ def train_proxy(
         backbone: the frozen video transformer that the trunks "backbone" and "backbone_linear" read, e.g. a
             :class:`latent_rewards.proxies.trunks.backbone.WanBackbone`; ``latents`` must be in its model space. It is
             not saved: give it to ``from_pretrained`` again.
+        codec: for the trunk "pixels": decodes up to 1,024 of the latents, once, from which a tiny decoder learns to
+            draw them small (see :mod:`latent_rewards.proxies.distil_decoder`); it is not needed again.
         schedule: t ``[B]`` -> (alpha, sigma), for ``noise_levels``; None is rectified flow, ``(1 - t, t)``.
 
     Returns:
@@ -100,18 +106,19 @@ def train_proxy(
     Raises:
         DataError: the data cannot be used: NaN latents, infinite or constant rewards, too few samples, wrong shapes;
             pairs that compare different prompts, or only ties.
-        ConfigError: the trunk needs a backbone and there is none, or the other way round; the budget of "auto" is too
-            small; several shapes for the linear trunk; the objective is one of scores and the rewards are preferences,
-            or the other way round.
-        FingerprintMismatchError: the datasets of a list differ in latent space or metrics, or from ``latent_space``.
+        ConfigError: the trunk needs a backbone or codec and there is none, or the other way round; the budget of "auto"
+            is too small; several shapes for the linear trunk; the objective is one of scores and the rewards are
+            preferences, or the other way round.
+        FingerprintMismatchError: the datasets of a list differ in latent space or metrics, or from ``latent_space``,
+            or the codec is another's.
     """
     named = name_preferences(rewards)
-    config = _settings(config, backbone is not None, schedule is not None, named is not None)
+    config = _settings(config, backbone is not None, codec is not None, schedule is not None, named is not None)
     encode = encode if encode is not None else getattr(backbone, "embed", None)
     check_objective(config.objective, named is not None)
     if named is not None:
         texts = cast(Prompts | None, prompts)
-        return _train_on_preferences(latents, *named, texts, latent_space, config, encode, backbone)
+        return _train_on_preferences(latents, *named, texts, latent_space, config, Given(encode, backbone))
     samples = gather_buckets(
         latents,
         cast(Rewards | Sequence[Rewards] | None, rewards),
@@ -121,13 +128,20 @@ def train_proxy(
         use_prompts=config.use_prompts,
         in_memory_bytes=config.in_memory_bytes,
     )
+    if samples.latent_space is None and codec is not None:
+        samples.latent_space = codec.fingerprint
     check_trainable(samples, config.min_samples)
     training, heldout = split_samples(samples, config.holdout_fraction, config.seed)
     automatic = config.trunk == AUTO
+    decoder = None if codec is None else distil_decoder(codec, samples, training, config)
 
     def fitted(settings: ProxyConfig, rows: Tensor, embed: PromptEncoder | None) -> tuple[RewardProxy, Reader]:
-        spared = automatic and not trunk_kind(settings.trunk).needs_backbone
-        return _fit(settings, rows, samples, embed, None if spared else backbone, schedule)
+        given, kind = Given(embed, backbone, schedule, decoder), trunk_kind(settings.trunk)
+        if automatic and not kind.needs_backbone:
+            given = replace(given, backbone=None)
+        if automatic and not kind.needs_codec:
+            given = replace(given, decoder=None)
+        return _fit(settings, rows, samples, given)
 
     remembered = None if encode is None else remember(encode)
 
@@ -137,7 +151,9 @@ def train_proxy(
 
     selection: dict[str, Any] = {}
     if automatic:
-        config, selection = choose_trunk(config, samples, training, judge, has_backbone=backbone is not None)
+        config, selection = choose_trunk(
+            config, samples, training, judge, has_backbone=backbone is not None, has_codec=codec is not None
+        )
     proxy, reader = fitted(config, training, encode)
     proxy.selection = selection
     settle(proxy, reader, training, heldout, halve(heldout_prompts(samples, heldout)))
@@ -151,14 +167,17 @@ def train_proxy(
 
 
 def _settings(
-    config: ProxyConfig | str | None, has_backbone: bool, has_schedule: bool, preferences: bool
+    config: ProxyConfig | str | None, has_backbone: bool, has_codec: bool, has_schedule: bool, preferences: bool
 ) -> ProxyConfig:
     if isinstance(config, str):
         if config != AUTO:
             raise ConfigError(f"config must be a ProxyConfig, None or {AUTO!r}; got {config!r}")
         config = ProxyConfig(trunk=AUTO)
     objective = "bradley_terry" if preferences else "mse"
-    config = config or ProxyConfig(trunk="backbone" if has_backbone else "conv3d", objective=objective)
+    trunk = "backbone" if has_backbone else "pixels" if has_codec else "conv3d"
+    config = config or ProxyConfig(trunk=trunk, objective=objective)
+    if has_codec and config.trunk != AUTO and not trunk_kind(config.trunk).needs_codec:
+        raise ConfigError(f"trunk {config.trunk!r} reads no pixels; set trunk='pixels', or pass no codec")
     if has_schedule and config.noise_levels is None:
         raise ConfigError("a schedule was given without noise levels; set ProxyConfig(noise_levels=(low, high))")
     return config
@@ -169,17 +188,10 @@ def _folds(config: ProxyConfig, samples: Samples, training: Tensor) -> Tensor:
     return split_folds(training, group_ids(samples.prompts, len(samples)), num_folds, config.seed)
 
 
-def _fit(
-    config: ProxyConfig,
-    training: Tensor,
-    samples: Samples,
-    encode: PromptEncoder | None,
-    backbone: VideoBackbone | None,
-    schedule: Schedule | None,
-) -> tuple[RewardProxy, Reader]:
+def _fit(config: ProxyConfig, training: Tensor, samples: Samples, given: Given) -> tuple[RewardProxy, Reader]:
     """Return a proxy fitted on the rows ``training``, not yet calibrated, and what reads samples for it."""
     folds = _folds(config, samples, training)
-    proxy = _make_proxy(config, samples, encode, backbone, schedule)
+    proxy = _make_proxy(config, samples, given)
     table = PromptTable(proxy, samples.prompts, len(samples))
     set_scales(proxy, samples, training, table)
     proxy.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -202,7 +214,7 @@ def _check_plain(config: ProxyConfig, latents: object) -> None:
         for name in ("noise_levels", "calibrate_mean", "learning_curve")
         if getattr(config, name) != getattr(default, name)
     ]
-    if config.trunk == AUTO or trunk_kind(config.trunk).needs_backbone:
+    if config.trunk == AUTO or trunk_kind(config.trunk).needs_backbone or trunk_kind(config.trunk).needs_codec:
         chosen.insert(0, f"trunk={config.trunk!r}")
     if not isinstance(latents, Tensor | RewardDataset):
         chosen.insert(0, "a list of latents")
@@ -220,8 +232,7 @@ def _train_on_preferences(
     prompts: Prompts | None,
     latent_space: str | None,
     config: ProxyConfig,
-    encode: PromptEncoder | None,
-    backbone: VideoBackbone | None,
+    given: Given,
 ) -> RewardProxy:
     from latent_rewards.proxies.duels import fit_preferences
 
@@ -240,7 +251,7 @@ def _train_on_preferences(
         metric_fingerprints={},
         prompts=samples.prompts if config.use_prompts else None,
     )
-    proxy = _make_proxy(config, samples, encode, backbone, None)
+    proxy = _make_proxy(config, samples, given)
     table = PromptTable(proxy, samples.prompts, len(samples))
     set_scales(proxy, samples, preferences.pairs.unique(), table)
     proxy.reward_mean.zero_()
@@ -252,26 +263,21 @@ def _train_on_preferences(
     return proxy
 
 
-def _make_proxy(
-    config: ProxyConfig,
-    samples: Samples,
-    encode: PromptEncoder | None,
-    backbone: VideoBackbone | None,
-    schedule: Schedule | None,
-) -> RewardProxy:
+def _make_proxy(config: ProxyConfig, samples: Samples, given: Given) -> RewardProxy:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "proxy/init", 0))
         proxy = RewardProxy(
             config,
             samples.latent_shape,
             samples.reward_names,
-            PromptFeatures.infer(samples.prompts, config.text_features, encode),
+            PromptFeatures.infer(samples.prompts, config.text_features, given.encode),
             latent_shapes=samples.latent_shapes,
             latent_space=samples.latent_space,
             metric_fingerprints=samples.metric_fingerprints,
-            encode=encode,
-            backbone=backbone,
-            schedule=schedule,
+            encode=given.encode,
+            backbone=given.backbone,
+            decoder=given.decoder,
+            schedule=given.schedule,
         )
     for shape in samples.latent_shapes:
         proxy.check_shape((1, *shape))

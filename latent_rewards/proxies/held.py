@@ -1,9 +1,15 @@
-"""What a proxy is given and does not own: an encoder, a backbone, a schedule."""
+"""What a proxy is given: an encoder, a backbone, a schedule, which it does not own; a tiny decoder, which it copies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from latent_rewards.proxies.noise import Schedule
+    from latent_rewards.proxies.text import PromptEncoder
+    from latent_rewards.proxies.trunks.backbone import VideoBackbone
+    from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 
 T = TypeVar("T")
 
@@ -17,3 +23,20 @@ class Held(Generic[T]):
     def __deepcopy__(self, memo: dict[int, Any]) -> Held[T]:
         """Return itself."""
         return self
+
+
+@dataclass(frozen=True)
+class Given:
+    """The parts of a proxy that do not follow from its settings.
+
+    Attributes:
+        encode: embeds texts.
+        backbone: frozen video transformer.
+        schedule: of the noise.
+        decoder: draws frames.
+    """
+
+    encode: PromptEncoder | None = None
+    backbone: VideoBackbone | None = None
+    schedule: Schedule | None = None
+    decoder: TinyDecoder | None = None

@@ -1,4 +1,4 @@
-"""Training the members that share a backbone: together, so that its frozen blocks run once per batch.
+"""Training the members that share a backbone or a tiny decoder: together, so that what is frozen runs once per batch.
 
 The members' outputs stand side by side, and a member's targets are NaN, which weighs nothing, on the samples it leaves
 out. Without adapters member m stops on the samples of fold m, as separate members do. Adapters learn from every member,
@@ -19,6 +19,8 @@ from tqdm import tqdm
 from latent_rewards.proxies.ensemble import Batch, Reader, _BestWeights, train_member
 from latent_rewards.proxies.objectives import Loss, regression_loss
 from latent_rewards.proxies.proxy import RewardProxy
+from latent_rewards.proxies.trunks.shared import SharedTrunk
+from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 from latent_rewards.training.randomness import generator
 
 _SCALE_ROWS = 512
@@ -29,15 +31,18 @@ class JointMember(nn.Module):
     """All members of a proxy as one network: ``[B, M O]``, the members' outputs side by side.
 
     Args:
-        proxy: one with a backbone; its members and adapters become this module's parameters, its backbone does not.
+        proxy: one whose members share something; they and its adapters become this module's parameters, the backbone
+            does not.
+        redraw: whether a tiny decoder's parameters do.
     """
 
-    def __init__(self, proxy: RewardProxy) -> None:
+    def __init__(self, proxy: RewardProxy, *, redraw: bool = False) -> None:
         super().__init__()
         if proxy.shared is None:
-            raise TypeError("members without a backbone are trained one by one")
+            raise TypeError("members that share nothing are trained one by one")
         self.members = proxy.members
-        self.adapters = proxy.shared.adapters
+        self.adapters = proxy.shared.adapters if isinstance(proxy.shared, SharedTrunk) else nn.ParameterDict()
+        self.decoder = proxy.shared if redraw and isinstance(proxy.shared, TinyDecoder) else None
         self._inputs = proxy.member_inputs
 
     def forward(self, latents: Tensor, prompt_features: Tensor | None, *level: Tensor) -> Tensor:
@@ -107,7 +112,7 @@ def left_out(folds: Tensor, num_members: int, adapters: bool) -> tuple[Tensor, T
 def set_feature_scales(proxy: RewardProxy, reader: Reader, training: Tensor) -> None:
     """Set the mean and deviation of the backbone's features from at most 512 training samples."""
     shared = proxy.shared
-    if shared is None:
+    if not isinstance(shared, SharedTrunk):
         return
     every = -(-len(training) // _SCALE_ROWS)
 
@@ -122,7 +127,7 @@ def fit_jointly(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Ten
     """Train the members, and the adapters if there are any, from scratch; the best weights of all together are kept.
 
     Args:
-        proxy: one with a backbone.
+        proxy: one whose members share something.
         reader: reads the samples.
         training: int64 ``[n]``, the samples to train on.
         folds: int64 ``[n]``, their folds, numbered from 0.
@@ -154,17 +159,19 @@ def continue_jointly(
     rate: float,
     warmup: float,
 ) -> None:
-    """Train the members, and the adapters if there are any, further: every member on every batch.
+    """Train the members, and adapters or a tiny decoder if there are any, further: every member on every batch.
+
+    The decoder learns from rewards here: a policy may have moved to latents that it draws wrongly.
 
     Args:
-        proxy: one with a backbone.
+        proxy: one whose members share something.
         reader: reads the samples.
         batches: the indices of each update.
         source: of input noise, and of times and noise where the proxy reads noisy latents.
         rate: peak learning rate in units of the config's.
         warmup: part of the updates in which the learning rate rises.
     """
-    joint = JointMember(proxy)
+    joint = JointMember(proxy, redraw=True)
     joined = JointReader(reader, None, len(proxy.members)).noised(source)
     _train(joint, joined, batches, proxy, source, lambda number: False, rate=rate, warmup=warmup)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,26 +18,38 @@ from latent_rewards.proxies.text import PromptFeatures, real_tokens
 from latent_rewards.proxies.trunks import AUTO, trunk_kind
 from latent_rewards.proxies.trunks.backbone import VideoBackbone
 from latent_rewards.proxies.trunks.shared import PassThrough, SharedTrunk
+from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 
 if TYPE_CHECKING:
     from latent_rewards.proxies.proxy import RewardProxy
 
 
 def make_shared(
-    config: ProxyConfig, backbone: VideoBackbone | None, latent_shape: tuple[int, ...], prompts: PromptFeatures
-) -> SharedTrunk | None:
-    """Return what the members share, or None for a trunk that reads no backbone.
+    config: ProxyConfig,
+    backbone: VideoBackbone | None,
+    decoder: TinyDecoder | None,
+    latent_shape: tuple[int, ...],
+    prompts: PromptFeatures,
+) -> SharedTrunk | TinyDecoder | None:
+    """Return what the members share, or None for a trunk that reads latents; of ``decoder`` a copy.
 
     Raises:
-        ConfigError: the trunk is "auto"; it reads a backbone and there is none, or the other way round.
+        ConfigError: the trunk is "auto"; it reads a backbone (or a decoder) and there is none, or the other way round.
         DataError: the backbone cannot read such latents.
     """
     if config.trunk == AUTO:
         raise ConfigError("a proxy has one trunk; train_proxy(..., config='auto') chooses it")
-    if not trunk_kind(config.trunk).needs_backbone:
+    kind = trunk_kind(config.trunk)
+    if kind.needs_codec != (decoder is not None):
+        raise ConfigError(
+            f"trunk {config.trunk!r} reads what a tiny decoder draws; pass codec= to train_proxy"
+            if kind.needs_codec
+            else f"trunk {config.trunk!r} reads no pixels; set trunk='pixels', or pass no codec"
+        )
+    if not kind.needs_backbone:
         if backbone is not None:
             raise ConfigError(f"trunk {config.trunk!r} reads no backbone; set trunk='backbone' or pass no backbone")
-        return None
+        return deepcopy(decoder)
     if backbone is None:
         raise ConfigError(
             f"trunk {config.trunk!r} reads a backbone; pass it, backbone=WanBackbone(transformer, ...), to train_proxy "
@@ -50,15 +63,15 @@ def make_members(
     latent_shape: tuple[int, ...],
     prompts: PromptFeatures,
     num_rewards: int,
-    shared: SharedTrunk | None,
+    shared: SharedTrunk | TinyDecoder | None,
 ) -> list[nn.Module]:
     """Return one ridge regression, or ``config.ensemble_size`` networks."""
     if trunk_kind(config.trunk).closed_form:
-        shape = latent_shape if shared is None else (shared.num_features, 1, 1, 1)
+        shape = (shared.num_features, 1, 1, 1) if isinstance(shared, SharedTrunk) else latent_shape
         size = linear_features(torch.zeros(1, *shape), torch.zeros(1, prompts.dim)).shape[1]
         return [LinearMember(size, num_rewards)]
     build = trunk_kind(config.trunk).build
-    if shared is not None:
+    if isinstance(shared, SharedTrunk):
         num_features = shared.num_features
 
         def build(*_: Any) -> nn.Module:  # noqa: ANN401
@@ -85,10 +98,12 @@ def member_inputs(
 
     With a backbone its frozen blocks run here, once for all members, on what they were trained on, latents and prompts
     before scaling; the first entry becomes their features ``[B, F', K]``, for a ridge regression ``[B, K, 1, 1, 1]``,
-    their mean over frames.
+    their mean over frames. With a tiny decoder the first entry becomes the frames ``[B, T, 3, h, w]`` it draws.
     """
     if proxy.shared is None:
         return latents, prompt_features, *level
+    if isinstance(proxy.shared, TinyDecoder):
+        return proxy.shared(latents * proxy.latent_std + proxy.latent_mean), prompt_features, *level
     tokens = prompt_features
     if tokens is not None and tokens.ndim == 3:
         tokens = (tokens / proxy.prompt_scale + proxy.prompt_mean) * real_tokens(tokens)[..., None]

@@ -27,6 +27,7 @@ from latent_rewards.proxies.prediction import ProxyPrediction, predict
 from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
 from latent_rewards.proxies.trunks import trunk_kind
 from latent_rewards.proxies.trunks.backbone import VideoBackbone
+from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 
 
 class RewardProxy(nn.Module):
@@ -46,6 +47,7 @@ class RewardProxy(nn.Module):
         report: see :func:`latent_rewards.proxies.report.evaluate` and ``extend_report``.
         encode: embeds texts, for a proxy whose prompts are read so; it is not saved.
         backbone: the video transformer of the trunks that read one; it is not saved.
+        decoder: what the trunk "pixels" reads is drawn by a copy of it.
         schedule: of the noise, for a proxy of noisy latents; see :class:`latent_rewards.proxies.noise.NoiseLevels`.
         schedule_probe: what identifies the schedule a stored proxy was trained with.
 
@@ -53,7 +55,7 @@ class RewardProxy(nn.Module):
         selection: how the trunk was chosen, see :func:`latent_rewards.proxies.selection.choose_trunk`; else empty.
 
     Raises:
-        ConfigError: the trunk is "auto", or needs a backbone and there is none, or the other way round.
+        ConfigError: the trunk is "auto", or needs a backbone or decoder and there is none, or the other way round.
     """
 
     latent_mean: Tensor
@@ -76,6 +78,7 @@ class RewardProxy(nn.Module):
         report: dict[str, dict[str, Any]] | None = None,
         encode: PromptEncoder | None = None,
         backbone: VideoBackbone | None = None,
+        decoder: TinyDecoder | None = None,
         schedule: Schedule | None = None,
         schedule_probe: list[list[float]] | None = None,
     ) -> None:
@@ -101,7 +104,7 @@ class RewardProxy(nn.Module):
         self.noise: NoiseLevels | None = None
         if config.noise_levels is not None:
             self.noise = NoiseLevels(config.noise_levels, num_rewards, schedule, schedule_probe)
-        self.shared = members.make_shared(config, backbone, self.latent_shape, prompt_features)
+        self.shared = members.make_shared(config, backbone, decoder, self.latent_shape, prompt_features)
         self.members = nn.ModuleList(
             members.make_members(config, self.latent_shape, prompt_features, num_rewards, self.shared)
         )

@@ -31,17 +31,22 @@ Judge = Callable[[ProxyConfig, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Settings, rows to fit on and rows to predict -> predictions and targets ``[n, R]``, standardised, on the CPU."""
 
 
-def applicable(config: ProxyConfig, has_backbone: bool, num_shapes: int = 1) -> tuple[str, ...]:
+def applicable(
+    config: ProxyConfig, has_backbone: bool, num_shapes: int = 1, *, has_codec: bool = False
+) -> tuple[str, ...]:
     """Return the registered trunks that can be tried, cheapest first.
 
-    Those that need a backbone are left out where there is none, those that know no time where latents are noisy, and
-    ridge regressions on latents where these have several shapes, and all of them for another objective than theirs.
+    Those that need a backbone or a codec are left out where there is none, those that know no time where latents are
+    noisy, and ridge regressions on latents where these have several shapes, and all of them for another objective than
+    theirs.
     """
     kinds = [trunk_kind(name) for name in list_trunks()]
     return tuple(
         kind.name
         for kind in kinds
         if (has_backbone or not kind.needs_backbone)
+        and (has_codec or not kind.needs_codec)
+        and not (kind.needs_codec and config.noise_levels is not None)
         and not (kind.closed_form and (config.noise_levels is not None or config.objective != "mse"))
         and not (kind.closed_form and not kind.needs_backbone and num_shapes > 1)
     )
@@ -85,7 +90,13 @@ def remember(encode: PromptEncoder) -> PromptEncoder:
 
 
 def choose_trunk(
-    config: ProxyConfig, samples: Samples, training: Tensor, judge: Judge, *, has_backbone: bool
+    config: ProxyConfig,
+    samples: Samples,
+    training: Tensor,
+    judge: Judge,
+    *,
+    has_backbone: bool,
+    has_codec: bool = False,
 ) -> tuple[ProxyConfig, dict[str, Any]]:
     """Return the settings with the best trunk, and how it was found.
 
@@ -95,6 +106,7 @@ def choose_trunk(
         training: int64 ``[n]``, the rows that may be looked at.
         judge: fits and predicts.
         has_backbone: whether trunks that need a backbone can be tried.
+        has_codec: likewise.
 
     Returns:
         The settings and ``{"chosen", "folds", "num_samples", "sample_updates", "candidates": {trunk: {"mse", "rewards":
@@ -104,7 +116,7 @@ def choose_trunk(
     Raises:
         ConfigError: the budget is too small.
     """
-    names = applicable(config, has_backbone, len(samples.latent_shapes))
+    names = applicable(config, has_backbone, len(samples.latent_shapes), has_codec=has_codec)
     trained = [name for name in names if not trunk_kind(name).closed_form]
     updates = updates_each(config, len(training), len(trained))
     size = min(config.batch_size, len(training))

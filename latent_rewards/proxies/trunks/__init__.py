@@ -1,9 +1,10 @@
 """Trunks: latents (and a condition vector) -> features; one file each, one registry.
 
 A trunk of the ensemble is a module ``trunk(latents [B, C, F, H, W], condition [B, P] or None) -> [B, F', K]``, one
-vector per frame, with the attribute ``num_features`` = K. The registry also lists what is no such module: ridge
-regressions, which are solved in closed form (:mod:`latent_rewards.proxies.linear`), and trunks that read the features
-of a frozen video transformer (:mod:`latent_rewards.proxies.trunks.backbone`), which all members share.
+vector per frame, with the attribute ``num_features`` = K. What all members share is made before them: the features of a
+frozen video transformer (:mod:`latent_rewards.proxies.trunks.backbone`), or the frames of a tiny decoder
+(:mod:`latent_rewards.proxies.trunks.tiny_decoder`), which the trunk "pixels" reads in place of latents. The registry
+also lists ridge regressions, which are no modules and solved in closed form (:mod:`latent_rewards.proxies.linear`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 
 from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.proxies.trunks.conv3d import Conv3dTrunk
+from latent_rewards.proxies.trunks.pixels import PixelTrunk
 from latent_rewards.proxies.trunks.transformer import TransformerTrunk
 
 AUTO = "auto"
@@ -33,12 +35,18 @@ class TrunkKind:
         build: makes the trunk of one member; None for closed forms and for those that share a backbone.
         closed_form: a ridge regression; it has one member, no sample updates and no notion of time.
         needs_backbone: reads ``train_proxy(..., backbone=...)``.
+        needs_codec: reads frames that a tiny decoder draws, distilled from ``train_proxy(..., codec=...)``.
+        passes: over the training data, where the config does not say how many updates there are.
+        most_updates: likewise.
     """
 
     name: str
     build: Builder | None = None
     closed_form: bool = False
     needs_backbone: bool = False
+    needs_codec: bool = False
+    passes: int = 18
+    most_updates: int = 600
 
 
 _KINDS: dict[str, TrunkKind] = {}
@@ -81,7 +89,17 @@ for _kind in (
     TrunkKind("transformer", TransformerTrunk),
     TrunkKind("backbone_linear", closed_form=True, needs_backbone=True),
     TrunkKind("backbone", needs_backbone=True),
+    TrunkKind("pixels", PixelTrunk, needs_codec=True, passes=45, most_updates=1500),
 ):
     register_trunk(_kind)
 
-__all__ = ["AUTO", "Conv3dTrunk", "TransformerTrunk", "TrunkKind", "list_trunks", "register_trunk", "trunk_kind"]
+__all__ = [
+    "AUTO",
+    "Conv3dTrunk",
+    "PixelTrunk",
+    "TransformerTrunk",
+    "TrunkKind",
+    "list_trunks",
+    "register_trunk",
+    "trunk_kind",
+]

@@ -14,6 +14,7 @@ from latent_rewards.proxies.selection import applicable, candidate, choose_trunk
 def test_candidates_are_those_that_apply():
     config = ProxyConfig(trunk="auto")
     assert applicable(config, False) == ("linear", "conv3d", "transformer")
+    assert applicable(config, False, has_codec=True) == ("linear", "conv3d", "transformer", "pixels")
     assert applicable(config, True, 2) == ("conv3d", "transformer", "backbone_linear", "backbone")
     assert applicable(config, True) == ("linear", "conv3d", "transformer", "backbone_linear", "backbone")
     noisy = ProxyConfig(trunk="auto", noise_levels=(0.0, 0.5))

@@ -12,6 +12,10 @@ from latent_rewards.proxies.trunks import Conv3dTrunk, TransformerTrunk, list_tr
 
 def test_the_registry_knows_every_trunk_and_names_close_ones():
     assert list_trunks()[:5] == ("linear", "conv3d", "transformer", "backbone_linear", "backbone")
+    assert list_trunks()[5] == "pixels" and [kind.needs_codec for kind in map(trunk_kind, list_trunks()[:6])] == [
+        *[False] * 5,
+        True,
+    ]
     assert (trunk_kind("conv3d").build, trunk_kind("transformer").build) == (Conv3dTrunk, TransformerTrunk)
     assert [trunk_kind(name).closed_form for name in list_trunks()[:5]] == [True, False, False, True, False]
     assert [trunk_kind(name).needs_backbone for name in list_trunks()[:5]] == [False, False, False, True, True]

@@ -1,0 +1,107 @@
+"""Teaching a tiny decoder to draw, small, what a codec decodes; no reward is needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from latent_rewards.contracts import Codec, DataError, FingerprintMismatchError
+from latent_rewards.proxies.config import ProxyConfig
+from latent_rewards.proxies.ensemble import bucketed_batches
+from latent_rewards.proxies.samples import Samples
+from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
+from latent_rewards.training.randomness import derive_seed, generator
+
+NUM_CLIPS = 1024
+"""Most clips that are decoded to learn from."""
+NUM_UPDATES = 600
+_BATCH, _DECODED_AT_ONCE = 48, 16
+_LEARNING_RATE, _WEIGHT_DECAY, _ABSOLUTE = 2e-3, 0.01, 0.2
+
+
+def distil_decoder(codec: Codec, samples: Samples, rows: Tensor, config: ProxyConfig) -> TinyDecoder:
+    """Decode some of the samples and return a tiny decoder that draws the like, small, from latents; frozen.
+
+    It is trained with half the input noise the members are trained with, so that what it draws does not hang on
+    details of latents that no decoder shows.
+
+    Args:
+        codec: decodes.
+        samples: their latents are read, of every bucket; no reward is.
+        rows: int64 ``[n]``, the samples that may be looked at.
+        config: seed, input noise, device, and whether to draw a progress bar.
+
+    Raises:
+        FingerprintMismatchError: the codec is of another latent space than the samples; the message names both.
+        DataError: the codec decodes to something else than videos ``[B, T, 3, H, W]``, to NaN, or to another number of
+            frames per latent frame for some of the shapes.
+    """
+    if samples.latent_space not in (None, codec.fingerprint):
+        raise FingerprintMismatchError(
+            f"the latents belong to {samples.latent_space!r} and the codec is {codec.fingerprint!r}; pass the codec "
+            "they were collected with"
+        )
+    order = torch.randperm(len(rows), generator=generator(config.seed, "decoder/clips", 0))
+    rows = rows[order[:NUM_CLIPS]].sort().values
+    thumbnails, decoder = _thumbnails(codec, samples, rows, config)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return _train(decoder.to(device), samples, rows, thumbnails, config).cpu()
+
+
+@torch.no_grad()
+def _thumbnails(
+    codec: Codec, samples: Samples, rows: Tensor, config: ProxyConfig
+) -> tuple[dict[int, Tensor], TinyDecoder]:
+    """Return float16 ``[T, 3, h, w]`` by sample, and an untrained decoder with scales set."""
+    found: dict[int, Tensor] = {}
+    decoder: TinyDecoder | None = None
+    with tqdm(total=len(rows), desc="decode clips", disable=not config.progress, dynamic_ncols=True) as bar:
+        for _, chunk in samples.chunks(rows, _DECODED_AT_ONCE):
+            latents = samples.latents(chunk)
+            videos = codec.decode(latents)
+            if decoder is None:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(derive_seed(config.seed, "decoder/init", 0))
+                    decoder = TinyDecoder.like(latents, videos)
+                decoder.fit_scales(samples.latents(rows[:NUM_CLIPS][samples.buckets(rows) == samples.buckets(rows)[0]]))
+            size = decoder(latents[:1].cpu().float()).shape[1:]
+            if videos.shape[1:3] != size[:2] or not bool(torch.isfinite(videos).all()):
+                raise DataError(
+                    f"the codec decodes latents {tuple(latents.shape)} to {tuple(videos.shape)}; expected finite "
+                    f"[B, {size[0]}, {size[1]}, H, W], as many frames per latent frame as for the first samples"
+                )
+            small = functional.adaptive_avg_pool2d(videos.flatten(0, 1).float(), size[2:])
+            small = small.unflatten(0, videos.shape[:2]).cpu().half()
+            found |= dict(zip(chunk.tolist(), small, strict=True))
+            bar.update(len(chunk))
+    assert decoder is not None  # noqa: S101 - there are rows
+    return found, decoder
+
+
+def _train(
+    decoder: TinyDecoder, samples: Samples, rows: Tensor, thumbnails: dict[int, Tensor], config: ProxyConfig
+) -> TinyDecoder:
+    source = generator(config.seed, "decoder/batches", 0)
+    batches = bucketed_batches(rows, samples.buckets(rows), _BATCH, NUM_UPDATES, source)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, _LEARNING_RATE, total_steps=NUM_UPDATES + 1, pct_start=0.15
+    )
+    bar = tqdm(batches, desc="tiny decoder", disable=not config.progress, dynamic_ncols=True)
+    with torch.enable_grad():
+        for number, indices in enumerate(bar):
+            target = torch.stack([thumbnails[index] for index in indices.tolist()]).to(decoder.latent_mean)
+            latents = samples.latents(indices).to(decoder.latent_mean)
+            noise = torch.randn(latents.shape, generator=source).to(latents)
+            error = decoder(latents + 0.5 * config.input_noise * decoder.latent_std * noise) - target
+            loss = error.square().mean() + _ABSOLUTE * error.abs().mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if number % 25 == 24:
+                bar.set_postfix({"mse": f"{float(error.detach().square().mean()):.2g}"}, refresh=False)
+    return decoder.requires_grad_(False).eval()

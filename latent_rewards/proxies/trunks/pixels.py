@@ -1,0 +1,91 @@
+"""The pixels trunk: what a network sees in small frames, whole and through a window that follows their content.
+
+The window is centred on the content's centre of mass, content being whatever differs from the mean colour of its frame;
+so what moves stands still for the network, which then needs few labels to know it. Beside the window a frame is
+described by a coarse view of all of it, by where the window is and how fast it moves, and by how much it differs from
+the one before.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latent_rewards.proxies.trunks.tiny_decoder import CHANNELS, drawing_scale
+
+WINDOW = 9
+"""Samples a side of the window, which covers 9/16 of the shorter side of a frame."""
+
+_SHARE = 9 / 16
+_COARSE = 4
+_CONTRAST_FLOOR = 0.02
+
+
+def content_centre(frames: Tensor) -> Tensor:
+    """Return the centre of mass ``[N, 2]`` (x, y in pixels) of frames ``[N, 3, h, w]``, the middle of a blank one.
+
+    A pixel weighs its squared distance from the frame's mean colour.
+    """
+    weight = (frames - frames.mean(dim=(2, 3), keepdim=True)).square().sum(dim=1) + 1e-8
+    weight = weight / weight.sum(dim=(1, 2), keepdim=True)
+    height, width = weight.shape[1:]
+    x = (weight.sum(dim=1) * (torch.arange(width).to(weight) + 0.5)).sum(dim=1)
+    y = (weight.sum(dim=2) * (torch.arange(height).to(weight) + 0.5)).sum(dim=1)
+    return torch.stack([x, y], dim=1)
+
+
+def cut_window(frames: Tensor, centres: Tensor) -> Tensor:
+    """Return the square window ``[N, 3, 9, 9]`` around ``centres`` ``[N, 2]``, black beyond the frame."""
+    height, width = frames.shape[2:]
+    side = _SHARE * min(height, width)
+    steps = ((torch.arange(WINDOW).to(frames) + 0.5) / WINDOW - 0.5) * side
+    x = ((centres[:, :1] + steps) * 2 / width - 1)[:, None, :].expand(-1, WINDOW, -1)
+    y = ((centres[:, 1:] + steps) * 2 / height - 1)[:, :, None].expand(-1, -1, WINDOW)
+    return functional.grid_sample(frames, torch.stack([x, y], dim=3), align_corners=False)
+
+
+def _contrast(x: Tensor) -> Tensor:
+    centred = x - x.mean(dim=(1, 2, 3), keepdim=True)
+    return centred / (centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + _CONTRAST_FLOOR)
+
+
+class PixelTrunk(nn.Module):
+    """Frames ``[B, T, 3, h, w]`` -> features ``[B, T, 4 width]``.
+
+    Args:
+        latent_shape: ``(C, F, H, W)`` of the latents the frames are drawn from.
+        width: half of the hidden units.
+        depth: layers of the network that sees the window.
+        condition_width: is not looked at; the head knows the prompt.
+    """
+
+    def __init__(self, latent_shape: tuple[int, ...], width: int, depth: int, condition_width: int) -> None:
+        super().__init__()
+        sizes = [(CHANNELS + 1) * WINDOW**2, *[2 * width] * depth]
+        layers = [layer for pair in zip(sizes[:-1], sizes[1:], strict=True) for layer in (nn.Linear(*pair), nn.GELU())]
+        self.window = nn.Sequential(*layers)
+        self.frame = nn.Linear(CHANNELS * _COARSE**2 + 5, 2 * width)
+        self.num_features = 4 * width
+        self.smallest_side = drawing_scale(latent_shape[2], latent_shape[3])[0]
+
+    def forward(self, frames: Tensor, condition: Tensor | None) -> Tensor:
+        """Return ``[B, T, 4 width]``."""
+        count, length = frames.shape[:2]
+        flat = frames.flatten(0, 1)
+        centres = content_centre(flat)
+        cuts = cut_window(flat, centres)
+        seen = torch.cat([_contrast(cuts), _contrast(cuts.mean(dim=1, keepdim=True))], dim=1)
+        features = self.window(seen.flatten(1)).unflatten(0, (count, length))
+        return torch.cat([features, functional.gelu(self.frame(_describe(frames, centres)))], dim=2)
+
+
+def _describe(frames: Tensor, centres: Tensor) -> Tensor:
+    """Return ``[B, T, 53]``: a coarse view, the place, its change and the frame's change, each of a size near one."""
+    count, length = frames.shape[:2]
+    size = torch.tensor([frames.shape[4], frames.shape[3]]).to(frames)
+    place = (2 * centres / size - 1).unflatten(0, (count, length))
+    speed = functional.pad(place.diff(dim=1), (0, 0, 1, 0))
+    change = functional.pad(frames.diff(dim=1).abs().mean(dim=(2, 3, 4)), (1, 0))[..., None]
+    coarse = functional.adaptive_avg_pool2d(frames.flatten(0, 1), _COARSE).flatten(1).unflatten(0, (count, length))
+    return torch.cat([2 * coarse, place, 8 * speed, 10 * change], dim=2)

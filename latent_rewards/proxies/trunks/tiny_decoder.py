@@ -1,0 +1,112 @@
+"""A decoder small enough for a proxy: latents -> the frames a codec would decode, a dozen or two pixels a side.
+
+Rewards of pixels are easier to learn from pixels. Full decoding is what a proxy is there to avoid, but frames this
+small take a few convolutions, which learn from any decoded clips, without a reward (in the manner of the tiny
+autoencoders that preview latents, Bohan 2023).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from latent_rewards.contracts import DataError
+
+CHANNELS = 3
+_TARGET_SIDE = 16
+_WIDTH, _DEPTH = 32, 2
+
+
+def drawing_scale(height: int, width: int) -> tuple[int, int]:
+    """Return (stride, zoom): latents of that size are drawn ``zoom / stride`` times as large, near 16 pixels a side."""
+    shorter = min(height, width)
+    zoom = max(1, _TARGET_SIDE // shorter)
+    stride = 1 if shorter < 24 else 2 if shorter < 48 else 4
+    return stride, zoom
+
+
+class TinyDecoder(nn.Module):
+    """Latents ``[B, C, F, H, W]`` in the codec's space -> frames ``[B, T, 3, h, w]``, near [0, 1].
+
+    Each latent frame becomes ``frames_per_latent`` frames, from itself and its neighbours in time. The first
+    ``dropped`` are left out: causal codecs make their first latent frame from a single one. T is
+    ``frames_per_latent F - dropped``, whatever F is; the grid of positions is that of the latents times zoom / stride.
+
+    Args:
+        channels: C.
+        stride: of the first convolution over positions.
+        zoom: pixels a side of what is drawn for each position then.
+        frames_per_latent: see above.
+        dropped: see above.
+
+    Attributes:
+        geometry: the arguments, to make another one like it.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, channels: int, *, stride: int, zoom: int, frames_per_latent: int, dropped: int) -> None:
+        super().__init__()
+        self.geometry: dict[str, Any] = {
+            "channels": channels,
+            "stride": stride,
+            "zoom": zoom,
+            "frames_per_latent": frames_per_latent,
+            "dropped": dropped,
+        }
+        self.zoom, self.frames_per_latent, self.dropped = zoom, frames_per_latent, dropped
+        self.register_buffer("latent_mean", torch.zeros(channels, 1, 1, 1))
+        self.register_buffer("latent_std", torch.ones(channels, 1, 1, 1))
+        kernel, padding = (3, 1) if stride == 1 else (2 * stride, stride // 2)
+        self.stem = nn.Conv3d(
+            channels, _WIDTH, (3, kernel, kernel), stride=(1, stride, stride), padding=(1, padding, padding)
+        )
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(8, _WIDTH),
+                nn.Conv3d(_WIDTH, _WIDTH, (1, 3, 3), padding=(0, 1, 1)),
+                nn.GELU(),
+                nn.Conv3d(_WIDTH, _WIDTH, (3, 1, 1), padding=(1, 0, 0)),
+            )
+            for _ in range(_DEPTH)
+        )
+        self.output = nn.Conv2d(_WIDTH, frames_per_latent * CHANNELS * zoom**2, 3, padding=1)
+
+    @classmethod
+    def like(cls, latents: Tensor, videos: Tensor) -> TinyDecoder:
+        """Return an untrained one for latents ``[B, C, F, H, W]`` that a codec decodes to ``[B, T, 3, H', W']``.
+
+        Raises:
+            DataError: the videos have another number of channels, or fewer frames than the latents.
+        """
+        frames, length = latents.shape[2], videos.shape[1]
+        if videos.ndim != 5 or videos.shape[2] != CHANNELS or length < frames:
+            raise DataError(
+                f"the codec decodes latents {tuple(latents.shape)} to {tuple(videos.shape)}; expected [B, T, 3, H, W] "
+                "with at least as many frames"
+            )
+        ratio = -(-length // frames)
+        stride, zoom = drawing_scale(latents.shape[3], latents.shape[4])
+        return cls(latents.shape[1], stride=stride, zoom=zoom, frames_per_latent=ratio, dropped=ratio * frames - length)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return ``[B, T, 3, h, w]``."""
+        x = self.stem((latents.to(self.latent_mean) - self.latent_mean) / self.latent_std)
+        for block in self.blocks:
+            x = x + block(x)
+        frames = functional.gelu(x).transpose(1, 2)
+        drawn = functional.pixel_shuffle(self.output(frames.flatten(0, 1)), self.zoom)
+        drawn = drawn.unflatten(0, frames.shape[:2]).unflatten(2, (self.frames_per_latent, CHANNELS))
+        return drawn.flatten(1, 2)[:, self.dropped :]
+
+    @torch.no_grad()
+    def fit_scales(self, latents: Tensor) -> None:
+        """Set the mean and deviation of each channel from latents ``[n, C, F, H, W]``."""
+        flat = latents.double().transpose(0, 1).flatten(1)
+        spread = flat.std(dim=1, unbiased=False)
+        self.latent_mean.copy_(flat.mean(dim=1)[:, None, None, None])
+        self.latent_std.copy_(spread.clamp(min=1e-6 * float(spread.max()) + 1e-12)[:, None, None, None])

@@ -1,0 +1,173 @@
+"""A tiny decoder learns what a codec decodes, and a proxy on its frames learns what pixels show."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from latent_rewards.contracts import ConfigError, DataError, FingerprintMismatchError
+from latent_rewards.proxies import Preferences, ProxyConfig, RewardProxy, distil_decoder, train_proxy
+from latent_rewards.proxies.samples import gather_samples
+from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
+
+SHAPE = (4, 2, 8, 8)
+
+
+class MixingCodec:
+    """Colours are the first three latent channels turned into one another; a frame is 32 pixels a side, T = 2 F - 1."""
+
+    fingerprint = "mixing"
+    mixture = torch.tensor([[0.6, -0.8, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]])
+
+    def __init__(self):
+        self.decoded = 0
+
+    def decode(self, latents):
+        self.decoded += len(latents)
+        colours = torch.einsum("kc,bcfhw->bfkhw", self.mixture, latents[:, :3]).sigmoid()
+        frames = functional.interpolate(colours.flatten(0, 1), scale_factor=4).unflatten(0, colours.shape[:2])
+        return frames.repeat_interleave(2, dim=1)[:, 1:]
+
+    def encode(self, videos):
+        raise NotImplementedError("nothing is encoded here")
+
+
+def draw(count, seed):
+    """Latents with a bar somewhere, and its length: positive for an upright bar, negative for a lying one."""
+    source = torch.Generator().manual_seed(seed)
+    latents = torch.randn(count, *SHAPE, generator=source) * 0.3 - 2.0
+    rewards = torch.zeros(count)
+    for row in range(count):
+        y, x, length, upright = (int(torch.randint(high, (), generator=source)) for high in (4, 4, 4, 2))
+        tall, wide = (length + 2, 1) if upright else (1, length + 2)
+        latents[row, :3, :, y : y + tall, x : x + wide] += 4.0
+        rewards[row] = length + 1 if upright else -length - 1
+    return latents, rewards
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Fewer updates than a user gets: what is drawn here is simple."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distil_decoder, "NUM_UPDATES", 150)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(quick):
+    latents, rewards = draw(400, 0)
+    codec = MixingCodec()
+    return train_proxy(latents, rewards, codec=codec, config=quick(trunk="pixels", num_updates=120)), codec
+
+
+def samples_of(latents, **settings):
+    return gather_samples(latents, torch.arange(len(latents)).double(), None, **settings)
+
+
+def test_it_draws_what_the_codec_decodes(quick):
+    latents, _ = draw(200, 0)
+    decoder = distil_decoder.distil_decoder(MixingCodec(), samples_of(latents), torch.arange(160), quick())
+    assert not any(parameter.requires_grad for parameter in decoder.parameters())
+    drawn = decoder(latents[160:])
+    wanted = functional.adaptive_avg_pool2d(MixingCodec().decode(latents[160:]).flatten(0, 1), 16).unflatten(0, (40, 3))
+    assert drawn.shape == wanted.shape
+    assert (drawn - wanted).square().mean() < 0.05 * wanted.var()
+
+
+def test_the_same_seed_gives_the_same_decoder_and_reads_only_the_rows_it_may(quick):
+    latents, _ = draw(64, 0)
+    others = latents.clone()
+    others[48:] = torch.nan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distil_decoder, "NUM_UPDATES", 5)
+        first, second = (
+            distil_decoder.distil_decoder(MixingCodec(), samples_of(latents), torch.arange(48), quick())
+            for _ in range(2)
+        )
+        samples = samples_of(latents)
+        samples.latents = lambda indices: others[indices]
+        third = distil_decoder.distil_decoder(MixingCodec(), samples, torch.arange(48), quick())
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]) and torch.equal(value, third.state_dict()[name])
+
+
+def test_a_foreign_codec_or_one_that_decodes_no_video_is_refused(quick):
+    latents, _ = draw(40, 0)
+    rows = torch.arange(40)
+    with pytest.raises(FingerprintMismatchError, match="'other' and the codec is 'mixing'"):
+        distil_decoder.distil_decoder(MixingCodec(), samples_of(latents, latent_space="other"), rows, quick())
+    broken = MixingCodec()
+    broken.decode = lambda latents: MixingCodec().decode(latents) * torch.nan
+    with pytest.raises(DataError, match="expected finite"):
+        distil_decoder.distil_decoder(broken, samples_of(latents), rows, quick())
+
+
+def test_a_proxy_on_pixels_learns_and_knows_its_latent_space(trained):
+    proxy, codec = trained
+    entry = proxy.report["reward"]
+    assert entry["spearman"] > 0.97 > entry["ridge"]["spearman"]
+    assert proxy.config.trunk == "pixels" and isinstance(proxy.shared, TinyDecoder)
+    assert proxy.latent_space == codec.fingerprint
+    assert codec.decoded == entry["num_train"], "each clip that may be looked at is decoded once"
+
+
+def test_members_share_the_frames_and_are_differentiable(trained):
+    proxy, _ = trained
+    latents = draw(6, 1)[0].requires_grad_()
+    calls = []
+    hook = proxy.shared.register_forward_hook(lambda module, inputs, output: calls.append(tuple(output.shape)))
+    proxy(latents).sum().backward()
+    hook.remove()
+    assert calls == [(6, 3, 3, 16, 16)]
+    assert latents.grad is not None and bool(latents.grad.isfinite().all()) and float(latents.grad.abs().max()) > 0
+    assert (proxy.predict(latents.detach()).std["reward"] > 0).all()
+
+
+def test_it_is_stored_with_its_decoder_and_loaded_without_a_codec(trained, tmp_path):
+    proxy, _ = trained
+    proxy.save_pretrained(tmp_path / "p")
+    loaded = RewardProxy.from_pretrained(tmp_path / "p")
+    latents = draw(8, 1)[0]
+    assert torch.equal(loaded(latents), proxy(latents))
+    assert torch.equal(loaded.predict(latents).ood["reward"], proxy.predict(latents).ood["reward"])
+
+
+def test_an_update_moves_the_decoder_of_this_proxy_only(trained, tmp_path):
+    proxy, _ = trained
+    proxy.save_pretrained(tmp_path / "p")
+    loaded = RewardProxy.from_pretrained(tmp_path / "p")
+    latents, rewards = draw(64, 2)
+    before = {name: value.clone() for name, value in proxy.shared.state_dict().items()}
+    logs = loaded.update(latents, rewards, num_updates=8)
+    assert logs["reward/mae_after"] < 1.0
+    moved = [name for name, value in loaded.shared.state_dict().items() if not torch.equal(value, before[name])]
+    assert "stem.weight" in moved and "output.weight" in moved and "latent_mean" not in moved
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in proxy.shared.state_dict().items())
+
+
+def test_a_codec_chooses_pixels_and_automatic_choice_tries_them(quick):
+    latents, rewards = draw(120, 0)
+    automatic = quick(trunk="auto", selection_budget=30_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distil_decoder, "NUM_UPDATES", 60)
+        tried = train_proxy(latents, rewards, codec=MixingCodec(), config=automatic).selection["candidates"]
+        patch.setattr(distil_decoder, "NUM_UPDATES", 1)
+        patch.setattr(ProxyConfig, "updates", lambda self, count: 2)
+        patch.setattr(ProxyConfig, "progress", False)
+        assert train_proxy(latents, rewards, codec=MixingCodec()).config.trunk == "pixels"
+    assert set(tried) == {"linear", "conv3d", "transformer", "pixels"}
+
+
+def test_what_cannot_be_combined_is_refused_before_anything_is_decoded(quick):
+    latents, rewards = draw(64, 0)
+    codec = MixingCodec()
+    with pytest.raises(ConfigError, match="trunk 'conv3d' reads no pixels"):
+        train_proxy(latents, rewards, codec=codec, config=quick())
+    with pytest.raises(ConfigError, match="pass codec= to train_proxy"):
+        train_proxy(latents, rewards, config=quick(trunk="pixels"))
+    with pytest.raises(ConfigError, match="draws clean latents"):
+        quick(trunk="pixels", noise_levels=(0.0, 0.5))
+    pairs = Preferences(torch.arange(32), torch.arange(32, 64), torch.ones(32))
+    with pytest.raises(ConfigError, match="trunk='pixels'"):
+        train_proxy(latents, pairs, codec=codec, config=quick(trunk="pixels", objective="bradley_terry"))
+    assert codec.decoded == 0
