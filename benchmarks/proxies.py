@@ -5,8 +5,10 @@ prompts whose combinations of attributes nothing was trained on. Every (method, 
 ``results/proxies/``, written after each size, so the benchmark can be run in pieces; ``--summary`` makes a table of
 what is there. Methods beside those of :mod:`benchmarks.proxy_baselines`:
 
-- ``default``: ``train_proxy(dataset, encode=...)``, one proxy of all rewards that reads prompts as the teacher does.
-- ``default_words``: ``train_proxy(dataset)``, which hashes the words of prompts.
+- ``default``: ``train_proxy(dataset, encode=..., codec=...)``, one proxy of all rewards that reads prompts as the
+  teacher does, and small frames as a tiny decoder draws them.
+- ``default_latents``: without the codec, so from latents themselves.
+- ``default_words``: without either, so that the words of prompts are hashed.
 - ``default_single``: ``default``, but a proxy for each reward.
 """
 
@@ -35,7 +37,7 @@ from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.training.randomness import derive_seed
 
 RESULTS = Path(__file__).parent / "results" / "proxies"
-PROXIES = ("default", "default_words", "default_single")
+PROXIES = ("default", "default_latents", "default_words", "default_single")
 METHODS = (*PROXIES, *BASELINES)
 SIZES = (256, 512, 1024, 2048)
 HACK_SIZE = 1024
@@ -81,11 +83,13 @@ class Comparison:
         return {"rewards": scores, "fit_seconds": seconds, **provenance()}
 
     def _measure_proxy(self, method: str, training: lr.RewardDataset, seed: int, size: int) -> dict[str, Any]:
-        config = dataclasses.replace(self.config, seed=seed, device=self.world.device)
+        codec = self.world.codec if method in ("default", "default_single") else None
+        trunk = self.config.trunk if codec is None else "pixels"
+        config = dataclasses.replace(self.config, trunk=trunk, seed=seed, device=self.world.device)
         encode = None if method == "default_words" else self.world.embed
         parts = [only(training, name) for name in REWARDS] if method == "default_single" else [training]
         begun = time.perf_counter()
-        proxies = [lr.train_proxy(part, config=config, encode=encode) for part in parts]
+        proxies = [lr.train_proxy(part, config=config, encode=encode, codec=codec) for part in parts]
         seconds = time.perf_counter() - begun
         means: dict[str, np.ndarray] = {}
         stds: dict[str, np.ndarray] = {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.proxies.objectives import PREFERENCE_OBJECTIVES, SCORE_OBJECTIVES
-from latent_rewards.proxies.trunks import AUTO, trunk_kind
+from latent_rewards.proxies.trunks import AUTO, TrunkKind, trunk_kind
 
 MEAN_CALIBRATIONS = ("none", "isotonic")
 
@@ -161,5 +161,5 @@ class ProxyConfig:
 
     def updates(self, count: int) -> int:
         """Return the number of updates for ``count`` training samples."""
-        kind = trunk_kind("conv3d" if self.trunk == AUTO else self.trunk)
+        kind = TrunkKind(AUTO) if self.trunk == AUTO else trunk_kind(self.trunk)
         return self.num_updates or min(kind.most_updates, max(200, kind.passes * count // self.batch_size))

@@ -22,6 +22,7 @@ from benchmarks.proxy_samples import (
 )
 from benchmarks.proxy_summary import summarise
 from latent_rewards.contracts import ConfigError, DataError
+from latent_rewards.proxies import distil_decoder
 from recipes.moving_digits.world import all_specs, parse_prompt
 
 TEACHER = "recipes/moving_digits/weights/teacher"
@@ -65,7 +66,8 @@ def test_a_digest_knows_every_weight():
     assert weights_digest(module) != weights_digest(other)
 
 
-def test_from_a_saved_student_to_a_summary(tmp_path):
+def test_from_a_saved_student_to_a_summary(tmp_path, monkeypatch):
+    monkeypatch.setattr(distil_decoder, "NUM_UPDATES", 10)
     teacher = ds.load_teacher(TEACHER)
     student = ds.FewStepStudent(
         copy.deepcopy(teacher.denoiser),

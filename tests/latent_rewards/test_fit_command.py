@@ -3,14 +3,16 @@
 import argparse
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from latent_rewards import collect_command
 from latent_rewards.cli import build_parser, main
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.fit_command import add_settings, attribute_docs, chosen_settings
-from latent_rewards.proxies import ProxyConfig, RewardProxy
+from latent_rewards.proxies import ProxyConfig, RewardProxy, distil_decoder
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,21 @@ def test_a_dataset_becomes_a_proxy_with_its_report_and_card(dataset, tmp_path, c
     assert (proxy.latent_space, proxy.metric_fingerprints) == ("vae", {"level": "m@1"})
     assert "| latent space | `vae` |" in (tmp_path / "proxy" / "README.md").read_text()
     assert json.loads((tmp_path / "proxy" / "proxy.json").read_text())["config"]["learning_curve"] is True
+
+
+def test_with_a_codec_the_proxy_reads_pixels(toys, tmp_path, monkeypatch):
+    latents = torch.randn(80, 2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    RewardDataset.from_tensors(latents, ["a"] * 80, {"level": latents.mean(dim=(1, 2, 3, 4))}).save(tmp_path / "data")
+    (tmp_path / "codec").mkdir()
+    point = SimpleNamespace(name="toy", load=lambda: lambda path: toys.Codec())
+    monkeypatch.setattr(
+        collect_command, "entry_points", lambda group: [point] if group == "latent_rewards.codecs" else []
+    )
+    monkeypatch.setattr(distil_decoder, "NUM_UPDATES", 5)
+    arguments = ["fit", str(tmp_path / "data"), "--output", str(tmp_path / "proxy"), "--num-updates", "5"]
+    assert main([*arguments, "--codec", str(tmp_path / "codec"), "--kind", "toy"]) == 0
+    proxy = RewardProxy.from_pretrained(tmp_path / "proxy")
+    assert (proxy.config.trunk, proxy.config.num_updates, proxy.latent_space) == ("pixels", 5, "toy-codec")
 
 
 def test_every_setting_is_a_flag_that_says_what_the_docstring_says(capsys):
