@@ -17,7 +17,7 @@ from latent_rewards.training.randomness import derive_seed, generator
 NUM_CLIPS = 1024
 """Most clips that are decoded to learn from."""
 NUM_UPDATES = 600
-_BATCH, _DECODED_AT_ONCE = 48, 16
+_BATCH, _SCALE_ROWS, _DECODED_AT_ONCE = 48, 64, 4
 _LEARNING_RATE, _WEIGHT_DECAY, _ABSOLUTE = 2e-3, 0.01, 0.2
 
 
@@ -45,39 +45,44 @@ def distil_decoder(codec: Codec, samples: Samples, rows: Tensor, config: ProxyCo
         )
     order = torch.randperm(len(rows), generator=generator(config.seed, "decoder/clips", 0))
     rows = rows[order[:NUM_CLIPS]].sort().values
-    thumbnails, decoder = _thumbnails(codec, samples, rows, config)
+    decoder = _untrained(codec, samples, rows, config)
+    thumbnails = _thumbnails(codec, samples, rows, decoder, config)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return _train(decoder.to(device), samples, rows, thumbnails, config).cpu()
 
 
 @torch.no_grad()
+def _untrained(codec: Codec, samples: Samples, rows: Tensor, config: ProxyConfig) -> TinyDecoder:
+    """Return a decoder of the right geometry for the first of ``rows``, its scales set from a few more."""
+    _, first = next(samples.chunks(rows, _SCALE_ROWS))
+    latents = samples.latents(first)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "decoder/init", 0))
+        decoder = TinyDecoder.like(latents[:1], codec.decode(latents[:1]))
+    decoder.fit_scales(latents.cpu())
+    return decoder
+
+
+@torch.no_grad()
 def _thumbnails(
-    codec: Codec, samples: Samples, rows: Tensor, config: ProxyConfig
-) -> tuple[dict[int, Tensor], TinyDecoder]:
-    """Return float16 ``[T, 3, h, w]`` by sample, and an untrained decoder with scales set."""
+    codec: Codec, samples: Samples, rows: Tensor, decoder: TinyDecoder, config: ProxyConfig
+) -> dict[int, Tensor]:
+    """Return what the codec decodes each of ``rows`` to, shrunk to what ``decoder`` draws: float16 ``[T, 3, h, w]``."""
     found: dict[int, Tensor] = {}
-    decoder: TinyDecoder | None = None
     with tqdm(total=len(rows), desc="decode clips", disable=not config.progress, dynamic_ncols=True) as bar:
         for _, chunk in samples.chunks(rows, _DECODED_AT_ONCE):
             latents = samples.latents(chunk)
             videos = codec.decode(latents)
-            if decoder is None:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(derive_seed(config.seed, "decoder/init", 0))
-                    decoder = TinyDecoder.like(latents, videos)
-                decoder.fit_scales(samples.latents(rows[:NUM_CLIPS][samples.buckets(rows) == samples.buckets(rows)[0]]))
-            size = decoder(latents[:1].cpu().float()).shape[1:]
-            if videos.shape[1:3] != size[:2] or not bool(torch.isfinite(videos).all()):
+            wanted = decoder(latents[:1].cpu()).shape[1:]
+            if videos.shape[1:3] != wanted[:2] or not bool(torch.isfinite(videos).all()):
                 raise DataError(
                     f"the codec decodes latents {tuple(latents.shape)} to {tuple(videos.shape)}; expected finite "
-                    f"[B, {size[0]}, {size[1]}, H, W], as many frames per latent frame as for the first samples"
+                    f"[B, {wanted[0]}, {wanted[1]}, H, W], as many frames per latent frame as for the first sample"
                 )
-            small = functional.adaptive_avg_pool2d(videos.flatten(0, 1).float(), size[2:])
-            small = small.unflatten(0, videos.shape[:2]).cpu().half()
-            found |= dict(zip(chunk.tolist(), small, strict=True))
+            small = functional.adaptive_avg_pool2d(videos.flatten(0, 1).float(), wanted[2:])
+            found |= dict(zip(chunk.tolist(), small.unflatten(0, videos.shape[:2]).cpu().half(), strict=True))
             bar.update(len(chunk))
-    assert decoder is not None  # noqa: S101 - there are rows
-    return found, decoder
+    return found
 
 
 def _train(

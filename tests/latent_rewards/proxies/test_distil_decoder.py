@@ -107,7 +107,7 @@ def test_a_proxy_on_pixels_learns_and_knows_its_latent_space(trained):
     assert entry["spearman"] > 0.97 > entry["ridge"]["spearman"]
     assert proxy.config.trunk == "pixels" and isinstance(proxy.shared, TinyDecoder)
     assert proxy.latent_space == codec.fingerprint
-    assert codec.decoded == entry["num_train"], "each clip that may be looked at is decoded once"
+    assert codec.decoded == entry["num_train"] + 1, "each clip that may be looked at once, and one for its shape"
 
 
 def test_members_share_the_frames_and_are_differentiable(trained):
