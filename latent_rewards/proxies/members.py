@@ -115,8 +115,11 @@ def member_inputs(
 
 def outputs_of(proxy: RewardProxy, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     """Return every member's means ``[M, B, R]``, and the mean ``[B, R]`` of the variances they predict, if any."""
-    outputs = torch.stack([member(*inputs) for member in proxy.members])
-    means, log_variances = split_outputs(outputs, len(proxy.reward_names))
+    return _split(proxy, [member(*inputs) for member in proxy.members])
+
+
+def _split(proxy: RewardProxy, outputs: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    means, log_variances = split_outputs(torch.stack(outputs), len(proxy.reward_names))
     return means, None if log_variances is None else log_variances.exp().mean(dim=0)
 
 
@@ -126,7 +129,21 @@ def combine(proxy: RewardProxy, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor
     With the "gaussian" objective the variance is that of the members' mixture (Lakshminarayanan et al. 2017): their
     disagreement plus the mean of the variances they predict.
     """
-    means, predicted = outputs_of(proxy, inputs)
+    return _moments(proxy, *outputs_of(proxy, inputs))
+
+
+def combine_and_describe(proxy: RewardProxy, latents: Tensor, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :func:`combine` and :func:`describe` return; the first member's trunk, which both need, runs once."""
+    first = proxy.members[0]
+    if isinstance(first, LinearMember):
+        return *combine(proxy, inputs), latent_statistics(latents)
+    features, condition = cast(NetworkMember, first).features(*inputs)
+    outputs = [cast(NetworkMember, first).head(features, condition)]
+    outputs += [member(*inputs) for member in list(proxy.members)[1:]]
+    return *_moments(proxy, *_split(proxy, outputs)), _description(latents, features)
+
+
+def _moments(proxy: RewardProxy, means: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor]:
     mean = means.mean(dim=0)
     variance = (means - mean).square().sum(dim=0) / max(1, len(means) - 1)
     if predicted is not None and proxy.config.objective == "gaussian":
@@ -136,11 +153,13 @@ def combine(proxy: RewardProxy, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor
 
 def describe(member: nn.Module, latents: Tensor, inputs: tuple[Any, ...]) -> Tensor:
     """Return ``[B, K]``: statistics of the latents, and the frame mean of a network's trunk features for ``inputs``."""
-    statistics = latent_statistics(latents)
     if isinstance(member, LinearMember):
-        return statistics
-    features, _ = cast(NetworkMember, member).features(*inputs)
-    return torch.cat([statistics, features.mean(dim=1)], dim=1)
+        return latent_statistics(latents)
+    return _description(latents, cast(NetworkMember, member).features(*inputs)[0])
+
+
+def _description(latents: Tensor, features: Tensor) -> Tensor:
+    return torch.cat([latent_statistics(latents), features.mean(dim=1)], dim=1)
 
 
 def description_size(member: nn.Module, channels: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from latent_rewards.contracts import DataError, check_latents
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.conformal import level_index
-from latent_rewards.proxies.members import combine, describe
+from latent_rewards.proxies.members import combine_and_describe
 from latent_rewards.proxies.text import Prompts
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ def predict(
         read = None if features is None else features[rows.to(features.device)]
         level = [values[rows.to(values.device)] for values in levels]
         inputs = proxy.member_inputs(normalised, read, *level)
-        mean, variance = combine(proxy, inputs)
+        mean, variance, description = combine_and_describe(proxy, normalised, inputs)
         means.append(proxy.correct(mean) * proxy.reward_std + proxy.reward_mean)
         stds.append(proxy.deviation(variance, *level) * proxy.reward_std)
-        scores.append(_ood(proxy, describe(proxy.members[0], normalised, inputs), variance))
+        scores.append(_ood(proxy, description, variance))
     dtype = torch.promote_types(torch.float32, latents.dtype)
     ood = torch.cat(scores).to(dtype)
     return ProxyPrediction(

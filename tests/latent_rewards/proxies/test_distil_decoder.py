@@ -171,3 +171,11 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_decoded(quick):
     with pytest.raises(ConfigError, match="trunk='pixels'"):
         train_proxy(latents, pairs, codec=codec, config=quick(trunk="pixels", objective="bradley_terry"))
     assert codec.decoded == 0
+
+
+def test_a_proxy_takes_a_copy_of_the_decoder_it_is_given(trained):
+    proxy, _ = trained
+    given = TinyDecoder(**proxy.shared.geometry)
+    two = [RewardProxy(proxy.config, SHAPE, ("reward",), proxy.prompt_features, decoder=given).shared for _ in range(2)]
+    assert two[0] is not two[1] and given not in two
+    assert torch.equal(two[0].stem.weight, given.stem.weight)
