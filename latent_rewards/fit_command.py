@@ -4,7 +4,7 @@
     latent-rewards fit rewards/ --output proxy --ensemble-size 5 --calibrate-mean isotonic --learning-curve
     latent-rewards fit rewards/ --output proxy --codec runs/student
 
-With a codec the proxy learns from small decoded frames (the trunk "pixels"), as a rule much more from as many labels.
+With a codec the proxy reads small frames, as a tiny decoder draws them from latents (the trunk "pixels").
 Every setting of ``ProxyConfig`` is a flag of the same name.
 """
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from latent_rewards.contracts import Codec, DataError, FingerprintMismatchError
 from latent_rewards.proxies.config import ProxyConfig
-from latent_rewards.proxies.ensemble import bucketed_batches
+from latent_rewards.proxies.ensemble import Batch, bucketed_batches, train_member
 from latent_rewards.proxies.samples import Samples
 from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 from latent_rewards.training.randomness import derive_seed, generator
@@ -85,28 +85,46 @@ def _thumbnails(
     return found
 
 
+class _Drawing(nn.Module):
+    """A tiny decoder as a member that :func:`train_member` trains: it reads normalised latents and no prompts."""
+
+    def __init__(self, decoder: TinyDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latents: Tensor, prompts: None) -> Tensor:
+        return self.decoder.draw(latents)
+
+
+def _pixel_error(drawn: Tensor, target: Tensor) -> Tensor:
+    error = drawn - target
+    return error.square().mean() + _ABSOLUTE * error.abs().mean()
+
+
 def _train(
     decoder: TinyDecoder, samples: Samples, rows: Tensor, thumbnails: dict[int, Tensor], config: ProxyConfig
 ) -> TinyDecoder:
+    def read(indices: Tensor) -> Batch:
+        target = torch.stack([thumbnails[index] for index in indices.tolist()]).to(decoder.latent_mean)
+        return decoder.normalise(samples.latents(indices)), None, target
+
+    def advance(number: int) -> bool:
+        bar.update()
+        return False
+
     source = generator(config.seed, "decoder/batches", 0)
     batches = bucketed_batches(rows, samples.buckets(rows), _BATCH, NUM_UPDATES, source)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, _LEARNING_RATE, total_steps=NUM_UPDATES + 1, pct_start=0.15
-    )
-    bar = tqdm(batches, desc="tiny decoder", disable=not config.progress, dynamic_ncols=True)
-    with torch.enable_grad():
-        for number, indices in enumerate(bar):
-            target = torch.stack([thumbnails[index] for index in indices.tolist()]).to(decoder.latent_mean)
-            latents = samples.latents(indices).to(decoder.latent_mean)
-            noise = torch.randn(latents.shape, generator=source).to(latents)
-            error = decoder(latents + 0.5 * config.input_noise * decoder.latent_std * noise) - target
-            loss = error.square().mean() + _ABSOLUTE * error.abs().mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if number % 25 == 24:
-                bar.set_postfix({"mse": f"{float(error.detach().square().mean()):.2g}"}, refresh=False)
-    return decoder.requires_grad_(False).eval()
+    with tqdm(total=NUM_UPDATES, desc="tiny decoder", disable=not config.progress, dynamic_ncols=True) as bar:
+        train_member(
+            _Drawing(decoder),
+            read,
+            batches,
+            learning_rate=_LEARNING_RATE,
+            weight_decay=_WEIGHT_DECAY,
+            warmup=0.15,
+            stop=advance,
+            input_noise=0.5 * config.input_noise,
+            source=source,
+            loss=_pixel_error,
+        )
+    return decoder

@@ -128,20 +128,16 @@ def train_proxy(
         use_prompts=config.use_prompts,
         in_memory_bytes=config.in_memory_bytes,
     )
-    if samples.latent_space is None and codec is not None:
-        samples.latent_space = codec.fingerprint
+    samples.latent_space = samples.latent_space or getattr(codec, "fingerprint", None)
     check_trainable(samples, config.min_samples)
     training, heldout = split_samples(samples, config.holdout_fraction, config.seed)
     automatic = config.trunk == AUTO
-    decoder = None if codec is None else distil_decoder(codec, samples, training, config)
+    # No trunk draws noisy latents, so there "auto" has no use for a decoder.
+    decoder = None if codec is None or config.noise_levels else distil_decoder(codec, samples, training, config)
 
     def fitted(settings: ProxyConfig, rows: Tensor, embed: PromptEncoder | None) -> tuple[RewardProxy, Reader]:
-        given, kind = Given(embed, backbone, schedule, decoder), trunk_kind(settings.trunk)
-        if automatic and not kind.needs_backbone:
-            given = replace(given, backbone=None)
-        if automatic and not kind.needs_codec:
-            given = replace(given, decoder=None)
-        return _fit(settings, rows, samples, given)
+        given = Given(embed, backbone, schedule, decoder)
+        return _fit(settings, rows, samples, given.read_by(trunk_kind(settings.trunk)) if automatic else given)
 
     remembered = None if encode is None else remember(encode)
 
@@ -151,9 +147,8 @@ def train_proxy(
 
     selection: dict[str, Any] = {}
     if automatic:
-        config, selection = choose_trunk(
-            config, samples, training, judge, has_backbone=backbone is not None, has_codec=codec is not None
-        )
+        given = {"has_backbone": backbone is not None, "has_codec": decoder is not None}
+        config, selection = choose_trunk(config, samples, training, judge, **given)
     proxy, reader = fitted(config, training, encode)
     proxy.selection = selection
     settle(proxy, reader, training, heldout, halve(heldout_prompts(samples, heldout)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     from latent_rewards.proxies.noise import Schedule
     from latent_rewards.proxies.text import PromptEncoder
+    from latent_rewards.proxies.trunks import TrunkKind
     from latent_rewards.proxies.trunks.backbone import VideoBackbone
     from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 
@@ -40,3 +41,11 @@ class Given:
     backbone: VideoBackbone | None = None
     schedule: Schedule | None = None
     decoder: TinyDecoder | None = None
+
+    def read_by(self, kind: TrunkKind) -> Given:
+        """Return it without the backbone or decoder that a trunk of this kind does not read."""
+        return replace(
+            self,
+            backbone=self.backbone if kind.needs_backbone else None,
+            decoder=self.decoder if kind.needs_codec else None,
+        )

@@ -129,3 +129,18 @@ def test_a_teacher_folder_that_is_none_is_named(settings, tmp_path):
     settings["run"].teacher = str(tmp_path)
     with pytest.raises(ValueError, match="model_index.json"):
         Dollar(settings)
+
+
+@pytest.mark.parametrize(("trunk", "decodes"), [("pixels", True), ("conv3d", False)])
+def test_the_proxy_gets_the_codec_where_its_trunk_reads_pixels(settings, trunk, decodes, monkeypatch):
+    given = {}
+
+    def train_proxy(dataset, **options):
+        given.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dollar.lr, "train_proxy", train_proxy)
+    pipeline = Dollar({**settings, "proxy": lr.ProxyConfig(trunk=trunk)})
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.fit(None)
+    assert given["codec"] is (pipeline.codec if decodes else None)

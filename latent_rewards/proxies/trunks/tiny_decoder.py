@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latent_rewards.contracts import DataError
+from latent_rewards.proxies.trunks.conv3d import strided_convolution
 
 CHANNELS = 3
 _TARGET_SIDE = 16
@@ -61,10 +62,7 @@ class TinyDecoder(nn.Module):
         self.zoom, self.frames_per_latent, self.dropped = zoom, frames_per_latent, dropped
         self.register_buffer("latent_mean", torch.zeros(channels, 1, 1, 1))
         self.register_buffer("latent_std", torch.ones(channels, 1, 1, 1))
-        kernel, padding = (3, 1) if stride == 1 else (2 * stride, stride // 2)
-        self.stem = nn.Conv3d(
-            channels, _WIDTH, (3, kernel, kernel), stride=(1, stride, stride), padding=(1, padding, padding)
-        )
+        self.stem = strided_convolution(channels, _WIDTH, stride)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.GroupNorm(8, _WIDTH),
@@ -95,7 +93,15 @@ class TinyDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return ``[B, T, 3, h, w]``."""
-        x = self.stem((latents.to(self.latent_mean) - self.latent_mean) / self.latent_std)
+        return self.draw(self.normalise(latents))
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Return latents of mean 0 and deviation 1 in each channel."""
+        return (latents.to(self.latent_mean) - self.latent_mean) / self.latent_std
+
+    def draw(self, normalised: Tensor) -> Tensor:
+        """Return the frames of normalised latents."""
+        x = self.stem(normalised)
         for block in self.blocks:
             x = x + block(x)
         frames = functional.gelu(x).transpose(1, 2)

@@ -179,3 +179,11 @@ def test_a_proxy_takes_a_copy_of_the_decoder_it_is_given(trained):
     two = [RewardProxy(proxy.config, SHAPE, ("reward",), proxy.prompt_features, decoder=given).shared for _ in range(2)]
     assert two[0] is not two[1] and given not in two
     assert torch.equal(two[0].stem.weight, given.stem.weight)
+
+
+def test_nothing_is_decoded_where_latents_are_noisy_and_the_trunk_is_chosen(quick):
+    latents, rewards = draw(64, 0)
+    codec = MixingCodec()
+    config = quick(trunk="auto", noise_levels=(0.0, 0.5), num_updates=2, selection_budget=20_000, ensemble_size=1)
+    assert train_proxy(latents, rewards, codec=codec, config=config).config.trunk in ("conv3d", "transformer")
+    assert codec.decoded == 0
