@@ -1,8 +1,8 @@
 """Distillation alone, for several training seeds, scored in full: ``python -m benchmarks.distillation``.
 
-The first two stages of the digits benchmark (VSD, then CD) under its configuration, at four steps and at one, beside
+The first two stages (VSD, then CD) under a configuration of the digits world, at the steps it names and at one, beside
 the 50-step teacher. Runs are those of :mod:`benchmarks.digits`, which continues from them. Each seed ends in
-``results/distillation/seed<k>.json``; ``--summary`` only aggregates what is there.
+``results/distillation/<name>/seed<k>.json``; ``--summary`` only aggregates what is there.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.digits import CONFIG, TEACHER, mean_scores, paired, point_differences, score_table, seeded
+from benchmarks.digits import TEACHER, mean_scores, paired, point_differences, score_table, seeded
 from benchmarks.provenance import provenance
-from recipes.dollar import Dollar, counted
+from latent_rewards.training.settings import read_settings
+from recipes.dollar import SECTIONS, Dollar, counted
 from recipes.moving_digits.benchmark import DigitsBenchmark
 
 RESULTS = Path(__file__).parent / "results" / "distillation"
-STEPS = (4, 1)
+ONE_STEP = "recipes/configs/moving_digits_one_step.yaml"
 
 
 def run_seed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def run_seed(settings: dict[str, Any]) -> dict[str, Any]:
     guidance = float(settings["run"].guidance_scale)
     benchmark.add(TEACHER, pipeline.teacher_sampler(50, guidance), num_steps=1, network_evaluations=100)
     for label, student in students.items():
-        for steps in STEPS:
+        for steps in sorted({1, settings["run"].num_steps}, reverse=True):
             sampler = pipeline.student_sampler(student, steps)
             benchmark.add(f"{label}, {counted(steps)}", sampler, num_steps=steps, network_evaluations=steps)
     return {
@@ -59,14 +60,16 @@ def main() -> None:
     """Read the command line, run the seeds, aggregate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="training seeds (default: 0 1 2)")
+    parser.add_argument("--config", default=ONE_STEP, help="settings of each run (default: %(default)s)")
     parser.add_argument("--summary", action="store_true", help="only aggregate the results that are there")
     options = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    results = RESULTS / read_settings(options.config, SECTIONS)["run"].name
+    results.mkdir(parents=True, exist_ok=True)
     for seed in [] if options.summary else options.seeds:
-        (RESULTS / f"seed{seed}.json").write_text(json.dumps(run_seed(seeded(CONFIG, seed)), indent=1))
-    summary, markdown = summarise([json.loads(file.read_text()) for file in sorted(RESULTS.glob("seed*.json"))])
-    (RESULTS / "summary.json").write_text(json.dumps(summary, indent=1))
-    (RESULTS / "summary.md").write_text(markdown)
+        (results / f"seed{seed}.json").write_text(json.dumps(run_seed(seeded(options.config, seed)), indent=1))
+    summary, markdown = summarise([json.loads(file.read_text()) for file in sorted(results.glob("seed*.json"))])
+    (results / "summary.json").write_text(json.dumps(summary, indent=1))
+    (results / "summary.md").write_text(markdown)
     print(markdown)
 
 
