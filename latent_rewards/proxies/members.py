@@ -17,6 +17,7 @@ from latent_rewards.proxies.objectives import num_outputs, split_outputs
 from latent_rewards.proxies.text import PromptFeatures, real_tokens
 from latent_rewards.proxies.trunks import AUTO, trunk_kind
 from latent_rewards.proxies.trunks.backbone import VideoBackbone
+from latent_rewards.proxies.trunks.pixels import look
 from latent_rewards.proxies.trunks.shared import PassThrough, SharedTrunk
 from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 
@@ -98,12 +99,13 @@ def member_inputs(
 
     With a backbone its frozen blocks run here, once for all members, on what they were trained on, latents and prompts
     before scaling; the first entry becomes their features ``[B, F', K]``, for a ridge regression ``[B, K, 1, 1, 1]``,
-    their mean over frames. With a tiny decoder the first entry becomes the frames ``[B, T, 3, h, w]`` it draws.
+    their mean over frames. With a tiny decoder the first entry becomes what there is to see in the frames it draws,
+    ``[B, T, 377]``.
     """
     if proxy.shared is None:
         return latents, prompt_features, *level
     if isinstance(proxy.shared, TinyDecoder):
-        return proxy.shared(latents * proxy.latent_std + proxy.latent_mean), prompt_features, *level
+        return look(proxy.shared(latents * proxy.latent_std + proxy.latent_mean)), prompt_features, *level
     tokens = prompt_features
     if tokens is not None and tokens.ndim == 3:
         tokens = (tokens / proxy.prompt_scale + proxy.prompt_mean) * real_tokens(tokens)[..., None]

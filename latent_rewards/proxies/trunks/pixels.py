@@ -20,6 +20,7 @@ WINDOW = 9
 _SHARE = 9 / 16
 _COARSE = 4
 _CONTRAST_FLOOR = 0.02
+_WINDOW_VALUES = (CHANNELS + 1) * WINDOW**2
 
 
 def content_centre(frames: Tensor) -> Tensor:
@@ -50,8 +51,28 @@ def _contrast(x: Tensor) -> Tensor:
     return centred / (centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + _CONTRAST_FLOOR)
 
 
+def look(frames: Tensor) -> Tensor:
+    """Return what there is to see ``[B, T, 377]`` in frames ``[B, T, 3, h, w]``; nothing in it is learned.
+
+    The first 324 values are the window, its colours and their mean, less its own contrast; the rest describes the
+    frame: a coarse view, the place of the window, how that changes and how the frame does, each of a size near one.
+    """
+    count, length = frames.shape[:2]
+    flat = frames.flatten(0, 1)
+    centres = content_centre(flat)
+    cuts = cut_window(flat, centres)
+    window = torch.cat([_contrast(cuts), _contrast(cuts.mean(dim=1, keepdim=True))], dim=1).flatten(1)
+    size = torch.tensor([frames.shape[4], frames.shape[3]]).to(frames)
+    place = (2 * centres / size - 1).unflatten(0, (count, length))
+    speed = functional.pad(place.diff(dim=1), (0, 0, 1, 0))
+    change = functional.pad(frames.diff(dim=1).abs().mean(dim=(2, 3, 4)), (1, 0))[..., None]
+    coarse = functional.adaptive_avg_pool2d(flat, _COARSE).flatten(1)
+    window, coarse = (part.unflatten(0, (count, length)) for part in (window, coarse))
+    return torch.cat([window, 2 * coarse, place, 8 * speed, 10 * change], dim=2)
+
+
 class PixelTrunk(nn.Module):
-    """Frames ``[B, T, 3, h, w]`` -> features ``[B, T, 4 width]``.
+    """What :func:`look` sees ``[B, T, 377]`` -> features ``[B, T, 4 width]``.
 
     Args:
         latent_shape: ``(C, F, H, W)`` of the latents the frames are drawn from.
@@ -62,30 +83,14 @@ class PixelTrunk(nn.Module):
 
     def __init__(self, latent_shape: tuple[int, ...], width: int, depth: int, condition_width: int) -> None:
         super().__init__()
-        sizes = [(CHANNELS + 1) * WINDOW**2, *[2 * width] * depth]
+        sizes = [_WINDOW_VALUES, *[2 * width] * depth]
         layers = [layer for pair in zip(sizes[:-1], sizes[1:], strict=True) for layer in (nn.Linear(*pair), nn.GELU())]
         self.window = nn.Sequential(*layers)
         self.frame = nn.Linear(CHANNELS * _COARSE**2 + 5, 2 * width)
         self.num_features = 4 * width
         self.smallest_side = drawing_scale(latent_shape[2], latent_shape[3])[0]
 
-    def forward(self, frames: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(self, seen: Tensor, condition: Tensor | None) -> Tensor:
         """Return ``[B, T, 4 width]``."""
-        count, length = frames.shape[:2]
-        flat = frames.flatten(0, 1)
-        centres = content_centre(flat)
-        cuts = cut_window(flat, centres)
-        seen = torch.cat([_contrast(cuts), _contrast(cuts.mean(dim=1, keepdim=True))], dim=1)
-        features = self.window(seen.flatten(1)).unflatten(0, (count, length))
-        return torch.cat([features, functional.gelu(self.frame(_describe(frames, centres)))], dim=2)
-
-
-def _describe(frames: Tensor, centres: Tensor) -> Tensor:
-    """Return ``[B, T, 53]``: a coarse view, the place, its change and the frame's change, each of a size near one."""
-    count, length = frames.shape[:2]
-    size = torch.tensor([frames.shape[4], frames.shape[3]]).to(frames)
-    place = (2 * centres / size - 1).unflatten(0, (count, length))
-    speed = functional.pad(place.diff(dim=1), (0, 0, 1, 0))
-    change = functional.pad(frames.diff(dim=1).abs().mean(dim=(2, 3, 4)), (1, 0))[..., None]
-    coarse = functional.adaptive_avg_pool2d(frames.flatten(0, 1), _COARSE).flatten(1).unflatten(0, (count, length))
-    return torch.cat([2 * coarse, place, 8 * speed, 10 * change], dim=2)
+        window, frame = seen.split([_WINDOW_VALUES, seen.shape[2] - _WINDOW_VALUES], dim=2)
+        return torch.cat([self.window(window), functional.gelu(self.frame(frame))], dim=2)

@@ -187,3 +187,15 @@ def test_nothing_is_decoded_where_latents_are_noisy_and_the_trunk_is_chosen(quic
     config = quick(trunk="auto", noise_levels=(0.0, 0.5), num_updates=2, selection_budget=20_000, ensemble_size=1)
     assert train_proxy(latents, rewards, codec=codec, config=config).config.trunk in ("conv3d", "transformer")
     assert codec.decoded == 0
+
+
+def test_what_there_is_to_see_is_looked_at_once_for_all_members(monkeypatch):
+    from latent_rewards.proxies import members
+
+    latents, rewards = draw(120, 0)
+    config = ProxyConfig(trunk="pixels", width=8, depth=1, num_updates=2, ensemble_size=3, progress=False)
+    proxy = train_proxy(latents, rewards, config=config, codec=MixingCodec())
+    looked, look = [], members.look
+    monkeypatch.setattr(members, "look", lambda frames: looked.append(len(frames)) or look(frames))
+    proxy.scores(latents[:5], ["clip"] * 5)
+    assert looked == [5]

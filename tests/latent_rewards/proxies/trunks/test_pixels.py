@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from latent_rewards.proxies.trunks.pixels import WINDOW, PixelTrunk, content_centre, cut_window
+from latent_rewards.proxies.trunks.pixels import WINDOW, PixelTrunk, content_centre, cut_window, look
 
 
 def blot(x, y, size=16):
@@ -46,7 +46,7 @@ def test_features_follow_place_and_speed_beside_the_window():
     trunk = PixelTrunk((4, 2, 8, 8), 8, 2, 0).double()
     still = blot(4, 6).repeat(3, 1, 1, 1)[None]
     moving = torch.cat([blot(4, 6), blot(5, 6), blot(6, 6)])[None]
-    first, second = trunk(still, None), trunk(moving, None)
+    first, second = trunk(look(still), None), trunk(look(moving), None)
     assert first.shape == (1, 3, 32) and trunk.num_features == 32
     torch.testing.assert_close(first[..., :16], second[..., :16], atol=0.05, rtol=0)
     torch.testing.assert_close(first[:, 0], second[:, 0])
@@ -56,7 +56,7 @@ def test_features_follow_place_and_speed_beside_the_window():
 def test_any_frame_size_is_read_and_gradients_reach_the_pixels():
     trunk = PixelTrunk((4, 2, 8, 8), 8, 1, 0)
     frames = torch.rand(2, 4, 3, 15, 26, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    trunk(frames, None).square().sum().backward()
+    trunk(look(frames), None).square().sum().backward()
     assert frames.grad is not None and (frames.grad.abs().amax(dim=(1, 2, 3, 4)) > 0).all()
 
 
