@@ -9,7 +9,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo 'setting up $(VENV): about two minutes'
+	@echo 'setting up $(VENV): one to three minutes'
 	$(BIN)/pip install --disable-pip-version-check --no-compile -e '.[dev]'
 	touch $@
 
