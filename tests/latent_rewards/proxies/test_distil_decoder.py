@@ -189,12 +189,11 @@ def test_nothing_is_decoded_where_latents_are_noisy_and_the_trunk_is_chosen(quic
     assert codec.decoded == 0
 
 
-def test_what_there_is_to_see_is_looked_at_once_for_all_members(monkeypatch):
+def test_what_there_is_to_see_is_looked_at_once_for_all_members(quick, monkeypatch):
     from latent_rewards.proxies import members
 
     latents, rewards = draw(120, 0)
-    config = ProxyConfig(trunk="pixels", width=8, depth=1, num_updates=2, ensemble_size=3, progress=False)
-    proxy = train_proxy(latents, rewards, config=config, codec=MixingCodec())
+    proxy = train_proxy(latents, rewards, config=quick(trunk="pixels", num_updates=2), codec=MixingCodec())
     looked, look = [], members.look
     monkeypatch.setattr(members, "look", lambda frames: looked.append(len(frames)) or look(frames))
     proxy.scores(latents[:5], ["clip"] * 5)
