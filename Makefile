@@ -2,6 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := .venv-stamp
+# Two processes that share the demo's work do more than one that computes on every core.
+PROCESSES ?= 2
+THREADS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < $(PROCESSES) ? 1 : cores / $(PROCESSES))))
+LAUNCH := ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m torch.distributed.run --standalone \
+	--nproc-per-node $(PROCESSES)
 
 .PHONY: demo test lint teacher bench clean setup
 
@@ -14,10 +19,10 @@ $(STAMP): pyproject.toml
 	touch $@
 
 demo: $(STAMP)  ## the whole DOLLAR pipeline on moving digits, ending in runs/demo/report.html; resumes where it was
-	$(BIN)/python -m recipes.dollar --config recipes/configs/moving_digits.yaml
+	$(LAUNCH) -m recipes.dollar --config recipes/configs/moving_digits.yaml
 
 test: $(STAMP)  ## the test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)  ## style, docstrings and types
 	$(BIN)/ruff check .

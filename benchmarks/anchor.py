@@ -16,6 +16,7 @@ from benchmarks.digits import CONFIG, STUDENT, paired, seeded
 from benchmarks.provenance import provenance
 from recipes.dollar import Dollar
 from recipes.moving_digits.benchmark import DigitsBenchmark
+from recipes.run_folder import RunFolder
 
 RESULT = Path(__file__).parent / "results" / "anchor.json"
 TRAINER = "differentiable"
@@ -29,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = seeded(CONFIG, options.seed)
     pipeline = Dollar(settings)
-    student = pipeline.load_student(pipeline.folder / "student")
+    student = pipeline.load_student(pipeline.folder.path / "student")
     dataset = pipeline.collect(student)
     proxy = pipeline.fit(dataset)
     benchmark = pipeline.benchmark()
@@ -37,9 +38,9 @@ def main() -> None:
     benchmark.load_rows()
     # Scores lie about [0, 1]: capped far below they are all alike. Without a holdout, nothing is rolled back.
     pipeline.settings = {**settings, "lro": dataclasses.replace(settings["lro"], reward_cap=-10.0)}
-    pipeline.holdout, pipeline.folder = None, pipeline.folder / "anchor_alone"
-    pipeline.folder.mkdir(exist_ok=True)
-    benchmark.folder = pipeline.folder / "evaluation"  # the run's own table stays as it is
+    pipeline.holdout, pipeline.folder = None, RunFolder(pipeline.folder.path / "anchor_alone")
+    pipeline.folder.path.mkdir(exist_ok=True)
+    benchmark.folder = pipeline.folder.path / "evaluation"  # the run's own table stays as it is
     anchored, _ = pipeline.tune(TRAINER, student, proxy, dataset)
     benchmark.add(ANCHORED, pipeline.student_sampler(anchored, 4), num_steps=4, network_evaluations=4)
     result = {

@@ -61,8 +61,8 @@ def run_seed(settings: dict[str, Any], picture: Path) -> dict[str, Any]:
         "seed": settings["run"].seed,
         "rows": rows,
         "differences": differences,
-        "proxy": json.loads((pipeline.folder / "proxy_report.json").read_text()),
-        "tuning": {name: tuning_facts(pipeline.folder, name) for name in settings["run"].trainers},
+        "proxy": json.loads((pipeline.folder.path / "proxy_report.json").read_text()),
+        "tuning": {name: tuning_facts(pipeline.folder.path, name) for name in settings["run"].trainers},
         **provenance(),
     }
 

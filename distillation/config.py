@@ -26,7 +26,7 @@ class DistillationConfig:
         schedule: "sequential" (VSD, then CD) or "joint" (one stage of ``vsd_steps`` updates; ``cd_steps`` is not read).
         vsd_steps: student updates by VSD; 0 leaves the stage out.
         cd_steps: student updates by CD; 0 leaves the stage out.
-        batch_size: samples per update and rank.
+        batch_size: samples per update, shared by the ranks: a multiple of their number.
         step_counts: step counts the student is trained for; VSD draws one of their calls per update, all alike.
         guidance_scale: of the teacher, w in ``u + w (c - u)``; 1 is none.
         refine_guidance_scale: in place of ``guidance_scale`` where VSD trains a call that refines, which is every call

@@ -144,8 +144,12 @@ class _Stage:
         self.loop.stateful.update(ema=self.ema, settings=SettingsGuard(config, name))
         wide = any(parameter.dtype == torch.float64 for parameter in network.parameters())
         self.dtype = torch.float64 if wide else torch.float32
-        first = self.loop.accelerator.process_index * config.batch_size
-        self.indices = range(first, first + config.batch_size)
+        ranks = self.loop.ranks
+        if config.batch_size % ranks.count:
+            raise DistillationConfigError(
+                f"batch_size={config.batch_size} cannot be shared by {ranks.count} ranks; use a multiple"
+            )
+        self.indices = ranks.part(config.batch_size)
         self.calls = [(count, exit_step) for count in config.step_counts for exit_step in range(count)]
 
     def run(self) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from distillation.errors import ConditionError, DistillationConfigError, StepCou
 from distillation.schedule import add_noise, shift_time, working_dtype
 from distillation.student import FewStepStudent, check_noise
 from latent_rewards.training.randomness import sample_index, sample_noise, sample_uniform
+from latent_rewards.training.ranks import current_ranks
 
 NORMALISER_FLOOR = 1e-6
 
@@ -274,8 +275,9 @@ class VSDAnchor:
             x, condition = self._samples[update % len(self._samples)]
             t, noise = self._draw(f"anchor/fake/{update}", x)
             fake_score_loss(x, self.fake_score, condition, t, noise).backward()
-            _average_over_ranks(self.fake_score)
-            nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+            parameters = self.optimizer.param_groups[0]["params"]
+            current_ranks().average(p.grad for p in parameters if p.grad is not None)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self._samples.clear()
@@ -297,7 +299,7 @@ class VSDAnchor:
         self._samples.clear()
 
     def _draw(self, stage: str, x: Tensor) -> tuple[Tensor, Tensor]:
-        rank = torch.distributed.get_rank() if _distributed() else 0
+        rank = current_ranks().index
         indices = range(rank * len(x), (rank + 1) * len(x))
         times = sample_times(sample_uniform(self.seed, f"{stage}/time", self.step, indices), shift=self.time_shift)
         noise = sample_noise(self.seed, stage, self.step, indices, x.shape[1:], device=x.device, dtype=x.dtype)
@@ -329,15 +331,3 @@ def adamw(module: nn.Module, learning_rate: float, *, beta1: float) -> torch.opt
     if not parameters:
         raise DistillationConfigError(f"{type(module).__name__} has no parameter to train; call requires_grad_(True)")
     return torch.optim.AdamW(parameters, lr=learning_rate, betas=(beta1, 0.999), weight_decay=0.0)
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _average_over_ranks(module: nn.Module) -> None:
-    if _distributed():
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= torch.distributed.get_world_size()

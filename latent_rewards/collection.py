@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from latent_rewards.contracts import ConfigError, MetricError, RankError
 from latent_rewards.dataset import COMPLETE, RewardDataset, join, write_complete
-from latent_rewards.ranks import Ranks, current_ranks
 from latent_rewards.training.checkpoint import TEMPORARY_PREFIX, commit_directory, verify_directory
+from latent_rewards.training.ranks import Ranks, current_ranks
 
 GIVE_UP_AFTER = 16
 """Failing samples, with none scored yet, after which a collection stops instead of failing to its end."""

@@ -15,13 +15,13 @@ import copy
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 import distillation as ds
@@ -29,11 +29,12 @@ import latent_rewards as lr
 from distillation.families import Teacher
 from distillation.families.export import load_student
 from distillation.vsd import VSDAnchor
-from latent_rewards.training.checkpoint import MANIFEST, commit_directory
 from latent_rewards.training.randomness import sample_noise
+from latent_rewards.training.ranks import current_ranks
 from latent_rewards.training.settings import SettingsError, read_settings
-from recipes.page import write_report
+from recipes.page import REPORT, write_report
 from recipes.prompted import Benchmark, PromptBenchmark, read_prompts
+from recipes.run_folder import RunFolder
 
 TRAINERS = {"reinforce": lr.ReinforceTrainer, "differentiable": lr.DifferentiableRewardTrainer}
 
@@ -128,7 +129,7 @@ class Dollar:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.config: RunConfig = settings["run"]
-        self.folder = Path(self.config.output_dir) / self.config.name
+        self.folder = RunFolder(Path(self.config.output_dir) / self.config.name)
         self.device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.teacher: Teacher = ds.load_teacher(
             self.config.teacher,
@@ -149,16 +150,18 @@ class Dollar:
 
     def run(self) -> Path:
         """Distil, collect, regress, tune, evaluate, report."""
-        remember_settings(self.folder, self.settings)
+        self.folder.remember(self.settings)
         vsd = self.distil("student_vsd", cd_steps=0)
         student = self.distil("student")
         dataset = self.collect(student)
         proxy = self.fit(dataset)
         tuned = {name: self.tune(name, student, proxy, dataset) for name in self.config.trainers}
         benchmark = self.evaluate(vsd, student, {name: policy for name, (policy, _) in tuned.items()})
+        if self.folder.ranks.index:
+            return self.folder.path / REPORT
         curves = {name: result for name, (_, result) in tuned.items()}
-        histories = {name: read_history(self.folder / "distillation" / name) for name in ("vsd", "cd", "joint")}
-        return write_report(self.folder, self.settings, benchmark, proxy.report, histories, curves)
+        histories = {name: self.folder.history(name) for name in ("vsd", "cd", "joint")}
+        return write_report(self.folder.path, self.settings, benchmark, proxy.report, histories, curves)
 
     def distil(self, name: str, **overrides: Any) -> ds.FewStepStudent:  # noqa: ANN401 - distillation settings
         """Stage 1 and 2: train (or load) a student; ``cd_steps=0`` stops after VSD."""
@@ -174,7 +177,7 @@ class Dollar:
             ds.DistillationTrainer(self.teacher, student, self.distillation_data(), section).train()
             return student
 
-        return self.cached(name, train, lambda s, path: s.save_pretrained(path), self.load_student)
+        return self.folder.cached(name, train, lambda s, path: s.save_pretrained(path), self.load_student)
 
     def distillation_data(self) -> Any:  # noqa: ANN401 - what DistillationTrainer takes
         """Return encoded clips and their prompts where the world has data, else the prompts alone."""
@@ -183,7 +186,7 @@ class Dollar:
         from recipes.moving_digits.benchmark import training_latents
 
         count, seed = self.config.num_latents, self.config.seed
-        return training_latents(self.codec, count, seed=seed, folder=self.folder / "latents")
+        return training_latents(self.codec, count, seed=seed, folder=self.folder.path / "latents")
 
     def collect(self, student: ds.FewStepStudent) -> lr.RewardDataset:
         """Stage 3a: score the student's samples with the true metrics; the only time everything is decoded."""
@@ -192,7 +195,7 @@ class Dollar:
             self.prompts,
             self.oracle,
             num_samples=self.config.num_queries,
-            output_dir=self.folder / "rewards",
+            output_dir=self.folder.path / "rewards",
             seed=self.config.seed,
             num_steps=self.config.num_steps,
             batch_size=self.config.batch_size,
@@ -202,13 +205,14 @@ class Dollar:
         """Stage 3b: regress the proxy on latents."""
         section = self.section("proxy", device=self.device)
         codec = self.codec if section.trunk in ("pixels", "auto") else None
-        proxy = self.cached(
+        proxy = self.folder.cached(
             "proxy",
             lambda: lr.train_proxy(dataset, config=section, encode=self.embed, codec=codec),
             lambda proxy, path: proxy.save_pretrained(path),
             lambda path: lr.RewardProxy.from_pretrained(path, encode=self.embed).to(self.device),
+            alone=True,
         )
-        (self.folder / "proxy_report.json").write_text(json.dumps(proxy.report, indent=1))
+        self.folder.write("proxy_report.json", proxy.report)
         return proxy
 
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -219,7 +223,7 @@ class Dollar:
         self, name: str, student: ds.FewStepStudent, proxy: lr.RewardProxy, dataset: lr.RewardDataset
     ) -> tuple[ds.FewStepStudent, dict[str, Any]]:
         """Stage 3c: optimise a copy of the student against a copy of the proxy; returns it and its curves."""
-        curves = self.folder / f"lro_{name}" / "result.json"
+        curves = f"lro_{name}/result.json"
 
         def train() -> ds.FewStepStudent:
             policy = copy.deepcopy(student)
@@ -237,11 +241,13 @@ class Dollar:
             )
             begun = time.perf_counter()
             result = dataclasses.asdict(trainer.train())
-            curves.write_text(json.dumps({**result, "seconds": time.perf_counter() - begun}))
+            self.folder.write(curves, {**result, "seconds": time.perf_counter() - begun})
             return policy
 
-        policy = self.cached(f"student_{name}", train, lambda s, path: s.save_pretrained(path), self.load_student)
-        return policy, json.loads(curves.read_text())
+        policy = self.folder.cached(
+            f"student_{name}", train, lambda s, path: s.save_pretrained(path), self.load_student
+        )
+        return policy, json.loads((self.folder.path / curves).read_text())
 
     def reward(self) -> lr.WeightedSum | None:
         """Return the weighted sum of several metrics, or None for a single one."""
@@ -254,6 +260,7 @@ class Dollar:
         """Return a VSD anchor whose fake score has seen the student's samples."""
         section, distilled = self.settings["anchor"], self.settings["distillation"]
         seed, size = self.config.seed, self.config.batch_size
+        share = self.folder.ranks.part(size)
         anchor = VSDAnchor(
             self.teacher.denoiser,
             copy.deepcopy(self.teacher.denoiser),
@@ -266,9 +273,9 @@ class Dollar:
             seed=seed,
         )
         for step in range(section.warmup):
-            prompts = [self.prompts[(step * size + row) % len(self.prompts)] for row in range(size)]
+            prompts = [self.prompts[(step * size + row) % len(self.prompts)] for row in share]
             stack = [
-                sample_noise(seed, f"warmup/{k}", step, range(size), self.teacher.latent_shape, device=self.device)
+                sample_noise(seed, f"warmup/{k}", step, share, self.teacher.latent_shape, device=self.device)
                 for k in range(self.config.num_steps)
             ]
             anchor.observe(student, student.encode(prompts).to(self.device), torch.stack(stack))
@@ -298,7 +305,7 @@ class Dollar:
             return PromptBenchmark(self.codec, self.teacher.latent_shape, self.eval_prompts, metrics, self.config.seed)
         from recipes.moving_digits.benchmark import DigitsBenchmark
 
-        folder, count = self.folder / "evaluation", self.config.num_eval_prompts
+        folder, count = self.folder.path / "evaluation", self.config.num_eval_prompts
         benchmark = DigitsBenchmark(self.codec, self.teacher.latent_shape, folder, num_prompts=count)
         benchmark.add_ceilings()
         return benchmark
@@ -327,57 +334,17 @@ class Dollar:
     def section(self, name: str, folder: str | None = None, **overrides: Any) -> Any:  # noqa: ANN401
         """Return a section with the run's seed and, if ``folder`` is given, its place on disk."""
         if folder:
-            overrides["output_dir"] = str(self.folder / folder)
+            overrides["output_dir"] = str(self.folder.path / folder)
         return dataclasses.replace(self.settings[name], seed=self.config.seed, **overrides)
 
     def load_student(self, path: Path) -> ds.FewStepStudent:
         """Load a student of this run onto the run's device."""
         return load_student(path, device=self.device)
 
-    def cached(
-        self, name: str, make: Callable[[], Any], save: Callable[[Any, Path], None], load: Callable[[Path], Any]
-    ) -> Any:  # noqa: ANN401 - what ``load`` returns
-        """Return what ``folder/name`` holds, making it first if it is not there; rank 0 writes."""
-        path = self.folder / name
-        if not (path / MANIFEST).is_file():
-            made = make()
-            if PartialState().is_main_process:
-                save(made, path)
-            PartialState().wait_for_everyone()
-        return load(path)
-
 
 def counted(steps: int) -> str:
     """Return "1 step", "4 steps"."""
     return f"{steps} step" if steps == 1 else f"{steps} steps"
-
-
-def remember_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings of a run in its folder, and refuse to continue it with others.
-
-    Raises:
-        SettingsError: the folder was begun with other settings; the message names the first that differs.
-    """
-    current = json.loads(json.dumps({name: dataclasses.asdict(section) for name, section in settings.items()}))
-    stored = folder / "settings" / "settings.json"
-    if stored.is_file():
-        before = json.loads(stored.read_text())
-        for section, values in current.items():
-            for key, value in values.items():
-                if (was := before.get(section, {}).get(key)) != value:
-                    raise SettingsError(
-                        f"{folder} was begun with {section}.{key} = {was!r}, now {value!r}; restore it, or run under "
-                        "another name"
-                    )
-    elif PartialState().is_main_process:
-        with commit_directory(stored.parent) as temporary:
-            (temporary / stored.name).write_text(json.dumps(current, indent=1))
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Return the logged updates of a stage, empty if it did not run."""
-    file = folder / "history.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -390,7 +357,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = read_settings(options.config, SECTIONS)
     changed = {key: value for key, value in (("name", options.name), ("seed", options.seed)) if value is not None}
     settings["run"] = dataclasses.replace(settings["run"], **changed)
-    print(f"report: {Dollar(settings).run()}")
+    ranks = current_ranks(cpu=settings["run"].device == "cpu")
+    if ranks.index:
+        warnings.simplefilter("ignore")  # the first process says it
+    report = Dollar(settings).run()
+    if ranks.index == 0:
+        print(f"report: {report}")
+    ranks.leave()
 
 
 if __name__ == "__main__":

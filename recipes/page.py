@@ -14,6 +14,7 @@ from latent_rewards.report import Report
 from recipes.prompted import Benchmark
 
 PACKAGES = ("latent-rewards", "torch", "diffusers", "transformers", "accelerate", "scikit-learn")
+REPORT = "report.html"
 CEILINGS = ("real clips", "VAE reconstruction")
 
 INTRODUCTION = """A teacher that needs 50 steps was distilled into a student of 1 to 4 steps by variational score \
@@ -29,7 +30,7 @@ def write_report(
     distillation: Mapping[str, Sequence[Mapping[str, Any]]],
     tuning: Mapping[str, Mapping[str, Any]],
 ) -> Path:
-    """Write ``report.html`` into ``folder`` and return its path.
+    """Write the page into ``folder`` and return its path.
 
     Args:
         folder: of the run.
@@ -59,7 +60,7 @@ def write_report(
     report.add_settings({name: dataclasses.asdict(section) for name, section in settings.items()})
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     report.add_settings({**versions, "python": platform.python_version(), "machine": platform.machine()}, "Versions")
-    return report.save(folder / "report.html")
+    return report.save(folder / REPORT)
 
 
 def _add_tuning(report: Report, name: str, result: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from latent_rewards.contracts import Codec, DataError, check_prompts
 from latent_rewards.metrics import create_metric
 from latent_rewards.training.randomness import sample_noise
+from latent_rewards.training.ranks import current_ranks
 
 Sampler = Callable[[list[str], Tensor], Tensor]
 """Prompts and a noise stack ``[num_steps, B, C, F, H, W]`` -> latents."""
@@ -63,22 +64,23 @@ class PromptBenchmark:
         self.rows: list[list[str | float | int]] = []
         self.shown: dict[str, Tensor] = {}
 
-    @torch.no_grad()
     def add(self, label: str, sample: Sampler, *, num_steps: int, network_evaluations: int) -> None:
-        """Sample, decode and score one video at a time."""
-        sums = dict.fromkeys(self.metrics, 0.0)
-        kept, begun = [], time.perf_counter()
-        for index, prompt in enumerate(self.prompts):
+        """Sample, decode and score one video at a time; the processes of a launch share the prompts."""
+
+        @torch.no_grad()
+        def score(index: int) -> tuple[list[float], Tensor | None]:
+            texts = [self.prompts[index]]
             steps = [sample_noise(self.seed, "evaluation", k, [index], self.latent_shape) for k in range(num_steps)]
-            video = self.codec.decode(sample([prompt], torch.stack(steps))).float().cpu()
-            for name, metric in self.metrics.items():
-                sums[name] += float(metric(video, [prompt]))
-            if index < len(self.shown_prompts):
-                kept.append(video)
-        seconds = (time.perf_counter() - begun) / len(self.prompts)
-        means = [total / len(self.prompts) for total in sums.values()]
+            video = self.codec.decode(sample(texts, torch.stack(steps))).float().cpu()
+            values = [float(metric(video, texts)) for metric in self.metrics.values()]
+            return values, video if index < len(self.shown_prompts) else None
+
+        ranks, begun, count = current_ranks(), time.perf_counter(), len(self.prompts)
+        scored = ranks.share(range(count), score, label)
+        seconds = ranks.count * (time.perf_counter() - begun) / count
+        means = [sum(column) / count for column in zip(*(values for values, _ in scored), strict=True)]
         self.rows.append([label, *means, network_evaluations, seconds])
-        self.shown[label] = torch.cat(kept)
+        self.shown[label] = torch.cat([video for _, video in scored if video is not None])
 
     def table(self) -> tuple[list[str], list[list[str | float | int]]]:
         """Return headers and rows: the metrics' means, network evaluations and seconds per video."""

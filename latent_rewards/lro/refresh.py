@@ -3,16 +3,19 @@
 Where the proxy chooses what is scored, half of the queries stay as the policy draws them. Of samples that were chosen
 because the proxy rates them highly, proxy minus truth is too large, and of uncertain ones the error; so the gap, the
 errors before the update and the calibration are taken from the drawn half alone.
+
+In a launch of several ranks each generates, decodes and scores its share; one updates the proxy for all.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latent_rewards.contracts import ConfigError, DataError, FingerprintMismatchError, Oracle, unknown_name
 from latent_rewards.dataset import RewardDataset
@@ -21,6 +24,7 @@ from latent_rewards.lro.sampling import Batch
 from latent_rewards.lro.scoring import Proxy, ProxyReward
 from latent_rewards.training.loop import HasStateDict
 from latent_rewards.training.randomness import derive_seed
+from latent_rewards.training.ranks import Ranks, current_ranks
 
 
 @runtime_checkable
@@ -105,6 +109,10 @@ class Refresher:
         self.replay, self._first = dataset, len(dataset or ())
         self._fresh: list[RewardDataset] = []
 
+    @property
+    def _ranks(self) -> Ranks:
+        return current_ranks()  # not before the first refresh: by then the loop has joined the launch on its device
+
     @staticmethod
     def _check_abilities(proxy: UpdatableProxy, acquisition: str, half_life: float | None) -> None:
         parameters = inspect.signature(proxy.update).parameters
@@ -132,27 +140,21 @@ class Refresher:
 
         Args:
             step: policy updates done so far.
-            samples: batches and their final latents ``[B, C, F, H, W]``, :meth:`candidates` in all.
+            samples: batches and their final latents ``[B, C, F, H, W]``, over all ranks :meth:`candidates` in all.
             queries: how many of them to score; needed unless acquisition is "random", which scores all.
 
         Raises:
             DataError: the oracle does not return one of the proxy's rewards, or returns infinity.
         """
-        num_random: int | None = None
-        scored: Iterable[tuple[Tensor, list[str]]] = ((final, batch.prompts) for batch, final in samples)
+        latents, prompts = self._pool(samples)
+        rows, num_random = torch.arange(len(prompts)), None
         if self.acquisition != "random":
             if queries is None:
                 raise ConfigError(f"refresh(..., queries=) is needed with acquisition={self.acquisition!r}")
             num_random = queries - queries // 2
-            scored = self._chosen(step, samples, num_random, queries - num_random)
-        latents, prompts, truths, scores = [], [], [], []
-        for final, texts in scored:
-            truths.append(query(self.oracle, final, texts, self.scoring.proxy.reward_names))
-            with torch.no_grad():
-                scores.append(self.scoring.by_name(final, texts))
-            latents.append(final.cpu())
-            prompts += texts
-        true, predicted = _joined(truths), _joined(scores)
+            rows = self._ranks.once(lambda: self._chosen(step, latents, prompts, num_random, queries - num_random))
+        latents, prompts = latents[rows], [prompts[i] for i in rows.tolist()]
+        true, predicted = self._score(latents, prompts)
         drawn = slice(num_random)
         logs = self.guard.record_gap(
             step,
@@ -160,39 +162,62 @@ class Refresher:
             {name: values[drawn] for name, values in true.items()},
             num_queries=len(prompts),
         )
-        fresh = self._dataset(torch.cat(latents), prompts, true)
-        learnt = cast(UpdatableProxy, self.scoring.proxy).update(
-            fresh,
-            replay=self.replay,
-            num_updates=self.num_updates,
-            seed=derive_seed(self.seed, "lro/proxy-update", step),
-            **self._extras(num_random),
-        )
+        fresh = self._dataset(latents, prompts, true)
+        learnt = self._learn(fresh, step, self._extras(num_random))
         self._append(fresh)
         return {**logs, **{f"proxy/{key}": value for key, value in (learnt or {}).items()}}
 
-    def _chosen(
-        self, step: int, samples: Iterable[tuple[Batch, Tensor]], num_random: int, num_chosen: int
-    ) -> Iterator[tuple[Tensor, list[str]]]:
-        """Yield latents and prompts: ``num_random`` as drawn, then ``num_chosen`` that the proxy chose of the rest.
+    def _pool(self, samples: Iterable[tuple[Batch, Tensor]]) -> tuple[Tensor, list[str]]:
+        """Return latents ``[N, C, F, H, W]`` on the CPU and prompts of every rank's samples, in the order of ids."""
+        mine = [(final.cpu(), batch.prompts, batch.sample_ids) for batch, final in samples]
+        parts = [part for share in self._ranks.gather(mine) for part in share]
+        order = torch.tensor([i for _, _, ids in parts for i in ids]).argsort()
+        prompts = [prompt for _, texts, _ in parts for prompt in texts]
+        return torch.cat([latents for latents, _, _ in parts])[order], [prompts[i] for i in order.tolist()]
+
+    def _chosen(self, step: int, latents: Tensor, prompts: list[str], num_random: int, num_chosen: int) -> Tensor:
+        """Return the rows to score: ``num_random`` as drawn, then ``num_chosen`` that the proxy chose of the rest.
 
         Those as drawn are the samples of the first ids: the same as would be drawn if there were no others.
         """
-        parts = [(final, batch.prompts, batch.sample_ids) for batch, final in samples]
-        device, latents = parts[0][0].device, torch.cat([final.cpu() for final, _, _ in parts])
-        prompts = [prompt for _, texts, _ in parts for prompt in texts]
-        order = torch.tensor([i for _, _, ids in parts for i in ids]).argsort()
-        pool = order[num_random:]
         picked = cast(Any, self.scoring.proxy).acquire(
-            latents[pool],
+            latents[num_random:],
             num_chosen,
-            [prompts[i] for i in pool.tolist()],
+            prompts[num_random:],
             strategy=self.acquisition,
             seed=derive_seed(self.seed, "lro/acquire", step),
             reward=self.scoring.reward,
         )
-        for rows in torch.cat([order[:num_random], pool[picked]]).split(self.scoring.micro_batch):
-            yield latents[rows].to(device), [prompts[i] for i in rows.tolist()]
+        return torch.cat([torch.arange(num_random), num_random + picked])
+
+    def _score(self, latents: Tensor, prompts: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the true rewards and the proxy's scores, each ``{name: [N]}`` on the CPU; the ranks share the work."""
+        device = next(self.guard.policy.parameters()).device
+        size = min(self.scoring.micro_batch, math.ceil(len(prompts) / self._ranks.count))
+
+        def score(start: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            part, texts = latents[start : start + size].to(device), prompts[start : start + size]
+            true = query(self.oracle, part, texts, self.scoring.proxy.reward_names)
+            with torch.no_grad():
+                predicted = self.scoring.by_name(part, texts)
+            return true, _on_cpu(predicted)
+
+        scored = self._ranks.share(range(0, len(prompts), size), score)
+        return _joined([true for true, _ in scored]), _joined([predicted for _, predicted in scored])
+
+    def _learn(self, fresh: RewardDataset, step: int, extras: Mapping[str, Any]) -> Mapping[str, float] | None:
+        """Update the proxy, in one rank if the others can take over its state; return what to log."""
+        proxy = cast(UpdatableProxy, self.scoring.proxy)
+        seed = derive_seed(self.seed, "lro/proxy-update", step)
+
+        def learn() -> Mapping[str, float] | None:
+            return proxy.update(fresh, replay=self.replay, num_updates=self.num_updates, seed=seed, **extras)
+
+        if self._ranks.count == 1 or not isinstance(proxy, nn.Module):
+            return learn()
+        learnt, state = self._ranks.once(lambda: (learn(), _on_cpu(proxy.state_dict())))
+        proxy.load_state_dict(state)
+        return learnt
 
     def _extras(self, num_random: int | None) -> dict[str, Any]:
         extras: dict[str, Any] = {} if num_random is None else {"num_random": num_random}
@@ -249,7 +274,7 @@ class Refresher:
 
 
 def query(oracle: Oracle, latents: Tensor, prompts: list[str], names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Return the oracle's rewards ``{name: [B]}`` for ``latents``, without gradient.
+    """Return the oracle's rewards ``{name: [B]}`` for ``latents``, without gradient and on the CPU.
 
     Args:
         oracle: true metrics.
@@ -270,8 +295,12 @@ def query(oracle: Oracle, latents: Tensor, prompts: list[str], names: Iterable[s
             raise DataError(
                 f"the oracle's reward {name!r} has shape {tuple(rewards[name].shape)}; expected [{len(latents)}]"
             )
-    return {name: rewards[name].detach() for name in wanted}
+    return _on_cpu({name: rewards[name] for name in wanted})
+
+
+def _on_cpu(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in values.items()}
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name].detach().cpu() for part in parts]) for name in parts[0]}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

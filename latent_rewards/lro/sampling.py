@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latent_rewards.contracts import Condition, Policy, Prompt, check_prompts, prompt_text
 from latent_rewards.training.randomness import generator, sample_index, sample_noise
+from latent_rewards.training.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -74,28 +75,28 @@ class SampleSource:
         self.step_counts, self.seed, self.device, self.dtype = list(step_counts), seed, device, dtype
         self._pass: tuple[int, list[int]] = (-1, [])
 
-    def update_batch(
-        self, step: int, num_prompts: int, num_generations: int, *, rank: int = 0, num_ranks: int = 1
-    ) -> Batch:
+    def update_batch(self, step: int, num_prompts: int, num_generations: int, ranks: Ranks = ALONE) -> Batch:
         """Return the samples of update ``step``: ``num_prompts`` groups of ``num_generations`` neighbours.
 
         Prompts come from a stream of shuffled passes over the list: none repeats before all were seen. With several
-        ranks each gets every ``num_ranks``-th group; what a group contains does not depend on their number.
+        ranks each gets as many neighbouring groups; what a group contains does not depend on their number.
         """
-        groups = range(rank, num_prompts, num_ranks)
+        groups = ranks.part(num_prompts)
         indices = [self._streamed(step * num_prompts + group) for group in groups for _ in range(num_generations)]
         ids = [group * num_generations + i for group in groups for i in range(num_generations)]
         count = self.step_counts[sample_index(self.seed, "lro/step-count", step, len(self.step_counts))]
         return self._batch("lro/rollout", step, indices, ids, count)
 
-    def evaluation_batches(self, stage: str, step: int, num_samples: int, micro_batch: int) -> Iterator[Batch]:
+    def evaluation_batches(
+        self, stage: str, step: int, num_samples: int, micro_batch: int, ranks: Ranks = ALONE
+    ) -> Iterator[Batch]:
         """Yield ``num_samples`` samples, spread over prompts and step counts, in batches of at most ``micro_batch``.
 
-        The samples do not depend on ``micro_batch``.
+        The samples depend neither on ``micro_batch`` nor on the number of ranks, each of which gets its share.
         """
         order = torch.randperm(len(self.prompts), generator=generator(self.seed, f"{stage}/prompts", step)).tolist()
         for position, count in enumerate(self.step_counts):
-            ids = list(range(position, num_samples, len(self.step_counts)))
+            ids = list(range(position, num_samples, len(self.step_counts)))[ranks.index :: ranks.count]
             for start in range(0, len(ids), micro_batch):
                 part = ids[start : start + micro_batch]
                 yield self._batch(stage, step, [order[i % len(order)] for i in part], part, count)

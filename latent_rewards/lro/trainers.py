@@ -173,7 +173,7 @@ class LatentRewardTrainer:
             optimizers={"policy": torch.optim.AdamW(trained, lr=self.config.learning_rate, weight_decay=0.0)},
             stateful=stateful,
         )
-        ranks = loop.accelerator.num_processes
+        ranks = loop.ranks.count
         if self.config.prompts_per_update % ranks:
             raise ConfigError(
                 f"prompts_per_update={self.config.prompts_per_update} cannot be shared by {ranks} ranks; use a multiple"
@@ -223,14 +223,8 @@ class LatentRewardTrainer:
         return logs
 
     def _draw_batch(self, step: int) -> Batch:
-        ranks = self.loop.accelerator
-        return self.samples.update_batch(
-            step,
-            self.config.prompts_per_update,
-            self.config.num_generations,
-            rank=ranks.process_index,
-            num_ranks=ranks.num_processes,
-        )
+        config = self.config
+        return self.samples.update_batch(step, config.prompts_per_update, config.num_generations, self.loop.ranks)
 
     def _loss(self, step: int, iteration: int, batch: Batch, trajectory: Trajectory) -> tuple[Tensor, dict[str, float]]:
         """Return the loss of one optimiser step and what to log; every transition is evaluated with gradient once."""
@@ -301,16 +295,16 @@ class LatentRewardTrainer:
             return rollout(self.policy, batch.condition, batch.noise, batch.num_steps)
 
     def _generate(self, stage: str, step: int, num_samples: int) -> Iterator[tuple[Batch, Tensor]]:
-        for batch in self.samples.evaluation_batches(stage, step, num_samples, self.config.micro_batch):
+        micro_batch = self.config.micro_batch
+        for batch in self.samples.evaluation_batches(stage, step, num_samples, micro_batch, self.loop.ranks):
             yield batch, self._rollout(batch).final
 
     def _evaluate_holdout(self, step: int) -> dict[str, float]:
         if self.holdout is None or self.guard.evaluated(step):
             return {}
-        parts = [
-            query(self.holdout, final, batch.prompts)
-            for batch, final in self._generate("lro/holdout", 0, self.config.holdout_samples)
-        ]
+        samples = self._generate("lro/holdout", 0, self.config.holdout_samples)
+        mine = [query(self.holdout, final, batch.prompts) for batch, final in samples]
+        parts = [part for share in self.loop.ranks.gather(mine) for part in share]
         return self.guard.record_holdout(step, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 

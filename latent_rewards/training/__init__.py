@@ -1,4 +1,4 @@
-"""What any training loop here needs: a loop, checkpoints that are whole or absent, and stateless randomness."""
+"""What any training loop here needs: a loop, checkpoints that are whole or absent, stateless randomness, ranks."""
 
 from latent_rewards.training.torchvision_guard import mend_torchvision
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from latent_rewards.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from latent_rewards.training.ranks import current_ranks
 
 
 class NonFiniteError(RuntimeError):
@@ -149,7 +150,7 @@ class TrainingLoop:
             log_with=self.config.log_with,
             project_dir=self.config.output_dir,
         )
-        self.device = self.accelerator.device
+        self.device, self.ranks = self.accelerator.device, current_ranks()
         for module in self.modules.values():
             module.to(self.device)
         self.step = 0
@@ -170,7 +171,7 @@ class TrainingLoop:
             )
         self.accelerator.backward(loss)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._average_gradients(parameters)
+        self.ranks.average(parameter.grad for parameter in parameters if parameter.grad is not None)
         limit = self.config.max_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(parameters, limit)) if parameters else 0.0
         if not math.isfinite(norm):
@@ -181,11 +182,6 @@ class TrainingLoop:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def _average_gradients(self, parameters: list[nn.Parameter]) -> None:
-        if self.accelerator.num_processes > 1:
-            for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
 
     def run(self, step_fn: Callable[[int], Mapping[str, float]]) -> list[dict[str, Any]]:
         """Call ``step_fn(step)`` for each remaining step and return the whole history, one dict per step.

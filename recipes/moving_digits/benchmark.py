@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from latent_rewards.contracts import Codec
 from latent_rewards.metrics import create_metric
 from latent_rewards.training.checkpoint import MANIFEST, commit_directory
+from latent_rewards.training.ranks import current_ranks
 from recipes.moving_digits import metrics as _register  # noqa: F401 - registers digits.*
 from recipes.moving_digits.evaluation import (
     Evaluation,
@@ -44,7 +45,8 @@ class Row:
     Attributes:
         label: name in tables.
         evaluation: scores and per-clip values.
-        seconds: wall time per video, sampling and decoding, in batches of 40; NaN for clips that are not sampled.
+        seconds: wall time per video of one process, sampling and decoding, in batches of 40; NaN for clips that are
+            not sampled.
         network_evaluations: calls of the network per video; a guided teacher makes two per step.
         shown: the first clips of the first prompts ``[M, T, 3, H, W]``, for the report.
     """
@@ -81,12 +83,14 @@ class DigitsBenchmark:
         self.shown_prompts = self.prompts[:num_shown]
         self.judge = Judge.load()
         self.rows: dict[str, Row] = {}
-        stored = self.folder / "reference.safetensors"
-        if stored.is_file():
+        stored, ranks = self.folder / "reference.safetensors", current_ranks()
+        if ranks.agree(stored.is_file()):
             self.reference = Reference.load(stored)
         else:
             self.reference = build_reference(self.prompts, self.judge, noise_clips(codec, self.latent_shape))
-            self.reference.save(stored)
+            if ranks.index == 0:
+                self.reference.save(stored)
+            ranks.wait()
 
     def add_ceilings(self) -> None:
         """Add real held-out clips, and their reconstruction by the VAE."""
@@ -104,25 +108,31 @@ class DigitsBenchmark:
                 self.latent_shape,
                 num_steps=num_steps,
             )
-            return clips, (time.perf_counter() - begun) / len(clips)
+            return clips, current_ranks().count * (time.perf_counter() - begun) / len(clips)
 
         return self._add(label, make, network_evaluations)
 
     def _add(self, label: str, make: Callable[[], tuple[Tensor, float]], network_evaluations: int) -> Row:
         folder = self.folder / label.replace(" ", "_").replace("/", "-")
-        if not (folder / MANIFEST).is_file():
+        ranks = current_ranks()
+        if not ranks.agree((folder / MANIFEST).is_file()):
             clips, seconds = make()
             texts = clip_prompts(self.prompts)
             values = {name: create_metric(name)(clips, texts) for name in SHOWN}
             evaluation = evaluate(clips, self.prompts, self.reference, self.judge, extra=values)
-            every = len(clips) // len(self.prompts)
-            with commit_directory(folder) as temporary:
-                evaluation.save(temporary / "evaluation.safetensors")
-                shown = clips[: every * len(self.shown_prompts) : every].contiguous()
-                save_file({"clips": shown}, temporary / "clips.safetensors")
-                facts = {"seconds": seconds, "network_evaluations": network_evaluations}
-                (temporary / "row.json").write_text(json.dumps({"label": label, **facts, "scores": evaluation.scores}))
+            facts = {"label": label, "seconds": seconds, "network_evaluations": network_evaluations}
+            if ranks.index == 0:
+                self._store(folder, facts, evaluation, clips)
+            ranks.wait()
         return self._load(folder)
+
+    def _store(self, folder: Path, facts: dict[str, Any], evaluation: Evaluation, clips: Tensor) -> None:
+        every = len(clips) // len(self.prompts)
+        with commit_directory(folder) as temporary:
+            evaluation.save(temporary / "evaluation.safetensors")
+            shown = clips[: every * len(self.shown_prompts) : every].contiguous()
+            save_file({"clips": shown}, temporary / "clips.safetensors")
+            (temporary / "row.json").write_text(json.dumps({**facts, "scores": evaluation.scores}))
 
     def _load(self, folder: Path) -> Row:
         facts = json.loads((folder / "row.json").read_text())
@@ -137,9 +147,12 @@ class DigitsBenchmark:
         for file in sorted(self.folder.glob("*/row.json"), key=lambda file: file.stat().st_mtime):
             self._load(file.parent)
 
-    @torch.no_grad()
     def _reconstruct(self, clips: Tensor) -> Tensor:
-        return torch.cat([self.codec.decode(self.codec.encode(part)).cpu() for part in clips.split(40)])
+        @torch.no_grad()
+        def reconstruct(part: Tensor) -> Tensor:
+            return self.codec.decode(self.codec.encode(part)).cpu()
+
+        return torch.cat(current_ranks().share(clips.split(40), reconstruct, "reconstruct clips"))
 
     def videos(self) -> dict[str, Tensor]:
         """Return the shown clips of every row."""
@@ -164,17 +177,21 @@ def training_prompts(count: int, *, seed: int) -> list[str]:
     return [write_prompt(spec, seed=seed, index=i) for i, spec in enumerate(draw_specs(count, seed=seed))]
 
 
-@torch.no_grad()
 def training_latents(
     codec: Codec, count: int, *, seed: int, folder: Path, batch_size: int = 32
 ) -> tuple[Tensor, list[str]]:
     """Return latents ``[count, C, F, H, W]`` of training clips and their prompts, encoded once."""
-    if not (folder / MANIFEST).is_file():
+    ranks = current_ranks()
+    if not ranks.agree((folder / MANIFEST).is_file()):
         specs = draw_specs(count, seed=seed)
-        chunks = [
-            codec.encode(render(specs[first : first + batch_size], seed=seed, start_index=first)).cpu()
-            for first in tqdm(range(0, count, batch_size), desc="encode clips", dynamic_ncols=True)
-        ]
-        with commit_directory(folder) as temporary:
-            save_file({"latents": torch.cat(chunks).contiguous()}, temporary / "latents.safetensors")
+
+        @torch.no_grad()
+        def encode(first: int) -> Tensor:
+            return codec.encode(render(specs[first : first + batch_size], seed=seed, start_index=first)).cpu()
+
+        chunks = ranks.share(range(0, count, batch_size), encode, "encode clips")
+        if ranks.index == 0:
+            with commit_directory(folder) as temporary:
+                save_file({"latents": torch.cat(chunks).contiguous()}, temporary / "latents.safetensors")
+        ranks.wait()
     return load_file(folder / "latents.safetensors")["latents"], training_prompts(count, seed=seed)

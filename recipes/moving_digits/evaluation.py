@@ -23,10 +23,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from latent_rewards.contracts import DataError, FingerprintMismatchError
 from latent_rewards.metrics import create_metric
+from latent_rewards.training.ranks import current_ranks
 from recipes.moving_digits.evaluation_set import (
     DEMO_PROMPTS,
     FULL_PROMPTS,
@@ -86,6 +86,7 @@ REFERENCE_CLIPS_PER_PROMPT = 10
 """2,000 real clips for the full benchmark, 400 for the demo."""
 NEIGHBOURS = 5
 _REFERENCE_SEED = 20261
+_AT_ONCE = 40
 
 
 @dataclass(frozen=True)
@@ -183,14 +184,18 @@ def build_reference(
     if clips_per_prompt <= NEIGHBOURS:
         raise DataError(f"clips_per_prompt must exceed k = {NEIGHBOURS} for coverage; got {clips_per_prompt}")
     specs = [parse_prompt(text) for text in prompts for _ in range(clips_per_prompt)]
-    starts = tqdm(range(0, len(specs), 100), desc="real clips", disable=not progress)
-    measured, features = [], []
-    for start in starts:
-        clips = render(specs[start : start + 100], seed=_REFERENCE_SEED, split="heldout", start_index=start)
-        measured.append(pixel_values(clips))
-        features.append(judge.read(clips)[0])
-    metrics = {name: torch.cat([batch[name] for batch in measured]) for name in PIXEL_METRICS}
-    return Reference(list(prompts), metrics, torch.cat(features), pixel_values(noise_videos), _fingerprints(judge))
+
+    def measure(start: int) -> tuple[dict[str, Tensor], Tensor]:
+        clips = render(specs[start : start + _AT_ONCE], seed=_REFERENCE_SEED, split="heldout", start_index=start)
+        return pixel_values(clips), judge.read(clips)[0]
+
+    ranks, starts = current_ranks(), range(0, len(specs), _AT_ONCE)
+    measured = ranks.share(starts, measure, "real clips" if progress else None)
+    noise = ranks.share(noise_videos.split(_AT_ONCE), pixel_values)
+    features = torch.cat([features for _, features in measured])
+    return Reference(
+        list(prompts), _joined([values for values, _ in measured]), features, _joined(noise), _fingerprints(judge)
+    )
 
 
 def pixel_values(videos: Tensor) -> dict[str, Tensor]:
@@ -209,6 +214,8 @@ def evaluate(
 ) -> Evaluation:
     """Score clips ``[4 P, T, 3, H, W]`` in [0, 1] of P prompts, in the order of :func:`clip_prompts`.
 
+    The processes of a launch share the work; each must give all clips.
+
     Raises:
         DataError: the clips are not four per prompt, or the prompts are not the reference's.
         FingerprintMismatchError: the reference was measured with another judge or another version of a metric.
@@ -223,7 +230,9 @@ def evaluate(
                 f"the reference was measured with {name} {stored}, the clips with {fingerprint}; rebuild the reference"
             )
     specs = [parse_prompt(text) for text in clip_prompts(prompts)]
-    features, predicted = judge.read(videos)
+    read = current_ranks().share(videos.split(_AT_ONCE), lambda clips: (*judge.read(clips), pixel_values(clips)))
+    features = torch.cat([features for features, _, _ in read])
+    predicted = _joined([predicted for _, predicted, _ in read])
     wanted = labels(specs)
     kinds = _digit_and_colour(prompts)
     per_prompt = len(reference.features) // len(prompts)
@@ -233,7 +242,7 @@ def evaluate(
     values = Evaluation(
         scores={},
         prompts=list(prompts),
-        metrics=pixel_values(videos),
+        metrics=_joined([values for _, _, values in read]),
         correct={name: (predicted[name] == wanted[name]).double() for name in ATTRIBUTES},
         extra={name: v.detach().cpu().double() for name, v in (extra or {}).items()},
         features=features,
@@ -296,6 +305,10 @@ def _score(values: Evaluation, reference: Reference, prompt_weights: Weights) ->
             scores[name] = 100 * weighted_mean(per_clip[chosen], weights[chosen])
     extra = {name: weighted_mean(v, weights) for name, v in values.extra.items()}
     return {**scores, **close, **accuracy, **extra}
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _fingerprints(judge: Judge) -> dict[str, str]:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from latent_rewards.contracts import Codec, DataError
 from latent_rewards.training.randomness import generator, sample_noise
+from latent_rewards.training.ranks import current_ranks
 from recipes.moving_digits.world import ClipSpec, all_specs, parse_prompt, render, write_prompt
 
 SEEDS = (0, 1, 2, 3)
@@ -76,13 +76,20 @@ def generate_clips(
     stage: str = "evaluation",
     progress: bool = True,
 ) -> Tensor:
-    """Return decoded clips ``[4 P, T, 3, H, W]`` of ``sample(prompts, noise [num_steps, B, C, F, H, W])``."""
+    """Return decoded clips ``[4 P, T, 3, H, W]`` of ``sample(prompts, noise [num_steps, B, C, F, H, W])``.
+
+    The processes of a launch share the batches.
+    """
     noise = evaluation_noise(len(prompts), latent_shape, num_steps=num_steps, stage=stage)
     texts = clip_prompts(prompts)
-    starts = tqdm(range(0, len(texts), batch_size), desc="clips", disable=not progress)
-    with torch.no_grad():
-        batches = [sample(texts[i : i + batch_size], noise[:, i : i + batch_size]).float().cpu() for i in starts]
-    return torch.cat(batches)
+
+    @torch.no_grad()
+    def make(start: int) -> Tensor:
+        stop = start + batch_size
+        return sample(texts[start:stop], noise[:, start:stop]).float().cpu()
+
+    starts = range(0, len(texts), batch_size)
+    return torch.cat(current_ranks().share(starts, make, "clips" if progress else None))
 
 
 def real_clips(prompts: Sequence[str]) -> Tensor:
@@ -93,8 +100,8 @@ def real_clips(prompts: Sequence[str]) -> Tensor:
 def noise_clips(codec: Codec, latent_shape: Sequence[int], *, count: int = 200, batch_size: int = 40) -> Tensor:
     """Return decoded N(0, 1) latents ``[count, T, 3, H, W]``: the zero of every closeness."""
     latents = sample_noise(0, "evaluation-noise-clips", 0, range(count), latent_shape)
-    with torch.no_grad():
-        return torch.cat([codec.decode(batch).float().cpu() for batch in latents.split(batch_size)])
+    decode = torch.no_grad()(lambda batch: codec.decode(batch).float().cpu())
+    return torch.cat(current_ranks().share(latents.split(batch_size), decode, "noise clips"))
 
 
 def _balanced(specs: Sequence[ClipSpec], count: int) -> list[ClipSpec]:

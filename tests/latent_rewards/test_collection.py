@@ -1,9 +1,6 @@
 """A collection belongs to one run, is continued by the next, and is the same whoever made its parts."""
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -191,17 +188,13 @@ collect("killed", end=lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 @pytest.fixture(scope="module")
-def launched(toys, toy_folder, tmp_path_factory):
+def launched(toys, toy_folder, tmp_path_factory, launch):
     """What two ranks left behind; the launch ends when rank 1 kills itself."""
     levels = collected(toys).rewards["level"].view(10, 2)
     limit = float(levels.amin(dim=1).sort().values[-2])
     root = tmp_path_factory.mktemp("ranks")
     (root / "script.py").write_text(SCRIPT)
-    # What `accelerate launch` starts too; its own `--cpu` starts several processes only under MPI.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(root / "script.py"), str(root), repr(limit)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(toy_folder), *sys.path]), "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = launch(root / "script.py", root, repr(limit), paths=[toy_folder])
     assert done.returncode != 0
     for rank in (0, 1):
         assert (root / f"told-{rank}.json").is_file(), done.stderr

@@ -80,6 +80,21 @@ def test_killed_after_each_stage_it_resumes_and_ends_in_a_report(settings, tmp_p
     assert {"real clips", "teacher, 50 steps", "VSD→CD, 1 step", "VSD→CD→LRO (reinforce), 4 steps"} <= set(rows)
 
 
+def test_two_processes_share_a_run_and_the_first_writes_it(settings, tmp_path, launch):
+    done = launch(Path(dollar.__file__), "--config", tmp_path / "tiny.yaml")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "tiny"
+    assert done.stdout.count("report: ") == 1 and (folder / "report.html").read_text().count("<video") == 2 * 11
+    assert len(lr.RewardDataset.load(folder / "rewards")) == TINY["run"]["num_queries"]
+    curves = json.loads((folder / "lro_reinforce" / "result.json").read_text())
+    assert len(curves["history"]) == 3 and curves["num_queries"] == 8
+    # One process finds all of it done.
+    rows = folder / "evaluation" / "VSD,_4_steps" / "row.json"
+    written = rows.stat().st_mtime_ns
+    Dollar(settings).run()
+    assert rows.stat().st_mtime_ns == written
+
+
 @pytest.mark.parametrize(("own", "expected"), [(3.0, 3.0), (None, 2.0)])
 def test_the_teachers_rows_have_a_guidance_of_their_own(settings, own, expected, monkeypatch):
     settings["run"].guidance_scale = own
@@ -89,14 +104,6 @@ def test_the_teachers_rows_have_a_guidance_of_their_own(settings, own, expected,
     monkeypatch.setattr(Dollar, "student_sampler", lambda *a: None)
     Dollar(settings).evaluate(None, None, {})
     assert asked == [expected] * 3
-
-
-def test_other_settings_in_the_same_folder_are_refused(settings, tmp_path):
-    dollar.remember_settings(tmp_path / "tiny", settings)
-    dollar.remember_settings(tmp_path / "tiny", settings)
-    settings["lro"].beta = 0.7
-    with pytest.raises(SettingsError, match=r"lro.beta = 0.05, now 0.7"):
-        dollar.remember_settings(tmp_path / "tiny", settings)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

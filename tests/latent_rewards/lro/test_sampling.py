@@ -5,6 +5,7 @@ import torch
 
 from latent_rewards.contracts import DataError
 from latent_rewards.lro.sampling import SampleSource
+from latent_rewards.training.ranks import Ranks
 
 PROMPTS = ["a", "b", "c", "a", {"prompt": "d", "image": 1}]
 
@@ -44,11 +45,11 @@ def test_a_batch_is_a_function_of_seed_and_step(source):
 
 def test_ranks_share_the_groups_of_one_process(source):
     whole = source().update_batch(3, 4, 2)
-    parts = [source().update_batch(3, 4, 2, rank=rank, num_ranks=2) for rank in range(2)]
+    parts = [source().update_batch(3, 4, 2, Ranks(rank, 2)) for rank in range(2)]
     for part in parts:
         assert part.prompts == [whole.prompts[i] for i in part.sample_ids]
         assert torch.equal(part.noise, whole.noise[:, part.sample_ids])
-    assert sorted(parts[0].sample_ids + parts[1].sample_ids) == list(range(8))
+    assert parts[0].sample_ids + parts[1].sample_ids == list(range(8))
 
 
 def test_step_counts_are_drawn_per_update(source):
@@ -74,6 +75,22 @@ def test_evaluation_samples_do_not_depend_on_the_micro_batch(source):
         assert (prompt, num_steps) == many[index][:2] and torch.equal(noise, many[index][2])
     assert [one[i][1] for i in range(7)] == [1, 2, 1, 2, 1, 2, 1]
     assert sorted(one[i][0] for i in range(5)) == ["a", "a", "b", "c", "d"]
+
+
+def test_ranks_share_the_evaluation_samples_of_one_process(source):
+    def samples(ranks):
+        batches = source(step_counts=(1, 2)).evaluation_batches("stage", 0, 7, 2, ranks)
+        return {
+            i: (batch.num_steps, batch.prompts[row], batch.noise[:, row])
+            for batch in batches
+            for row, i in enumerate(batch.sample_ids)
+        }
+
+    whole, parts = samples(Ranks()), [samples(Ranks(rank, 3)) for rank in range(3)]
+    assert sorted(i for part in parts for i in part) == list(range(7))
+    for part in parts:
+        for i, (num_steps, prompt, noise) in part.items():
+            assert (num_steps, prompt) == whole[i][:2] and torch.equal(noise, whole[i][2])
 
 
 def test_prompts_are_checked(source):

@@ -17,6 +17,7 @@ from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTr
 from latent_rewards.proxies import ProxyConfig, train_proxy
 from latent_rewards.rewards import WeightedSum
 from latent_rewards.training.loop import NonFiniteError
+from latent_rewards.training.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:no oracle", "ignore:one reward and no holdout")
 
@@ -425,8 +426,7 @@ def test_a_weighted_sum_of_two_rewards(linear_policy, exact_proxy):
 
 def test_ranks_share_the_groups(linear_policy, exact_proxy, monkeypatch):
     def gradient(rank, ranks):
-        monkeypatch.setattr("accelerate.Accelerator.num_processes", property(lambda self: ranks))
-        monkeypatch.setattr("accelerate.Accelerator.process_index", property(lambda self: rank))
+        monkeypatch.setattr("latent_rewards.training.loop.current_ranks", lambda: Ranks(rank, ranks))
         policy = linear_policy(gain=0.5)
         made = ReinforceTrainer(policy, exact_proxy(), PROMPTS, config(prompts_per_update=4))
         batch = made._draw_batch(0)

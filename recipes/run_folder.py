@@ -1,0 +1,88 @@
+"""The folder of a run: its settings, and what each stage made, so that a run goes on where it was killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from latent_rewards.training.checkpoint import MANIFEST, commit_directory
+from latent_rewards.training.ranks import current_ranks
+from latent_rewards.training.settings import SettingsError
+
+Part = TypeVar("Part")
+
+
+class RunFolder:
+    """Where a run is kept; in a launch of several processes the first one writes.
+
+    Args:
+        path: of the folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.ranks = path, current_ranks()
+
+    def remember(self, settings: Mapping[str, Any]) -> None:
+        """Keep the settings of the run, each section a dataclass, and refuse to continue it with others.
+
+        Raises:
+            SettingsError: the folder was begun with other settings; the message names the first that differs.
+        """
+        current = json.loads(json.dumps({name: dataclasses.asdict(section) for name, section in settings.items()}))
+        stored = self.path / "settings" / "settings.json"
+        if stored.is_file():
+            before = json.loads(stored.read_text())
+            for section, values in current.items():
+                for key, value in values.items():
+                    if (was := before.get(section, {}).get(key)) != value:
+                        raise SettingsError(
+                            f"{self.path} was begun with {section}.{key} = {was!r}, now {value!r}; restore it, or run "
+                            "under another name"
+                        )
+        elif self.ranks.index == 0:
+            with commit_directory(stored.parent) as temporary:
+                (temporary / stored.name).write_text(json.dumps(current, indent=1))
+
+    def cached(
+        self,
+        name: str,
+        make: Callable[[], Part],
+        save: Callable[[Part, Path], None],
+        load: Callable[[Path], Part],
+        *,
+        alone: bool = False,
+    ) -> Part:
+        """Return what the folder holds under ``name``, making it first if it is not there.
+
+        Args:
+            name: of a folder that ``save`` commits whole.
+            make: called by all processes, which make it together; only by the first if ``alone``, which then has the
+                CPU threads of all.
+            save: writes it; called by the first process.
+            load: reads it.
+            alone: see ``make``.
+        """
+        path = self.path / name
+        if not self.ranks.agree((path / MANIFEST).is_file()):
+            if not alone:
+                made = make()
+                if self.ranks.index == 0:
+                    save(made, path)
+            elif self.ranks.index == 0:
+                with self.ranks.all_threads():
+                    save(make(), path)
+            self.ranks.wait_for((path / MANIFEST).is_file)
+        return load(path)
+
+    def write(self, name: str, value: object) -> None:
+        """Write a JSON file."""
+        if self.ranks.index == 0:
+            (self.path / name).write_text(json.dumps(value, indent=1))
+
+    def history(self, stage: str) -> list[dict[str, Any]]:
+        """Return the logged updates of a distillation stage, empty if it did not run."""
+        file = self.path / "distillation" / stage / "history.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []

@@ -1,0 +1,94 @@
+"""Two processes of one launch end with the policy, proxy and curves of one process."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, os, sys, warnings
+from pathlib import Path
+from runpy import run_path
+import torch
+from latent_rewards.dataset import RewardDataset
+from latent_rewards.lro.config import LROConfig
+from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer
+from latent_rewards.proxies import ProxyConfig, train_proxy
+
+PROMPTS = ["a", "b", "c", "d"]
+
+class Oracle:
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, latents, prompts):
+        self.asked += len(latents)
+        return {"quality": -0.5 * (latents.flatten(1) - 1).square().sum(1)}
+
+def tuned(toys, trainer, **settings):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    latents = torch.randn(64, 2, 2, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    dataset = RewardDataset.from_tensors(latents, PROMPTS * 16, Oracle()(latents, PROMPTS * 16))
+    proxy = train_proxy(dataset, config=ProxyConfig(trunk="conv3d", width=8, ensemble_size=2, num_updates=8,
+                                                    progress=False, device="cpu"))
+    policy, oracle, holdout = toys["LinearPolicy"](dim=2, gain=0.5), Oracle(), Oracle()
+    policy.latent_shape = lambda condition: (2, 2, 2, 2)
+    config = LROConfig(num_updates=5, learning_rate=0.05, prompts_per_update=4, num_generations=2, step_counts=[1, 2],
+                       refresh_every=2, refresh_queries=9, refresh_steps=3, holdout_every=2, holdout_samples=5,
+                       micro_batch=4, device="cpu", progress=False, **settings)
+    trainer = {"gradient": DifferentiableRewardTrainer, "reinforce": ReinforceTrainer}[trainer]
+    result = trainer(policy, proxy, PROMPTS, config, oracle=oracle, dataset=dataset, holdout=holdout).train()
+    curves = [list(entry["true"].values()) + list(entry["mae"].values()) for entry in result.true_curve]
+    return {
+        "policy": [parameter.tolist() for parameter in policy.parameters()],
+        "proxy": [value.double().tolist() for value in proxy.state_dict().values()],
+        "true": curves,
+        "holdout": [entry["score"] for entry in result.holdout_curve],
+        "asked": [oracle.asked, holdout.asked],
+        "queries": result.num_queries,
+    }
+
+if __name__ == "__main__":
+    toys, cases = run_path(sys.argv[1]), json.loads(sys.argv[3])
+    told = {name: tuned(toys, trainer, **settings) for name, (trainer, settings) in cases.items()}
+    Path(sys.argv[2], f"rank{os.environ['RANK']}.json").write_text(json.dumps(told))
+"""
+
+CASES = {
+    "gradient": ("gradient", {}),
+    "reinforce": ("reinforce", {"num_draws": 4}),
+    "chosen": ("gradient", {"acquisition": "uncertain", "acquisition_pool": 2}),
+}
+TOYS = Path(__file__).with_name("conftest.py")
+
+
+@pytest.fixture(scope="module")
+def launched(launch, tmp_path_factory):
+    root = tmp_path_factory.mktemp("lro_ranks")
+    (root / "script.py").write_text(SCRIPT)
+    done = launch(root / "script.py", TOYS, root, json.dumps(CASES))
+    assert done.returncode == 0, done.stderr
+    alone = runpy.run_path(str(root / "script.py"))["tuned"]
+    return alone, [json.loads((root / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_end_where_one_ends_and_each_asks_half(launched, name):
+    trainer, settings = CASES[name]
+    alone, ranks = launched
+    whole, parts = alone(runpy.run_path(str(TOYS)), trainer, **settings), [rank[name] for rank in ranks]
+    for key in ("policy", "proxy", "true", "holdout", "queries"):
+        assert parts[0][key] == parts[1][key]
+        for mine, theirs in zip(flat(parts[0][key]), flat(whole[key]), strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6, nan_ok=True)
+    assert whole["asked"] == [18, 20]
+    assert [sum(asked) for asked in zip(*(part["asked"] for part in parts), strict=True)] == [18, 20]
+    assert min(min(part["asked"]) for part in parts) >= 8
+
+
+def flat(value):
+    return [number for part in value for number in flat(part)] if isinstance(value, list) else [value]

@@ -1,0 +1,63 @@
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from latent_rewards.training.checkpoint import commit_directory
+from latent_rewards.training.settings import SettingsError
+from recipes.run_folder import RunFolder
+
+
+@dataclass
+class Section:
+    beta: float = 0.05
+
+
+def save(value, path):
+    with commit_directory(path) as temporary:
+        (temporary / "value.json").write_text(json.dumps(value))
+
+
+def load(path):
+    return json.loads((path / "value.json").read_text())
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.remember({"lro": Section()})
+    folder.remember({"lro": Section()})
+    with pytest.raises(SettingsError, match=r"lro.beta = 0.05, now 0.7"):
+        folder.remember({"lro": Section(beta=0.7)})
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_is_there_is_not_made_again(tmp_path, alone):
+    folder, made = RunFolder(tmp_path), []
+
+    def make():
+        made.append(len(made))
+        return made[-1]
+
+    assert [folder.cached("part", make, save, load, alone=alone) for _ in range(2)] == [0, 0]
+    assert folder.cached("other", make, save, load, alone=alone) == 1
+
+
+def test_a_part_that_was_not_finished_is_made_anew(tmp_path):
+    folder = RunFolder(tmp_path)
+
+    def broken(value, path):
+        with commit_directory(path) as temporary:
+            (temporary / "value.json").write_text("0")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.cached("part", lambda: 1, broken, load)
+    assert folder.cached("part", lambda: 2, save, load) == 2
+
+
+def test_the_history_of_a_stage_that_did_not_run_is_empty(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.history("vsd") == []
+    (tmp_path / "distillation" / "vsd").mkdir(parents=True)
+    (tmp_path / "distillation" / "vsd" / "history.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    assert folder.history("vsd") == [{"step": 0}, {"step": 1}]
