@@ -200,7 +200,7 @@ def guided(
     negative: Any = None,  # noqa: ANN401 - any Condition
     guidance_scale: float | Tensor = 1.0,
 ) -> Prediction:
-    """Return the classifier-free guided prediction ``u + w (c - u)``; w = 1 is none and costs a single call.
+    """Return the classifier-free guided prediction ``u + w (c - u)``; samples of w = 1 need no u and cost one call.
 
     x0, eps and v are affine in one another at fixed x_t, so guiding the native form guides all three alike.
 
@@ -222,11 +222,18 @@ def guided(
         raise ConditionError(
             f"guidance_scale = {guidance_scale} needs a negative condition; encode an empty prompt, or set it to 1"
         )
-    unconditional: Prediction = denoiser(x_t, t, negative)
-    weight = expand(torch.as_tensor(guidance_scale, dtype=torch.float64), x_t)
-    blended = unconditional.value + weight * (conditional.value - unconditional.value)
+    scale = torch.as_tensor(guidance_scale, dtype=torch.float64, device=x_t.device).expand(len(x_t))
+    rows = (scale != 1).nonzero()[:, 0]
+    if not len(rows):
+        return conditional
+    times = t[rows] if isinstance(t, Tensor) and t.ndim else t
+    some = len(rows) < len(x_t)
+    unconditional: Prediction = denoiser(x_t[rows], times, negative.index_select(rows) if some else negative)
+    u, c = unconditional.value, conditional.value[rows]
+    blended = u + expand(scale[rows], x_t) * (c - u)
+    value = conditional.value.to(blended.dtype).index_copy(0, rows, blended) if some else blended
     schedule: Any = denoiser.schedule
-    return Prediction(x_t, t, schedule, **{conditional.native: blended})
+    return Prediction(x_t, t, schedule, **{conditional.native: value})
 
 
 def limited_guidance(guidance_scale: float, t: Tensor, start: float) -> float | Tensor:

@@ -38,6 +38,7 @@ class ProxyConfig:
         input_noise: standard deviation of Gaussian noise on the training latents, in units of each channel's standard
             deviation; a proxy that is climbed must not change with what no eye can see. The linear trunk has none.
         holdout_fraction: part of the data kept for the report and the calibration, in (0, 0.5].
+        decoder_clips: for "pixels", most clips decoded to teach the tiny decoder; fewer where decoding is slow.
         patience: evaluations (one every 25 updates) without improvement after which a network stops.
         min_samples: fewest samples, in all and per reward, that are accepted.
         use_prompts: condition on the prompts, where there are any.
@@ -72,6 +73,7 @@ class ProxyConfig:
     weight_decay: float = 0.1
     input_noise: float = 0.3
     holdout_fraction: float = 0.15
+    decoder_clips: int = 1024
     patience: int = 8
     min_samples: int = 32
     use_prompts: bool = True
@@ -96,7 +98,7 @@ class ProxyConfig:
         if self.calibrate_mean not in MEAN_CALIBRATIONS:
             raise ConfigError(unknown_name("calibrate_mean", self.calibrate_mean, MEAN_CALIBRATIONS))
         self._check_objective()
-        for name in ("width", "depth", "ensemble_size", "batch_size", "patience", "text_features"):
+        for name in ("width", "depth", "ensemble_size", "batch_size", "decoder_clips", "patience", "text_features"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.any_size and self.trunk == "linear":

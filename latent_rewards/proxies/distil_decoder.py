@@ -14,8 +14,6 @@ from latent_rewards.proxies.samples import Samples
 from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 from latent_rewards.training.randomness import derive_seed, generator
 
-NUM_CLIPS = 1024
-"""Most clips that are decoded to learn from."""
 NUM_UPDATES = 600
 _BATCH, _SCALE_ROWS, _DECODED_AT_ONCE = 48, 64, 4
 _LEARNING_RATE, _WEIGHT_DECAY, _ABSOLUTE = 2e-3, 0.01, 0.2
@@ -31,7 +29,7 @@ def distil_decoder(codec: Codec, samples: Samples, rows: Tensor, config: ProxyCo
         codec: decodes.
         samples: their latents are read, of every bucket; no reward is.
         rows: int64 ``[n]``, the samples that may be looked at.
-        config: seed, input noise, device, and whether to draw a progress bar.
+        config: number of clips, seed, input noise, device, and whether to draw a progress bar.
 
     Raises:
         FingerprintMismatchError: the codec is of another latent space than the samples; the message names both.
@@ -44,7 +42,7 @@ def distil_decoder(codec: Codec, samples: Samples, rows: Tensor, config: ProxyCo
             "they were collected with"
         )
     order = torch.randperm(len(rows), generator=generator(config.seed, "decoder/clips", 0))
-    rows = rows[order[:NUM_CLIPS]].sort().values
+    rows = rows[order[: config.decoder_clips]].sort().values
     decoder = _untrained(codec, samples, rows, config)
     thumbnails = _thumbnails(codec, samples, rows, decoder, config)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")

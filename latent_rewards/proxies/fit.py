@@ -94,8 +94,8 @@ def train_proxy(
         backbone: the frozen video transformer that the trunks "backbone" and "backbone_linear" read, e.g. a
             :class:`latent_rewards.proxies.trunks.backbone.WanBackbone`; ``latents`` must be in its model space. It is
             not saved: give it to ``from_pretrained`` again.
-        codec: for the trunk "pixels": decodes up to 1,024 of the latents, once, from which a tiny decoder learns to
-            draw them small (see :mod:`latent_rewards.proxies.distil_decoder`); it is not needed again.
+        codec: for the trunk "pixels": decodes up to ``decoder_clips`` of the latents, once, from which a tiny decoder
+            learns to draw them small (see :mod:`latent_rewards.proxies.distil_decoder`); it is not needed again.
         schedule: t ``[B]`` -> (alpha, sigma), for ``noise_levels``; None is rectified flow, ``(1 - t, t)``.
 
     Returns:

@@ -19,6 +19,7 @@ from latent_rewards.training.checkpoint import MANIFEST, commit_directory
 from latent_rewards.training.ranks import current_ranks
 from recipes.moving_digits import metrics as _register  # noqa: F401 - registers digits.*
 from recipes.moving_digits.evaluation import (
+    AT_ONCE,
     Evaluation,
     Reference,
     build_reference,
@@ -118,7 +119,14 @@ class DigitsBenchmark:
         if not ranks.agree((folder / MANIFEST).is_file()):
             clips, seconds = make()
             texts = clip_prompts(self.prompts)
-            values = {name: create_metric(name)(clips, texts) for name in SHOWN}
+            metrics = {name: create_metric(name) for name in SHOWN}
+
+            def measure(start: int) -> Tensor:
+                part = slice(start, start + AT_ONCE)
+                return torch.stack([metric(clips[part], texts[part]) for metric in metrics.values()])
+
+            measured = torch.cat(ranks.share(range(0, len(clips), AT_ONCE), measure), dim=1)
+            values = dict(zip(SHOWN, measured, strict=True))
             evaluation = evaluate(clips, self.prompts, self.reference, self.judge, extra=values)
             facts = {"label": label, "seconds": seconds, "network_evaluations": network_evaluations}
             if ranks.index == 0:
@@ -152,7 +160,7 @@ class DigitsBenchmark:
         def reconstruct(part: Tensor) -> Tensor:
             return self.codec.decode(self.codec.encode(part)).cpu()
 
-        return torch.cat(current_ranks().share(clips.split(40), reconstruct, "reconstruct clips"))
+        return torch.cat(current_ranks().share(clips.split(AT_ONCE), reconstruct, "reconstruct clips"))
 
     def videos(self) -> dict[str, Tensor]:
         """Return the shown clips of every row."""

@@ -28,6 +28,7 @@ from latent_rewards.contracts import DataError, FingerprintMismatchError
 from latent_rewards.metrics import create_metric
 from latent_rewards.training.ranks import current_ranks
 from recipes.moving_digits.evaluation_set import (
+    AT_ONCE,
     DEMO_PROMPTS,
     FULL_PROMPTS,
     SEEDS,
@@ -53,6 +54,7 @@ from recipes.moving_digits.scores import (
 from recipes.moving_digits.world import labels, parse_prompt, render
 
 __all__ = [
+    "AT_ONCE",
     "BENCHMARK_VERSION",
     "DEMO_PROMPTS",
     "FULL_PROMPTS",
@@ -86,7 +88,6 @@ REFERENCE_CLIPS_PER_PROMPT = 10
 """2,000 real clips for the full benchmark, 400 for the demo."""
 NEIGHBOURS = 5
 _REFERENCE_SEED = 20261
-_AT_ONCE = 40
 
 
 @dataclass(frozen=True)
@@ -186,12 +187,12 @@ def build_reference(
     specs = [parse_prompt(text) for text in prompts for _ in range(clips_per_prompt)]
 
     def measure(start: int) -> tuple[dict[str, Tensor], Tensor]:
-        clips = render(specs[start : start + _AT_ONCE], seed=_REFERENCE_SEED, split="heldout", start_index=start)
+        clips = render(specs[start : start + AT_ONCE], seed=_REFERENCE_SEED, split="heldout", start_index=start)
         return pixel_values(clips), judge.read(clips)[0]
 
-    ranks, starts = current_ranks(), range(0, len(specs), _AT_ONCE)
+    ranks, starts = current_ranks(), range(0, len(specs), AT_ONCE)
     measured = ranks.share(starts, measure, "real clips" if progress else None)
-    noise = ranks.share(noise_videos.split(_AT_ONCE), pixel_values)
+    noise = ranks.share(noise_videos.split(AT_ONCE), pixel_values)
     features = torch.cat([features for _, features in measured])
     return Reference(
         list(prompts), _joined([values for values, _ in measured]), features, _joined(noise), _fingerprints(judge)
@@ -230,7 +231,7 @@ def evaluate(
                 f"the reference was measured with {name} {stored}, the clips with {fingerprint}; rebuild the reference"
             )
     specs = [parse_prompt(text) for text in clip_prompts(prompts)]
-    read = current_ranks().share(videos.split(_AT_ONCE), lambda clips: (*judge.read(clips), pixel_values(clips)))
+    read = current_ranks().share(videos.split(AT_ONCE), lambda clips: (*judge.read(clips), pixel_values(clips)))
     features = torch.cat([features for features, _, _ in read])
     predicted = _joined([predicted for _, predicted, _ in read])
     wanted = labels(specs)

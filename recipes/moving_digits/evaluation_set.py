@@ -20,6 +20,8 @@ SEEDS = (0, 1, 2, 3)
 FULL_PROMPTS = 200
 DEMO_PROMPTS = 40
 """The demo evaluates the first 40 of the 200 prompts; every even-sized beginning of the list is half held out."""
+AT_ONCE = 40
+"""Clips that are sampled, decoded or measured in one piece, which one process of a launch does."""
 _PROMPT_SEED, _REAL_ROW_SEED = 20260, 20262
 
 
@@ -72,7 +74,7 @@ def generate_clips(
     latent_shape: Sequence[int],
     *,
     num_steps: int = 1,
-    batch_size: int = 40,
+    batch_size: int = AT_ONCE,
     stage: str = "evaluation",
     progress: bool = True,
 ) -> Tensor:
@@ -97,7 +99,7 @@ def real_clips(prompts: Sequence[str]) -> Tensor:
     return render([parse_prompt(text) for text in clip_prompts(prompts)], seed=_REAL_ROW_SEED, split="heldout")
 
 
-def noise_clips(codec: Codec, latent_shape: Sequence[int], *, count: int = 200, batch_size: int = 40) -> Tensor:
+def noise_clips(codec: Codec, latent_shape: Sequence[int], *, count: int = 200, batch_size: int = AT_ONCE) -> Tensor:
     """Return decoded N(0, 1) latents ``[count, T, 3, H, W]``: the zero of every closeness."""
     latents = sample_noise(0, "evaluation-noise-clips", 0, range(count), latent_shape)
     decode = torch.no_grad()(lambda batch: codec.decode(batch).float().cpu())

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from latent_rewards.metrics import register_metric
 from latent_rewards.metrics.motion import dis_flow
-from recipes.moving_digits.world import DIGIT_SIZE, DIRECTIONS, draw_specs, parse_prompt, render
+from recipes.moving_digits.world import DIGIT_SIZE, DIRECTIONS, NUM_FRAMES, draw_specs, parse_prompt, render
 
 UNREADABLE = 10
 SAMPLED_FRAMES = range(0, 17, 2)
@@ -56,8 +56,8 @@ def _training_cuts(seed: int, num_clips: int = 3000) -> tuple[np.ndarray, np.nda
     """Return what a classifier learns from: held-in clips, clean and noisy, and some unreadable ones."""
     source = torch.Generator().manual_seed(seed)
     specs = draw_specs(num_clips, seed=seed + 100)
-    clips = render(specs, seed=seed + 100)
-    frames = clips[torch.arange(num_clips), torch.randint(clips.shape[1], (num_clips,), generator=source)]
+    shown = torch.randint(NUM_FRAMES, (num_clips, 1), generator=source)
+    frames = render(specs, seed=seed + 100, frames=shown)[:, 0]
     noisy = (frames + 0.05 * torch.randn(frames.shape, generator=source)).clamp(0, 1)
     share = num_clips // 10
     blurred = functional.avg_pool2d(frames[:share], 7, stride=1, padding=3)

@@ -136,8 +136,15 @@ def vocabulary() -> list[str]:
     return sorted({"a", *plain, *moving, *COLOURS, *NUMBER_WORDS, *(str(n) for n in range(10))})
 
 
-def render(specs: Sequence[ClipSpec], *, seed: int, split: str = "train", start_index: int = 0) -> Tensor:
-    """Render clips ``[B, 17, 3, 32, 32]`` float32 in [0, 1].
+def render(
+    specs: Sequence[ClipSpec],
+    *,
+    seed: int,
+    split: str = "train",
+    start_index: int = 0,
+    frames: Tensor | None = None,
+) -> Tensor:
+    """Render clips ``[B, 17, 3, 32, 32]`` float32 in [0, 1]; or of each only some of its ``frames``, int64 ``[B, T]``.
 
     Scan, position, speed and brightness (each within 10 %) of clip ``i`` depend on ``(seed, start_index + i)`` and
     its spec only. A digit stays inside the canvas throughout.
@@ -158,6 +165,8 @@ def render(specs: Sequence[ClipSpec], *, seed: int, split: str = "train", start_
         tints.append(torch.tensor(COLOURS[spec.colour]) * (0.9 + 0.1 * draws[3]))
     offsets = torch.arange(NUM_FRAMES) - (NUM_FRAMES - 1) / 2
     paths = torch.stack(centres)[:, None] + offsets[None, :, None] * torch.stack(velocities)[:, None]
+    if frames is not None:
+        paths = paths.gather(1, frames[:, :, None].expand(-1, -1, 2))
     masks = _place(torch.stack(glyphs), paths)
     return masks[:, :, None] * torch.stack(tints)[:, None, :, None, None]
 

@@ -115,6 +115,15 @@ def test_limited_guidance_leaves_low_noise_unguided(learnable_gaussian, numbers,
     assert torch.allclose(mixed[1:], full[1:], rtol=0, atol=1e-12)
 
 
+def test_samples_without_guidance_cost_one_call(affine, numbers, randn):
+    denoiser, x_t, t = affine(RectifiedFlow()), randn(3, 1, 1, 1, 1), torch.tensor([0.2, 0.35, 0.9]).double()
+    ask, avoid = numbers(torch.ones(3)), numbers(torch.zeros(3))
+    guided(denoiser, x_t, t, ask, avoid, torch.tensor([1.0, 3.0, 1.0]))
+    assert [times.tolist() for times in denoiser.times] == [t.tolist(), [t[1].item()]]
+    guided(denoiser, x_t, t, ask, avoid, torch.ones(3))
+    assert len(denoiser.times) == 3
+
+
 def test_no_guidance_is_one_call_and_guidance_needs_a_negative(affine, randn):
     denoiser, x_t = affine(RectifiedFlow()), randn(3, 1, 1, 1, 1)
     guided(denoiser, x_t, T, None)

@@ -90,6 +90,14 @@ def test_the_same_seed_gives_the_same_decoder_and_reads_only_the_rows_it_may(qui
         assert torch.equal(value, second.state_dict()[name]) and torch.equal(value, third.state_dict()[name])
 
 
+def test_no_more_clips_are_decoded_than_asked_for(quick):
+    (latents, _), codec = draw(64, 0), MixingCodec()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distil_decoder, "NUM_UPDATES", 5)
+        distil_decoder.distil_decoder(codec, samples_of(latents), torch.arange(48), quick(decoder_clips=12))
+    assert codec.decoded == 12 + 1  # one more tells its geometry
+
+
 def test_a_foreign_codec_or_one_that_decodes_no_video_is_refused(quick):
     latents, _ = draw(40, 0)
     rows = torch.arange(40)

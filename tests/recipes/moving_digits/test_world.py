@@ -60,6 +60,8 @@ def test_clips_are_reproducible_and_independent_of_the_batch():
     assert float(whole.min()) >= 0 and float(whole.max()) <= 1
     assert torch.equal(whole[4:], render(specs[4:], seed=9, start_index=4))
     assert not torch.equal(whole, render(specs, seed=10))
+    chosen = torch.arange(2 * len(specs)).view(-1, 2) % whole.shape[1]
+    assert torch.equal(whole[torch.arange(len(specs))[:, None], chosen], render(specs, seed=9, frames=chosen))
     assert not torch.equal(whole, render(specs, seed=9, split="heldout"))
 
 
