@@ -1,4 +1,4 @@
-"""What a score costs: the default proxy against decoding and measuring; ``python -m benchmarks.proxy_speed``.
+"""What a score costs: the proxy of a codec's user against decoding and measuring; ``python -m benchmarks.proxy_speed``.
 
 Each side scores the same latents in an interpreter of its own, warm, and tells its seconds and memory. ``--wan`` does
 it with the configuration of Wan 2.1's VAE (random weights) at growing sizes, and ``--ensemble`` times the members of a
@@ -131,13 +131,36 @@ def settle(device: str) -> float:
     return memory("VmRSS", device)
 
 
-def prepare(folder: Path, latent_shape: tuple[int, ...], num_samples: int, device: str) -> None:
-    """Write latents to score, and a proxy of the default settings; it has learned little, which costs the same."""
+@dataclass(frozen=True)
+class Enlarging:
+    """A codec of the sizes of Wan's, without its work: what the proxy's tiny decoder learns changes no time.
+
+    Attributes:
+        scale: pixels of a latent's side.
+    """
+
+    scale: int
+    fingerprint = "enlarging"
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return videos ``[B, 4 F - 3, 3, scale H, scale W]`` of latents ``[B, C, F, H, W]``."""
+        frames = torch.sigmoid(latents[:, :3]).repeat_interleave(4, dim=2)[:, :, 3:].transpose(1, 2)
+        return frames.repeat_interleave(self.scale, dim=3).repeat_interleave(self.scale, dim=4)
+
+    def encode(self, videos: Tensor) -> Tensor:
+        """Nothing is encoded here."""
+        raise NotImplementedError
+
+
+def prepare(folder: Path, latent_shape: tuple[int, ...], num_samples: int, device: str, scale: int) -> None:
+    """Write latents to score, and the proxy that a codec's user gets; it has learned little, which costs the same."""
     latents = sample_noise(0, "speed", 0, range(48), latent_shape)
     rewards = latents[:, 0].mean(dim=(1, 2, 3)) + 0.1 * torch.rand(48, generator=generator(0, "speed/rewards", 0))
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(48)]
-    config = lr.ProxyConfig(num_updates=1, batch_size=4, progress=False, device=device)
-    lr.train_proxy(latents, rewards, prompts, config=config).save_pretrained(folder / "proxy")
+    little = {"num_updates": 1, "batch_size": 4, "decoder_clips": 4, "decoder_updates": 1}
+    config = lr.ProxyConfig(trunk="pixels", progress=False, device=device, **little)
+    proxy = lr.train_proxy(latents, rewards, prompts, config=config, codec=Enlarging(scale))
+    proxy.save_pretrained(folder / "proxy")
     scored = sample_noise(1, "speed", 0, range(num_samples), latent_shape)
     save_file({"latents": scored}, folder / "latents.safetensors")
 
@@ -151,7 +174,7 @@ def compare(
         RuntimeError: a side failed; the message is what it wrote.
     """
     with tempfile.TemporaryDirectory() as name:
-        prepare(Path(name), latent_shape, num_samples, device)
+        prepare(Path(name), latent_shape, num_samples, device, scale=8 if vae == "wan" else 4)
         sides = {kind: measure(Side(kind, name, vae, metric, repeats, device)) for kind in ("proxy", "oracle")}
     return {"latent_shape": latent_shape, "num_samples": num_samples, "metric": metric, **sides, **ratios(**sides)}
 
@@ -225,14 +248,16 @@ def compare_members(batch_sizes: tuple[int, ...], repeats: int, device: str) -> 
     """Time the default proxy's members one by one and all in one call, each the best of ``repeats`` taken in turn.
 
     Returns:
-        Per batch size: milliseconds forward (``loop``, ``vmap``) and with the latents' gradient (``loop_gradient``,
-        ``vmap_gradient``), and the largest difference of the standardised scores.
+        Per batch size: milliseconds forward (``loop``, ``vmap``) and with the gradient of what the members read
+        (``loop_gradient``, ``vmap_gradient``), and the largest difference of the standardised scores.
     """
     with tempfile.TemporaryDirectory() as name:
-        prepare(Path(name), (16, 5, 8, 8), max(batch_sizes), device)
+        prepare(Path(name), (16, 5, 8, 8), max(batch_sizes), device, scale=4)
         proxy = lr.RewardProxy.from_pretrained(Path(name) / "proxy").to(device)
         latents = proxy.normalise(load_file(Path(name) / "latents.safetensors")["latents"].to(device))
     prompts = proxy.read_prompts([PROMPTS[i % len(PROMPTS)] for i in range(len(latents))], len(latents))
+    with torch.no_grad():
+        latents = proxy.member_inputs(latents, prompts)[0]
     members = list(proxy.members)
     parameters, buffers = stack_module_state(members)
     skeleton = copy.deepcopy(members[0]).to("meta")

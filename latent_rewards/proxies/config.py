@@ -11,6 +11,18 @@ from latent_rewards.proxies.trunks import AUTO, TrunkKind, trunk_kind
 MEAN_CALIBRATIONS = ("none", "isotonic")
 
 
+_AT_LEAST_ONE = (
+    "width",
+    "depth",
+    "ensemble_size",
+    "batch_size",
+    "decoder_clips",
+    "decoder_updates",
+    "patience",
+    "text_features",
+)
+
+
 @dataclass
 class ProxyConfig:
     """Settings of :func:`latent_rewards.proxies.train_proxy`.
@@ -39,6 +51,7 @@ class ProxyConfig:
             deviation; a proxy that is climbed must not change with what no eye can see. The linear trunk has none.
         holdout_fraction: part of the data kept for the report and the calibration, in (0, 0.5].
         decoder_clips: for "pixels", most clips decoded to teach the tiny decoder; fewer where decoding is slow.
+        decoder_updates: of the tiny decoder, of 48 clips each.
         patience: evaluations (one every 25 updates) without improvement after which a network stops.
         min_samples: fewest samples, in all and per reward, that are accepted.
         use_prompts: condition on the prompts, where there are any.
@@ -74,6 +87,7 @@ class ProxyConfig:
     input_noise: float = 0.3
     holdout_fraction: float = 0.15
     decoder_clips: int = 1024
+    decoder_updates: int = 600
     patience: int = 8
     min_samples: int = 32
     use_prompts: bool = True
@@ -98,7 +112,7 @@ class ProxyConfig:
         if self.calibrate_mean not in MEAN_CALIBRATIONS:
             raise ConfigError(unknown_name("calibrate_mean", self.calibrate_mean, MEAN_CALIBRATIONS))
         self._check_objective()
-        for name in ("width", "depth", "ensemble_size", "batch_size", "decoder_clips", "patience", "text_features"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.any_size and self.trunk == "linear":

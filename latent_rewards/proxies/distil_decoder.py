@@ -14,7 +14,6 @@ from latent_rewards.proxies.samples import Samples
 from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 from latent_rewards.training.randomness import derive_seed, generator
 
-NUM_UPDATES = 600
 _BATCH, _SCALE_ROWS, _DECODED_AT_ONCE = 48, 64, 4
 _LEARNING_RATE, _WEIGHT_DECAY, _ABSOLUTE = 2e-3, 0.01, 0.2
 
@@ -29,7 +28,7 @@ def distil_decoder(codec: Codec, samples: Samples, rows: Tensor, config: ProxyCo
         codec: decodes.
         samples: their latents are read, of every bucket; no reward is.
         rows: int64 ``[n]``, the samples that may be looked at.
-        config: number of clips, seed, input noise, device, and whether to draw a progress bar.
+        config: number of clips and updates, seed, input noise, device, and whether to draw a progress bar.
 
     Raises:
         FingerprintMismatchError: the codec is of another latent space than the samples; the message names both.
@@ -111,8 +110,10 @@ def _train(
         return False
 
     source = generator(config.seed, "decoder/batches", 0)
-    batches = bucketed_batches(rows, samples.buckets(rows), _BATCH, NUM_UPDATES, source)
-    with tqdm(total=NUM_UPDATES, desc="tiny decoder", disable=not config.progress, dynamic_ncols=True) as bar:
+    batches = bucketed_batches(rows, samples.buckets(rows), _BATCH, config.decoder_updates, source)
+    with tqdm(
+        total=config.decoder_updates, desc="tiny decoder", disable=not config.progress, dynamic_ncols=True
+    ) as bar:
         train_member(
             _Drawing(decoder),
             read,

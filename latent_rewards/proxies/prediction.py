@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ from latent_rewards.proxies.text import Prompts
 if TYPE_CHECKING:
     from latent_rewards.proxies.proxy import RewardProxy
 
-_CHUNK = 128
+_NUMBERS_ON_CPU, _NUMBERS_ELSEWHERE = 2**17, 2**23
+"""Latent numbers that are scored at once: on a CPU few, so that they stay in its caches and take little memory."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def predict(
     levels = proxy.read_time(t, len(latents))
     features = proxy.read_prompts(prompts, len(latents))
     means, stds, scores = [], [], []
-    for rows in torch.arange(len(latents)).split(_CHUNK):
+    for rows in torch.arange(len(latents)).split(_at_once(proxy, latents)):
         if isinstance(latents, RewardDataset):
             normalised = proxy.normalise(check_latents(latents.latents(rows)))
         else:
@@ -89,6 +91,12 @@ def predict(
         {name: ood for name in proxy.reward_names},
         dict(zip(proxy.reward_names, proxy.calibration.ratios.clone(), strict=True)),
     )
+
+
+def _at_once(proxy: RewardProxy, latents: Tensor | RewardDataset) -> int:
+    shape = latents.latent_shape if isinstance(latents, RewardDataset) else latents.shape[1:]
+    numbers = _NUMBERS_ON_CPU if proxy.reward_mean.device.type == "cpu" else _NUMBERS_ELSEWHERE
+    return max(1, numbers // max(1, math.prod(shape)))
 
 
 def _ood(proxy: RewardProxy, features: Tensor, variance: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Row:
     Attributes:
         label: name in tables.
         evaluation: scores and per-clip values.
-        seconds: wall time per video of one process, sampling and decoding, in batches of 40; NaN for clips that are
+        seconds: wall time per video of one process, sampling and decoding, in batches of 20; NaN for clips that are
             not sampled.
         network_evaluations: calls of the network per video; a guided teacher makes two per step.
         shown: the first clips of the first prompts ``[M, T, 3, H, W]``, for the report.

@@ -20,7 +20,7 @@ SEEDS = (0, 1, 2, 3)
 FULL_PROMPTS = 200
 DEMO_PROMPTS = 40
 """The demo evaluates the first 40 of the 200 prompts; every even-sized beginning of the list is half held out."""
-AT_ONCE = 40
+AT_ONCE = 20
 """Clips that are sampled, decoded or measured in one piece, which one process of a launch does."""
 _PROMPT_SEED, _REAL_ROW_SEED = 20260, 20262
 

@@ -22,7 +22,6 @@ from benchmarks.proxy_samples import (
 )
 from benchmarks.proxy_summary import summarise
 from latent_rewards.contracts import ConfigError, DataError
-from latent_rewards.proxies import distil_decoder
 from recipes.moving_digits.world import all_specs, parse_prompt
 
 TEACHER = "recipes/moving_digits/weights/teacher"
@@ -66,8 +65,7 @@ def test_a_digest_knows_every_weight():
     assert weights_digest(module) != weights_digest(other)
 
 
-def test_from_a_saved_student_to_a_summary(tmp_path, monkeypatch):
-    monkeypatch.setattr(distil_decoder, "NUM_UPDATES", 10)
+def test_from_a_saved_student_to_a_summary(tmp_path):
     teacher = ds.load_teacher(TEACHER)
     student = ds.FewStepStudent(
         copy.deepcopy(teacher.denoiser),
@@ -77,7 +75,7 @@ def test_from_a_saved_student_to_a_summary(tmp_path, monkeypatch):
     )
     student.save_pretrained(tmp_path / "student")
     world = ProxyWorld(tmp_path / "student", TEACHER, tmp_path / "runs", SMALL)
-    quick = lr.ProxyConfig(width=16, depth=1, num_updates=4, ensemble_size=2, progress=False)
+    quick = lr.ProxyConfig(width=16, depth=1, num_updates=4, ensemble_size=2, decoder_updates=10, progress=False)
     comparison = Comparison(world, 40, quick)
     chosen = {"methods": [*PROXIES, "probe"], "seeds": [0], "sizes": [40], "folder": tmp_path / "results"}
     run(comparison.measure, comparison.settings(), **chosen)

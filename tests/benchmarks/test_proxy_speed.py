@@ -65,7 +65,7 @@ def test_all_members_in_one_call_score_as_they_do_one_by_one():
 
 
 def test_a_side_is_measured_in_an_interpreter_of_its_own(tmp_path):
-    prepare(tmp_path, (16, 5, 8, 8), 4, "cpu")
+    prepare(tmp_path, (16, 5, 8, 8), 4, "cpu", scale=4)
     told = measure(Side("proxy", str(tmp_path), "", "", 2, "cpu"))
     assert len(told["seconds"]) == 2 and min(told["seconds"]) > 0
     assert 0 < told["weights"] < 10 and 0 <= told["work"] < told["peak"]

@@ -12,7 +12,7 @@ from latent_rewards import collect_command
 from latent_rewards.cli import build_parser, main
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.fit_command import add_settings, attribute_docs, chosen_settings
-from latent_rewards.proxies import ProxyConfig, RewardProxy, distil_decoder
+from latent_rewards.proxies import ProxyConfig, RewardProxy
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def test_with_a_codec_the_proxy_reads_pixels(toys, tmp_path, monkeypatch):
     monkeypatch.setattr(
         collect_command, "entry_points", lambda group: [point] if group == "latent_rewards.codecs" else []
     )
-    monkeypatch.setattr(distil_decoder, "NUM_UPDATES", 5)
-    arguments = ["fit", str(tmp_path / "data"), "--output", str(tmp_path / "proxy"), "--num-updates", "5"]
+    arguments = ["fit", str(tmp_path / "data"), "--output", str(tmp_path / "proxy")]
+    arguments += ["--num-updates", "5", "--decoder-updates", "5"]
     assert main([*arguments, "--codec", str(tmp_path / "codec"), "--kind", "toy"]) == 0
     proxy = RewardProxy.from_pretrained(tmp_path / "proxy")
     assert (proxy.config.trunk, proxy.config.num_updates, proxy.latent_space) == ("pixels", 5, "toy-codec")

@@ -1,5 +1,7 @@
 """A tiny decoder learns what a codec decodes, and a proxy on its frames learns what pixels show."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional
@@ -44,12 +46,10 @@ def draw(count, seed):
     return latents, rewards
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short():
+@pytest.fixture(scope="module")
+def quick(quick):
     """Fewer updates than a user gets: what is drawn here is simple."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distil_decoder, "NUM_UPDATES", 150)
-        yield
+    return lambda **changes: quick(**{"decoder_updates": 150, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -77,24 +77,21 @@ def test_the_same_seed_gives_the_same_decoder_and_reads_only_the_rows_it_may(qui
     latents, _ = draw(64, 0)
     others = latents.clone()
     others[48:] = torch.nan
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distil_decoder, "NUM_UPDATES", 5)
-        first, second = (
-            distil_decoder.distil_decoder(MixingCodec(), samples_of(latents), torch.arange(48), quick())
-            for _ in range(2)
-        )
-        samples = samples_of(latents)
-        samples.latents = lambda indices: others[indices]
-        third = distil_decoder.distil_decoder(MixingCodec(), samples, torch.arange(48), quick())
+    settings, rows = quick(decoder_updates=5), torch.arange(48)
+    first, second = (
+        distil_decoder.distil_decoder(MixingCodec(), samples_of(latents), rows, settings) for _ in range(2)
+    )
+    samples = samples_of(latents)
+    samples.latents = lambda indices: others[indices]
+    third = distil_decoder.distil_decoder(MixingCodec(), samples, rows, settings)
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]) and torch.equal(value, third.state_dict()[name])
 
 
 def test_no_more_clips_are_decoded_than_asked_for(quick):
     (latents, _), codec = draw(64, 0), MixingCodec()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distil_decoder, "NUM_UPDATES", 5)
-        distil_decoder.distil_decoder(codec, samples_of(latents), torch.arange(48), quick(decoder_clips=12))
+    settings = quick(decoder_clips=12, decoder_updates=5)
+    distil_decoder.distil_decoder(codec, samples_of(latents), torch.arange(48), settings)
     assert codec.decoded == 12 + 1  # one more tells its geometry
 
 
@@ -155,13 +152,11 @@ def test_an_update_moves_the_decoder_of_this_proxy_only(trained, tmp_path):
 
 def test_a_codec_chooses_pixels_and_automatic_choice_tries_them(quick):
     latents, rewards = draw(120, 0)
-    automatic = quick(trunk="auto", selection_budget=30_000)
+    automatic = quick(trunk="auto", selection_budget=30_000, decoder_updates=60)
+    tried = train_proxy(latents, rewards, codec=MixingCodec(), config=automatic).selection["candidates"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distil_decoder, "NUM_UPDATES", 60)
-        tried = train_proxy(latents, rewards, codec=MixingCodec(), config=automatic).selection["candidates"]
-        patch.setattr(distil_decoder, "NUM_UPDATES", 1)
-        patch.setattr(ProxyConfig, "updates", lambda self, count: 2)
-        patch.setattr(ProxyConfig, "progress", False)
+        quickly = partial(ProxyConfig, decoder_updates=1, num_updates=2, progress=False)
+        patch.setattr("latent_rewards.proxies.fit.ProxyConfig", quickly)
         assert train_proxy(latents, rewards, codec=MixingCodec()).config.trunk == "pixels"
     assert set(tried) == {"linear", "conv3d", "transformer", "pixels"}
 
