@@ -18,8 +18,8 @@ from latent_rewards.proxies.text import Prompts
 if TYPE_CHECKING:
     from latent_rewards.proxies.proxy import RewardProxy
 
-_NUMBERS_ON_CPU, _NUMBERS_ELSEWHERE = 2**17, 2**23
-"""Latent numbers that are scored at once: on a CPU few, so that they stay in its caches and take little memory."""
+_MOST_SAMPLES, _NUMBERS_ON_CPU, _NUMBERS_ELSEWHERE = 128, 2**17, 2**23
+"""Samples, and latent numbers, that are scored at once: on a CPU few, which stay in its caches and are small."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def predict(
 def _at_once(proxy: RewardProxy, latents: Tensor | RewardDataset) -> int:
     shape = latents.latent_shape if isinstance(latents, RewardDataset) else latents.shape[1:]
     numbers = _NUMBERS_ON_CPU if proxy.reward_mean.device.type == "cpu" else _NUMBERS_ELSEWHERE
-    return max(1, numbers // max(1, math.prod(shape)))
+    return min(_MOST_SAMPLES, max(1, numbers // max(1, math.prod(shape))))
 
 
 def _ood(proxy: RewardProxy, features: Tensor, variance: Tensor) -> Tensor:

@@ -31,3 +31,14 @@ def test_a_prediction_runs_each_trunk_once_for_a_chunk(quick, world):
         member.trunk.register_forward_hook(lambda module, inputs, output, number=number: calls.append(number))
     proxy.predict(world[0](150, 0), torch.zeros(150, 5))
     assert calls == [0, 1, 2, 0, 1, 2]
+
+
+def test_large_latents_are_scored_fewer_at_a_time_and_alike(quick, world, monkeypatch):
+    proxy, latents, prompts, sizes = make(quick), world[0](9, 0), torch.zeros(9, 5), []
+    whole = proxy.predict(latents, prompts)
+    proxy.members[0].trunk.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    monkeypatch.setattr("latent_rewards.proxies.prediction._NUMBERS_ON_CPU", 4 * latents[0].numel())
+    parts = proxy.predict(latents, prompts)
+    assert sizes == [4, 4, 1]
+    for name, mean in whole.mean.items():
+        torch.testing.assert_close(parts.mean[name], mean)
