@@ -71,8 +71,8 @@ def test_scores_equal_the_originals(folder: Path, clips: Tensor, name: str, opti
     frames = torch.tensor(GOLDEN["scores"][golden])
     metric = create_metric(name, weights=folder, model=SMALL, **options)
     singles = metric(clips.reshape(4, 1, 3, 250, 334), [prompt for prompt in PROMPTS for _ in range(2)])
-    torch.testing.assert_close(singles, frames, atol=2e-6, rtol=1e-6)
-    torch.testing.assert_close(metric(clips, PROMPTS), frames.view(2, 2).mean(dim=1), atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(singles, frames, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(metric(clips, PROMPTS), frames.view(2, 2).mean(dim=1), atol=1e-5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["preference.hps", "preference.pickscore"])
