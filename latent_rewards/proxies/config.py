@@ -40,10 +40,10 @@ class ProxyConfig:
             how undecided the judge is on each sample). Ridge regressions know "mse", "linear" also "bradley_terry".
         huber_delta: where the Huber loss turns linear, in standard deviations of the reward.
         width: channels of a trunk and hidden units of its head, a multiple of 8.
-        depth: blocks of a trunk.
+        depth: blocks of a trunk; None takes 1 for "pixels", 2 for the others.
         ensemble_size: networks; each leaves another part of the data out. A linear proxy has one.
         num_updates: most updates per network; None chooses ``clamp(18 N / batch_size, 200, 600)`` for N samples, for
-            "pixels" ``clamp(45 N / batch_size, 200, 1500)``.
+            "pixels" ``clamp(90 N / batch_size, 200, 2500)``.
         batch_size: samples per update.
         learning_rate: peak of the one-cycle schedule of AdamW.
         weight_decay: of AdamW.
@@ -51,7 +51,7 @@ class ProxyConfig:
             deviation; a proxy that is climbed must not change with what no eye can see. The linear trunk has none.
         holdout_fraction: part of the data kept for the report and the calibration, in (0, 0.5].
         decoder_clips: for "pixels", most clips decoded to teach the tiny decoder; fewer where decoding is slow.
-        decoder_updates: of the tiny decoder, of 48 clips each.
+        decoder_updates: of the tiny decoder, of 24 clips each.
         patience: evaluations (one every 25 updates) without improvement after which a network stops.
         min_samples: fewest samples, in all and per reward, that are accepted.
         use_prompts: condition on the prompts, where there are any.
@@ -78,7 +78,7 @@ class ProxyConfig:
     objective: str = "mse"
     huber_delta: float = 1.0
     width: int = 64
-    depth: int = 2
+    depth: int | None = None
     ensemble_size: int = 3
     num_updates: int | None = None
     batch_size: int = 64
@@ -87,7 +87,7 @@ class ProxyConfig:
     input_noise: float = 0.3
     holdout_fraction: float = 0.15
     decoder_clips: int = 1024
-    decoder_updates: int = 600
+    decoder_updates: int = 2400
     patience: int = 8
     min_samples: int = 32
     use_prompts: bool = True
@@ -113,8 +113,8 @@ class ProxyConfig:
             raise ConfigError(unknown_name("calibrate_mean", self.calibrate_mean, MEAN_CALIBRATIONS))
         self._check_objective()
         for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1; got {value}")
         if self.any_size and self.trunk == "linear":
             raise ConfigError(
                 "any_size needs a trunk that reads any size; the linear one reads the shape it was fitted on"
@@ -174,6 +174,11 @@ class ProxyConfig:
     def in_memory_bytes(self) -> int:
         """``in_memory_mib`` in bytes."""
         return self.in_memory_mib * 2**20
+
+    @property
+    def blocks(self) -> int:
+        """``depth``, or the trunk's own."""
+        return self.depth or trunk_kind(self.trunk).depth
 
     def updates(self, count: int) -> int:
         """Return the number of updates for ``count`` training samples."""

@@ -14,8 +14,8 @@ from latent_rewards.proxies.samples import Samples
 from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 from latent_rewards.training.randomness import derive_seed, generator
 
-_BATCH, _SCALE_ROWS, _DECODED_AT_ONCE = 48, 64, 4
-_LEARNING_RATE, _WEIGHT_DECAY, _ABSOLUTE = 2e-3, 0.01, 0.2
+_BATCH, _SCALE_ROWS, _DECODED_AT_ONCE = 24, 64, 4
+_LEARNING_RATE, _WEIGHT_DECAY, _ABSOLUTE = 6e-3, 0.01, 0.2
 
 
 def distil_decoder(codec: Codec, samples: Samples, rows: Tensor, config: ProxyConfig) -> TinyDecoder:

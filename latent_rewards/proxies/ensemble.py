@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from typing import Any, Protocol
@@ -18,9 +19,10 @@ from latent_rewards.proxies.samples import Samples
 from latent_rewards.training.randomness import generator
 
 EVALUATE_EVERY = 25
-"""Updates between evaluations on a member's left-out fold."""
+"""Fewest updates between evaluations on a member's left-out fold."""
 
 _CHUNK = 128
+_MOST_EVALUATIONS = 24
 _EVALUATION_ROWS = 2048
 """Most samples of a fold that stop a member early; more would cost large data sets more than their training."""
 
@@ -246,7 +248,7 @@ def fit_members(
             if len(judged) > _EVALUATION_ROWS:
                 order = torch.randperm(len(judged), generator=generator(config.seed, "proxy/evaluation", 0, number))
                 judged = judged[order[:_EVALUATION_ROWS]]
-            keeper = _BestWeights(member, reader, judged, config.patience, count, bar, loss)
+            keeper = BestWeights([member], _error_of(member, reader, judged, loss), config.patience, count, bar)
             source = generator(config.seed, "proxy/batches", 0, number)
             train_member(
                 member,
@@ -264,35 +266,51 @@ def fit_members(
             bar.update(count * (number + 1) - bar.n)
 
 
-class _BestWeights:
-    """Evaluates a member now and then, keeps its best weights, and says when patience is over."""
+def _error_of(member: nn.Module, reader: BatchReader, rows: Tensor, loss: Loss) -> Callable[[], Tensor]:
+    return lambda: loss(reader.map(member, rows), reader.targets(rows))[None]
+
+
+class BestWeights:
+    """Evaluates networks now and then, keeps the best weights of each, and says when patience with all is over.
+
+    Args:
+        networks: n modules.
+        errors: returns their errors ``[n]`` as they are now.
+        patience: evaluations without improvement after which a network's best is settled.
+        num_updates: most that will be made; there are at most 24 evaluations, or one in 25 updates.
+        bar: shows updates and the mean error.
+    """
 
     def __init__(
         self,
-        member: nn.Module,
-        reader: BatchReader,
-        rows: Tensor,
+        networks: Sequence[nn.Module],
+        errors: Callable[[], Tensor],
         patience: int,
         num_updates: int,
         bar: tqdm,
-        loss: Loss = masked_error,
     ) -> None:
-        self._loss = loss
-        self._member, self._reader, self._rows, self._bar = member, reader, rows, bar
+        self._networks, self._errors, self._bar = networks, errors, bar
         self._patience, self._num_updates = patience, num_updates
-        self._best, self._waited = float("inf"), 0
-        self._weights = deepcopy(member.state_dict())
+        self._every = max(EVALUATE_EVERY, num_updates // _MOST_EVALUATIONS)
+        self._best, self._waited = [math.inf] * len(networks), [0] * len(networks)
+        self._weights = [deepcopy(network.state_dict()) for network in networks]
 
     def __call__(self, number: int) -> bool:
+        """Count update ``number`` and return whether it was the last that is worth making."""
         self._bar.update()
-        if (number + 1) % EVALUATE_EVERY and number + 1 != self._num_updates:
+        if (number + 1) % self._every and number + 1 != self._num_updates:
             return False
-        error = self._loss(self._reader.map(self._member, self._rows), self._reader.targets(self._rows)).item()
-        self._waited += 1
-        if error <= self._best:
-            self._best, self._waited, self._weights = error, 0, deepcopy(self._member.state_dict())
-        self._bar.set_postfix({"error": f"{error:.3g}", "best": f"{self._best:.3g}"}, refresh=False)
-        return self._waited >= self._patience
+        errors = self._errors().tolist()
+        for place, (network, error) in enumerate(zip(self._networks, errors, strict=True)):
+            self._waited[place] += 1
+            if error <= self._best[place]:
+                self._best[place], self._waited[place] = error, 0
+                self._weights[place] = deepcopy(network.state_dict())
+        told = {"error": f"{sum(errors) / len(errors):.3g}", "best": f"{sum(self._best) / len(errors):.3g}"}
+        self._bar.set_postfix(told, refresh=False)
+        return min(self._waited) >= self._patience
 
     def restore(self) -> None:
-        self._member.load_state_dict(self._weights)
+        """Give every network its best weights."""
+        for network, weights in zip(self._networks, self._weights, strict=True):
+            network.load_state_dict(weights)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,19 +100,67 @@ class NetworkMember(nn.Module):
         num_features = cast(int, self.trunk.num_features)
         self.head = BilinearHead(num_features, condition_width, width, num_outputs)
 
-    def features(
-        self, latents: Tensor, prompt_features: Tensor | None, t: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the trunk's features ``[B, F, K]`` and the embedded prompt and time ``[B, P]``, if any."""
+    @property
+    def num_features(self) -> int:
+        """K of :meth:`judge`."""
+        return cast(int, self.trunk.num_features)
+
+    @property
+    def smallest_side(self) -> int:
+        """Height and width of the smallest latents the trunk can read."""
+        return cast(int, getattr(self.trunk, "smallest_side", 1))
+
+    def judge(self, latents: Tensor, prompt_features: Tensor | None, t: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return outputs ``[B, O]`` and the trunk's features ``[B, F, K]``.
+
+        Args:
+            latents: what the trunk reads, e.g. normalised latents ``[B, C, F, H, W]``.
+            prompt_features: ``[B, D]`` or ``[B, L, D]``, if there are any.
+            t: ``[B]``, for a timed member.
+        """
         condition = self.embedding(prompt_features) if self.embedding is not None else None
         if self.time is not None:
             time = self.time(t)
             condition = time if condition is None else torch.cat([condition, time], dim=1)
-        return self.trunk(latents, condition), condition
+        features = self.trunk(latents, condition)
+        return self.head(features, condition), features
 
     def forward(self, latents: Tensor, prompt_features: Tensor | None, t: Tensor | None = None) -> Tensor:
-        """Return outputs ``[B, O]`` of what the trunk reads, e.g. normalised latents ``[B, C, F, H, W]``.
+        """Return the outputs of :meth:`judge`."""
+        return self.judge(latents, prompt_features, t)[0]
 
-        A timed member needs t ``[B]``.
+
+class SeparateMember(nn.Module):
+    """Networks that read the same, one for each reward, as one member of an ensemble.
+
+    Args:
+        networks: R of them, each with the outputs of one reward.
+    """
+
+    def __init__(self, networks: Sequence[NetworkMember]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    @property
+    def num_features(self) -> int:
+        """K of :meth:`judge`."""
+        return sum(cast(NetworkMember, network).num_features for network in self.networks)
+
+    @property
+    def smallest_side(self) -> int:
+        """Height and width of the smallest latents the trunks can read."""
+        return cast(NetworkMember, self.networks[0]).smallest_side
+
+    def judge(self, *inputs: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - what NetworkMember.judge takes
+        """Return outputs ``[B, O]`` and the features ``[B, F, K]`` of all trunks.
+
+        A reward's outputs are its mean and, if the objective asks for it, its log-variance: all means come first.
         """
-        return self.head(*self.features(latents, prompt_features, t))
+        outputs, features = zip(
+            *(cast(NetworkMember, network).judge(*inputs) for network in self.networks), strict=True
+        )
+        return torch.stack(outputs, dim=2).flatten(1), torch.cat(features, dim=2)
+
+    def forward(self, *inputs: Any) -> Tensor:  # noqa: ANN401
+        """Return the outputs of :meth:`judge`."""
+        return self.judge(*inputs)[0]

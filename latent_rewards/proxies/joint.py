@@ -1,8 +1,9 @@
 """Training the members that share a backbone or a tiny decoder: together, so that what is frozen runs once per batch.
 
 The members' outputs stand side by side, and a member's targets are NaN, which weighs nothing, on the samples it leaves
-out. Without adapters member m stops on the samples of fold m, as separate members do. Adapters learn from every member,
-so then fold 0 is left out by all and judges them all, and member m leaves out another fold besides.
+out. Without adapters member m is judged on the samples of fold m, as separate members are, and where each reward has a
+network of its own, that one by its own reward. Adapters learn from every member, so then fold 0 is left out by all and
+judges them all, and member m leaves out another fold besides.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from latent_rewards.proxies.ensemble import Batch, Reader, _BestWeights, train_member
+from latent_rewards.proxies.ensemble import Batch, BestWeights, Reader, train_member
+from latent_rewards.proxies.heads import SeparateMember
 from latent_rewards.proxies.objectives import Loss, regression_loss
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.trunks.shared import SharedTrunk
@@ -98,6 +100,28 @@ def joint_loss(proxy: RewardProxy) -> Loss:
     return joint
 
 
+def network_errors(proxy: RewardProxy, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of each network of :func:`networks_of` ``[n]``; arguments as those of :func:`joint_loss`."""
+    loss = regression_loss(proxy.config.objective, proxy.config.huber_delta)
+    number = len(proxy.members)
+    outputs, targets = (values.unflatten(1, (number, -1)) for values in (outputs, targets))
+    if not isinstance(proxy.members[0], SeparateMember):
+        return torch.stack([loss(outputs[:, m], targets[:, m]) for m in range(number)])
+    rewards = targets.shape[2]
+    return torch.stack(
+        [loss(outputs[:, m, r::rewards], targets[:, m, r, None]) for m in range(number) for r in range(rewards)]
+    )
+
+
+def networks_of(proxy: RewardProxy) -> list[nn.Module]:
+    """Return the networks that learn nothing from one another: the members, or each member's one after the other."""
+    return [
+        network
+        for member in proxy.members
+        for network in (member.networks if isinstance(member, SeparateMember) else [member])
+    ]
+
+
 def left_out(folds: Tensor, num_members: int, adapters: bool) -> tuple[Tensor, Tensor]:
     """Return bool ``[n, M]`` twice: the samples each member is not trained on, and those that judge it."""
     number = int(folds.max()) + 1
@@ -124,7 +148,9 @@ def set_feature_scales(proxy: RewardProxy, reader: Reader, training: Tensor) -> 
 
 
 def fit_jointly(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Tensor) -> None:
-    """Train the members, and the adapters if there are any, from scratch; the best weights of all together are kept.
+    """Train the members, and the adapters if there are any, from scratch.
+
+    Each network's best weights are kept; with adapters, which all networks share, the best of all together.
 
     Args:
         proxy: one whose members share something.
@@ -143,7 +169,13 @@ def fit_jointly(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Ten
     count = config.updates(len(training))
     with tqdm(total=count, desc="proxy", disable=not config.progress, dynamic_ncols=True) as bar:
         judge = cast(Reader, JointReader(reader, counted[1], number))
-        keeper = _BestWeights(joint, judge, rows, config.patience, count, bar, joint_loss(proxy))
+        networks = [joint] if len(joint.adapters) else networks_of(proxy)
+
+        def errors() -> Tensor:
+            judged = judge.map(joint, rows), judge.targets(rows)
+            return joint_loss(proxy)(*judged)[None] if len(joint.adapters) else network_errors(proxy, *judged)
+
+        keeper = BestWeights(networks, errors, config.patience, count, bar)
         source = generator(config.seed, "proxy/batches", 0, 0)
         batches = reader.batches(used, config.batch_size, count, source)
         _train(joint, JointReader(reader, counted[0], number).noised(source), batches, proxy, source, keeper)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from latent_rewards.contracts import ConfigError
 from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.features import latent_statistics, linear_features
-from latent_rewards.proxies.heads import NetworkMember
+from latent_rewards.proxies.heads import NetworkMember, SeparateMember
 from latent_rewards.proxies.linear import LinearMember
 from latent_rewards.proxies.objectives import num_outputs, split_outputs
 from latent_rewards.proxies.text import PromptFeatures, real_tokens
@@ -20,6 +20,8 @@ from latent_rewards.proxies.trunks.backbone import VideoBackbone
 from latent_rewards.proxies.trunks.pixels import look
 from latent_rewards.proxies.trunks.shared import PassThrough, SharedTrunk
 from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
+
+Network = NetworkMember | SeparateMember
 
 if TYPE_CHECKING:
     from latent_rewards.proxies.proxy import RewardProxy
@@ -78,18 +80,20 @@ def make_members(
         def build(*_: Any) -> nn.Module:  # noqa: ANN401
             return PassThrough(num_features)
 
-    return [
-        NetworkMember(
+    def network(rewards: int) -> NetworkMember:
+        return NetworkMember(
             latent_shape,
             prompts,
-            num_outputs(config.objective, num_rewards),
+            num_outputs(config.objective, rewards),
             width=config.width,
-            depth=config.depth,
+            depth=config.blocks,
             make_trunk=cast(Any, build),
             timed=config.noise_levels is not None,
         )
-        for _ in range(config.ensemble_size)
-    ]
+
+    if trunk_kind(config.trunk).network_per_reward and num_rewards > 1:
+        return [SeparateMember([network(1) for _ in range(num_rewards)]) for _ in range(config.ensemble_size)]
+    return [network(num_rewards) for _ in range(config.ensemble_size)]
 
 
 def member_inputs(
@@ -100,7 +104,7 @@ def member_inputs(
     With a backbone its frozen blocks run here, once for all members, on what they were trained on, latents and prompts
     before scaling; the first entry becomes their features ``[B, F', K]``, for a ridge regression ``[B, K, 1, 1, 1]``,
     their mean over frames. With a tiny decoder the first entry becomes what there is to see in the frames it draws,
-    ``[B, T, 377]``.
+    ``[B, T, 161]``.
     """
     if proxy.shared is None:
         return latents, prompt_features, *level
@@ -139,9 +143,8 @@ def combine_and_describe(proxy: RewardProxy, latents: Tensor, inputs: tuple[Any,
     first = proxy.members[0]
     if isinstance(first, LinearMember):
         return *combine(proxy, inputs), latent_statistics(latents)
-    features, condition = cast(NetworkMember, first).features(*inputs)
-    outputs = [cast(NetworkMember, first).head(features, condition)]
-    outputs += [member(*inputs) for member in list(proxy.members)[1:]]
+    judged, features = cast(Network, first).judge(*inputs)
+    outputs = [judged, *(member(*inputs) for member in list(proxy.members)[1:])]
     return *_moments(proxy, *_split(proxy, outputs)), _description(latents, features)
 
 
@@ -157,7 +160,7 @@ def describe(member: nn.Module, latents: Tensor, inputs: tuple[Any, ...]) -> Ten
     """Return ``[B, K]``: statistics of the latents, and the frame mean of a network's trunk features for ``inputs``."""
     if isinstance(member, LinearMember):
         return latent_statistics(latents)
-    return _description(latents, cast(NetworkMember, member).features(*inputs)[0])
+    return _description(latents, cast(Network, member).judge(*inputs)[1])
 
 
 def _description(latents: Tensor, features: Tensor) -> Tensor:
@@ -166,6 +169,4 @@ def _description(latents: Tensor, features: Tensor) -> Tensor:
 
 def description_size(member: nn.Module, channels: int) -> int:
     """Return K of :func:`describe`."""
-    return 3 * channels + (
-        0 if isinstance(member, LinearMember) else cast(int, cast(NetworkMember, member).trunk.num_features)
-    )
+    return 3 * channels + (0 if isinstance(member, LinearMember) else cast(Network, member).num_features)

@@ -139,7 +139,7 @@ class RewardProxy(nn.Module):
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raise DataError, naming the shapes it reads, unless it reads latents ``[B, C, F, H, W]`` of this shape."""
-        smallest = getattr(getattr(self.members[0], "trunk", None), "smallest_side", 1)
+        smallest = getattr(self.members[0], "smallest_side", 1)
         check_readable(tuple(shape), self.latent_shapes, self.config.any_size, smallest)
 
     def raw_prompts(self, prompts: Prompts | None, count: int) -> Tensor | None:

@@ -36,6 +36,9 @@ class TrunkKind:
         closed_form: a ridge regression; it has one member, no sample updates and no notion of time.
         needs_backbone: reads ``train_proxy(..., backbone=...)``.
         needs_codec: reads frames that a tiny decoder draws, distilled from ``train_proxy(..., codec=...)``.
+        network_per_reward: every reward has a trunk and a head of its own in each member; for trunks that cost little
+            beside what all share, since rewards that are learned together disturb each other.
+        depth: blocks, where the config does not say how many.
         passes: over the training data, where the config does not say how many updates there are.
         most_updates: likewise.
     """
@@ -45,6 +48,8 @@ class TrunkKind:
     closed_form: bool = False
     needs_backbone: bool = False
     needs_codec: bool = False
+    network_per_reward: bool = False
+    depth: int = 2
     passes: int = 18
     most_updates: int = 600
 
@@ -89,7 +94,7 @@ for _kind in (
     TrunkKind("transformer", TransformerTrunk),
     TrunkKind("backbone_linear", closed_form=True, needs_backbone=True),
     TrunkKind("backbone", needs_backbone=True),
-    TrunkKind("pixels", PixelTrunk, needs_codec=True, passes=45, most_updates=1500),
+    TrunkKind("pixels", PixelTrunk, needs_codec=True, network_per_reward=True, depth=1, passes=90, most_updates=2500),
 ):
     register_trunk(_kind)
 

@@ -18,7 +18,7 @@ from latent_rewards.proxies.trunks.conv3d import strided_convolution
 
 CHANNELS = 3
 _TARGET_SIDE = 16
-_WIDTH, _DEPTH = 32, 2
+_WIDTH, _DEPTH = 32, 3
 
 
 def drawing_scale(height: int, width: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from latent_rewards.proxies import ensemble as module
 from latent_rewards.proxies import train_proxy
 from latent_rewards.proxies.ensemble import (
-    _BestWeights,
+    BestWeights,
     bucketed_batches,
     masked_error,
     shuffled_batches,
@@ -68,10 +68,8 @@ def test_one_bucket_is_shuffled_as_ever():
 def test_a_large_fold_is_judged_by_a_part_of_it(world, quick, monkeypatch):
     draw, curved = world
     latents, judged = draw(300, 0), []
-    kept = module._BestWeights
-    monkeypatch.setattr(
-        module, "_BestWeights", lambda m, r, rows, *rest: judged.append(rows) or kept(m, r, rows, *rest)
-    )
+    kept = module._error_of
+    monkeypatch.setattr(module, "_error_of", lambda m, r, rows, loss: judged.append(rows) or kept(m, r, rows, loss))
     proxies = []
     for limit in (2048, 7):
         monkeypatch.setattr(module, "_EVALUATION_ROWS", limit)
@@ -127,21 +125,27 @@ def test_input_noise_flattens_the_fit_as_errors_in_variables_do():
 
 
 def test_the_best_weights_come_back_when_patience_is_over():
-    line = Line()
+    lines, slopes = (Line(), Line()), ([0.5, 0.9, 0.6, 0.4, 0.8, 0.3], [0.5, 0.6, 0.7, 0.6, 0.6, 0.6])
 
-    class Reader:
-        def map(self, function, rows):
-            return function(torch.ones(1, 1), None)
+    def errors():
+        return torch.stack([(line.slope[0] - 1).square() for line in lines]).detach()
 
-        def targets(self, rows):
-            return torch.ones(1, 1)
-
-    keeper = _BestWeights(line, Reader(), torch.arange(1), 2, 1000, tqdm(disable=True))
+    keeper = BestWeights(lines, errors, 2, 600, tqdm(disable=True))
     verdicts = []
-    for number in range(25 * 5):
+    for number in range(25 * 6):
         if (number + 1) % 25 == 0:
-            line.slope.data.fill_([0.5, 0.9, 0.6, 0.4, 0.9][number // 25])
+            for line, values in zip(lines, slopes, strict=True):
+                line.slope.data.fill_(values[number // 25])
         verdicts.append(keeper(number))
-    assert [i for i, verdict in enumerate(verdicts) if verdict][0] == 99
+    # The second line was at its best in the third evaluation; it waits for two more.
+    assert [i for i, verdict in enumerate(verdicts) if verdict][0] == 25 * 5 - 1
     keeper.restore()
-    assert line.slope.item() == pytest.approx(0.9)
+    assert [line.slope.item() for line in lines] == pytest.approx([0.9, 0.7])
+
+
+def test_a_long_training_is_evaluated_24_times():
+    asked = []
+    keeper = BestWeights([Line()], lambda: asked.append(1) or torch.zeros(1), 100, 2400, tqdm(disable=True))
+    for number in range(2400):
+        keeper(number)
+    assert len(asked) == 24

@@ -2,7 +2,7 @@
 
 import torch
 
-from latent_rewards.proxies.heads import BilinearHead, NetworkMember, TokenAttention
+from latent_rewards.proxies.heads import BilinearHead, NetworkMember, SeparateMember, TokenAttention
 from latent_rewards.proxies.text import PromptFeatures
 
 
@@ -46,3 +46,18 @@ def test_attention_ignores_padding_and_order_and_can_pick_one_token():
         attention.scores.weight.copy_(torch.tensor([[100.0, 0.0, 0.0]]).expand(4, 3))
     chosen = tokens[torch.arange(2), tokens[..., 0].argmax(dim=1)]
     torch.testing.assert_close(attention(tokens), attention.values(chosen), atol=1e-4, rtol=0)
+
+
+def test_networks_of_their_own_share_no_weight_and_give_all_means_before_all_variances():
+    torch.manual_seed(0)
+    networks = [NetworkMember((2, 2, 4, 4), PromptFeatures("none", 0), 2, width=8, depth=1) for _ in range(3)]
+    member, latents = SeparateMember(networks), torch.randn(5, 2, 2, 4, 4)
+    outputs, features = member.judge(latents, None)
+    own = [network.judge(latents, None) for network in networks]
+    for number, (mean_and_variance, _) in enumerate(own):
+        torch.testing.assert_close(outputs[:, number::3], mean_and_variance)
+    torch.testing.assert_close(features, torch.cat([seen for _, seen in own], dim=2))
+    assert features.shape[2] == member.num_features and torch.equal(member(latents, None), outputs)
+    member(latents, None)[:, 1].sum().backward()
+    taught = [any((p.grad != 0).any() for p in network.parameters()) for network in networks]
+    assert taught == [False, True, False]

@@ -9,7 +9,8 @@ import torch
 from latent_rewards.contracts import ConfigError, FingerprintMismatchError
 from latent_rewards.proxies import RewardProxy, WanBackbone, train_proxy
 from latent_rewards.proxies.features import linear_features
-from latent_rewards.proxies.joint import JointMember, JointReader, joint_loss, left_out
+from latent_rewards.proxies.heads import SeparateMember
+from latent_rewards.proxies.joint import JointMember, JointReader, joint_loss, left_out, network_errors, networks_of
 from latent_rewards.proxies.text import PromptFeatures
 
 SHAPE = (4, 2, 4, 4)
@@ -202,3 +203,19 @@ def test_the_joint_loss_is_that_of_each_member_on_what_it_is_trained_on():
     known = ~targets.isnan()
     exact = -torch.distributions.Normal(mean, std).log_prob(targets.nan_to_num())[known].mean()
     torch.testing.assert_close(joint_loss(proxy)(outputs.flatten(1), targets.flatten(1)), exact)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_every_network_is_judged_by_its_own_rewards(separate):
+    source = torch.Generator().manual_seed(0)
+    outputs = torch.randn(5, 2, 2, 3, generator=source, dtype=torch.float64)  # two members, mean and variance of three
+    targets = torch.randn(5, 2, 3, generator=source, dtype=torch.float64)
+    targets[0, 1, 2] = math.nan
+    networks = [torch.nn.Identity() for _ in range(6)]
+    members = [SeparateMember(networks[:3]), SeparateMember(networks[3:])] if separate else networks[:2]
+    proxy = SimpleNamespace(config=SimpleNamespace(objective="gaussian", huber_delta=1.0), members=members)
+    mean, log_variance = outputs.unbind(2)
+    nll = 0.5 * ((mean - targets).square() * (-log_variance).exp() + log_variance + math.log(2 * math.pi))
+    expected = nll.nanmean(dim=0).flatten() if separate else nll.flatten(2).transpose(0, 1).flatten(1).nanmean(dim=1)
+    torch.testing.assert_close(network_errors(proxy, outputs.flatten(1), targets.flatten(1)), expected)
+    assert networks_of(proxy) == (networks if separate else members)
