@@ -5,7 +5,8 @@ STAMP := .venv-stamp
 # Two processes that share the demo's work do more than one that computes on every core.
 PROCESSES ?= 2
 THREADS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < $(PROCESSES) ? 1 : cores / $(PROCESSES))))
-LAUNCH := ACCELERATE_USE_CPU=1 OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m torch.distributed.run --standalone \
+# Threads that wait by spinning would take the cores from whatever else runs.
+LAUNCH := ACCELERATE_USE_CPU=1 OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m torch.distributed.run --standalone \
 	--nproc-per-node $(PROCESSES)
 
 .PHONY: demo test lint teacher bench clean setup

@@ -115,6 +115,32 @@ def test_a_proxy_on_pixels_learns_and_knows_its_latent_space(trained):
     assert codec.decoded == entry["num_train"] + 1, "each clip that may be looked at once, and one for its shape"
 
 
+def test_each_reward_has_networks_that_are_judged_by_it_alone(trained, quick, tmp_path, monkeypatch):
+    from latent_rewards.proxies import joint
+
+    judged, keeper = [], joint.BestWeights
+    monkeypatch.setattr(
+        joint,
+        "BestWeights",
+        lambda networks, errors, *rest: judged.append((networks, errors)) or keeper(networks, errors, *rest),
+    )
+    latents, rewards = draw(300, 0)
+    noise = torch.randn(300, generator=torch.Generator().manual_seed(1))
+    config = quick(trunk="pixels", num_updates=120)
+    proxy = train_proxy(latents, {"bar": rewards, "noise": noise}, codec=MixingCodec(), config=config)
+    assert proxy.report["bar"]["spearman"] > 0.95 and abs(proxy.report["noise"]["spearman"]) < 0.4
+    ((networks, errors),) = judged
+    assert networks == [network for member in proxy.members for network in member.networks] and len(networks) == 6
+    bar, hopeless = errors().unflatten(0, (3, 2)).unbind(1)
+    assert (bar < 0.1).all() and (hopeless > 0.7).all()
+    alone = trained[0].members[0]
+    assert [p.shape for p in proxy.members[0].networks[1].parameters()] == [p.shape for p in alone.parameters()]
+    proxy.save_pretrained(tmp_path / "p")
+    seen = draw(4, 1)[0]
+    before, after = proxy.scores(seen), RewardProxy.from_pretrained(tmp_path / "p").scores(seen)
+    assert all(torch.equal(before[name], after[name]) for name in ("bar", "noise"))
+
+
 def test_members_share_the_frames_and_are_differentiable(trained):
     proxy, _ = trained
     latents = draw(6, 1)[0].requires_grad_()
