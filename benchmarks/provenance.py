@@ -25,12 +25,20 @@ def provenance() -> dict[str, Any]:
         check=False,
     )
     return {
-        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module(), *map(_nameless, sys.argv[1:])]),
         "commit": commit.stdout.strip() or None,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
     }
+
+
+def _nameless(argument: str) -> str:
+    """Return an argument without the folders of this machine, which mean nothing on another."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
 
 
 def _module() -> str:

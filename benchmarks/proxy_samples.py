@@ -61,8 +61,8 @@ class Amounts:
     heldout_prompts: int = 200
     foreign: int = 1000
     hacked: int = 500
-    hack_updates: int = 40
-    hack_rate: float = 5e-5
+    hack_updates: int = 120
+    hack_rate: float = 1e-4
 
     def __post_init__(self) -> None:
         """Check that there is something of everything.
