@@ -52,8 +52,8 @@ class ProxyConfig:
         holdout_fraction: part of the data kept for the report and the calibration, in (0, 0.5].
         decoder_clips: for "pixels", most clips decoded to teach the tiny decoder; fewer where decoding is slow.
         decoder_updates: of the tiny decoder, of 24 clips each.
-        patience: evaluations without improvement after which a network stops; there is one every 25 updates, or 24 in
-            all if that is fewer.
+        patience: evaluations without improvement after which a network stops; there is one every 25 updates, or about
+            24 in all if that is fewer.
         min_samples: fewest samples, in all and per reward, that are accepted.
         use_prompts: condition on the prompts, where there are any.
         text_features: dimensions prompts are hashed to.

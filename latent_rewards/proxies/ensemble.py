@@ -277,7 +277,7 @@ class BestWeights:
         networks: n modules.
         errors: returns their errors ``[n]`` as they are now.
         patience: evaluations without improvement after which a network's best is settled.
-        num_updates: most that will be made; there are at most 24 evaluations, or one in 25 updates.
+        num_updates: most that will be made; there are about 24 evaluations, or one in 25 updates if that is fewer.
         bar: shows updates and the mean error.
     """
 

@@ -159,8 +159,8 @@ def fit_jointly(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Ten
         folds: int64 ``[n]``, their folds, numbered from 0.
     """
     config, joint = proxy.config, JointMember(proxy)
-    number = len(proxy.members)
-    skipped, judged = left_out(folds, number, bool(len(joint.adapters)))
+    number, adapted = len(proxy.members), bool(len(joint.adapters))
+    skipped, judged = left_out(folds, number, adapted)
     counted = torch.zeros(2, int(training.max()) + 1, number, dtype=torch.bool)
     counted[0, training], counted[1, training] = ~skipped, judged
     rows = training[judged.any(dim=1)]
@@ -169,11 +169,11 @@ def fit_jointly(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Ten
     count = config.updates(len(training))
     with tqdm(total=count, desc="proxy", disable=not config.progress, dynamic_ncols=True) as bar:
         judge = cast(Reader, JointReader(reader, counted[1], number))
-        networks = [joint] if len(joint.adapters) else networks_of(proxy)
+        networks = [joint] if adapted else networks_of(proxy)
 
         def errors() -> Tensor:
             judged = judge.map(joint, rows), judge.targets(rows)
-            return joint_loss(proxy)(*judged)[None] if len(joint.adapters) else network_errors(proxy, *judged)
+            return joint_loss(proxy)(*judged)[None] if adapted else network_errors(proxy, *judged)
 
         keeper = BestWeights(networks, errors, config.patience, count, bar)
         source = generator(config.seed, "proxy/batches", 0, 0)

@@ -67,3 +67,8 @@ def test_the_transformer_learns_what_ridge_cannot(world, quick):
 def test_a_proxy_has_one_trunk():
     with pytest.raises(ConfigError, match="one trunk"):
         RewardProxy(ProxyConfig(trunk="auto"), (1, 1, 2, 2), ("a",), PromptFeatures("none", 0))
+
+
+def test_a_trunk_brings_its_own_depth_and_a_config_overrides_it():
+    assert [ProxyConfig(trunk=name).blocks for name in ("conv3d", "transformer", "pixels")] == [2, 2, 1]
+    assert ProxyConfig(trunk="pixels", depth=3).blocks == 3
