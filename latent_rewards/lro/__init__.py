@@ -6,8 +6,10 @@ from latent_rewards.lro.config import LROConfig
 from latent_rewards.lro.estimators import hybrid, pathwise, reinforce, smoothed
 from latent_rewards.lro.guard import Guard, RefreshSchedule
 from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer, TrainResult
+from latent_rewards.lro.true_reward import DecodedReward, TrueReward
 
 __all__ = [
+    "DecodedReward",
     "DifferentiableRewardTrainer",
     "Guard",
     "LROConfig",
@@ -15,6 +17,7 @@ __all__ = [
     "RefreshSchedule",
     "ReinforceTrainer",
     "TrainResult",
+    "TrueReward",
     "group_normalized",
     "hybrid",
     "leave_one_out",

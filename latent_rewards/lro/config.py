@@ -35,6 +35,8 @@ class LROConfig:
             ``"hybrid"`` for DifferentiableRewardTrainer (default pathwise). None is the trainer's default.
         head_std: standard deviation, in latent units, of the Gaussian head on the last, deterministic step; also the
             unit in which the KL of that step is measured. Smoothing biases the gradient by O(head_std^2).
+        score_last_step: False leaves the last step out of ``reinforce``, without a head, as most public code does. That
+            is biased: what the parameters do at that step is not seen, so a single step has no gradient at all.
         num_draws: head draws per latent of ``smoothed``, at least 2; even if ``antithetic``.
         antithetic: draw the head's noise in pairs of opposite sign.
         chain: how ``smoothed`` reaches the steps before the last: "path" backpropagates the head's estimate through the
@@ -85,6 +87,7 @@ class LROConfig:
     step_counts: list[int] = field(default_factory=lambda: [4])
     estimator: Literal["reinforce", "smoothed", "pathwise", "hybrid"] | None = None
     head_std: float = 0.1
+    score_last_step: bool = True
     num_draws: int = 8
     antithetic: bool = True
     chain: Literal["score", "path"] = "path"
@@ -176,6 +179,11 @@ class LROConfig:
         if estimator not in allowed:
             raise ConfigError(
                 f"estimator {estimator!r} belongs to the other trainer; this one has {', '.join(allowed)}"
+            )
+        if estimator == "reinforce" and not self.score_last_step and min(self.step_counts) == 1:
+            raise ConfigError(
+                "score_last_step=False leaves chains of 1 step without a gradient; keep it True, or take 1 out of "
+                f"step_counts={self.step_counts}"
             )
         path = self.is_path(estimator)
         needs_group = estimator == "reinforce" or (not path and max(self.step_counts) > 1)

@@ -79,7 +79,7 @@ def reinforce(
     reward: RewardFunction,
     *,
     head_std: float,
-    head_noise: Tensor,
+    head_noise: Tensor | None,
     num_generations: int,
     scale_rewards: ScaleRewards = "none",
     epsilon: float | None = None,
@@ -87,12 +87,15 @@ def reinforce(
 ) -> Tensor:
     """REINFORCE with a Gaussian head on the last step and the leave-one-out baseline.
 
+    Without a head the last step is left out, as in most public code: what the parameters do there is not seen, and the
+    gradient is biased (half of the true one where all steps share their parameters and matter alike, for instance).
+
     Args:
         policy: the policy that is trained.
         trajectory: B sampled chains.
         reward: called once, without gradient, on ``[B, C, F, H, W]``.
         head_std: standard deviation of the head z = x_K + head_std eps.
-        head_noise: eps, ``[B, C, F, H, W]``.
+        head_noise: eps, ``[B, C, F, H, W]``; None leaves the last step out.
         num_generations: samples per prompt, at least 2.
         scale_rewards: see :func:`~latent_rewards.lro.advantages.reward_scale`.
         epsilon: clips the probability ratio of each step; None does not.
@@ -103,12 +106,15 @@ def reinforce(
         DataError: a step before the last is deterministic.
     """
     steps = transitions if transitions is not None else policy_transitions(policy, trajectory)
-    sample = trajectory.final.detach() + _checked_std(head_std) * head_noise
+    final = trajectory.final.detach()
+    sample = final if head_noise is None else final + _checked_std(head_std) * head_noise
     with torch.no_grad():
         rewards = reward(sample)
     advantages = leave_one_out(rewards, num_generations) / reward_scale(rewards, num_generations, scale_rewards)
-    head = gaussian_log_ratio(sample, steps[-1][0], trajectory.final.detach(), head_std)
-    log_ratios = torch.cat([chain_log_ratios(trajectory, steps), head[:, None]], dim=1)
+    log_ratios = chain_log_ratios(trajectory, steps)
+    if head_noise is not None:
+        head = gaussian_log_ratio(sample, steps[-1][0], final, head_std)
+        log_ratios = torch.cat([log_ratios, head[:, None]], dim=1)
     return -_mean_over_valid(clipped_objective(log_ratios, advantages, epsilon), rewards)
 
 

@@ -119,7 +119,7 @@ class LatentRewardTrainer:
             if oracle is None
             else Refresher(self.scoring, oracle, dataset, self.guard, **config.refresh_settings())
         )
-        self._warn(len(tuple(proxy.reward_names)))
+        self._warn(proxy)
         self.reference = reference
         if reference is None and config.beta > 0:
             self.reference = copy.deepcopy(policy)
@@ -185,14 +185,14 @@ class LatentRewardTrainer:
             self.reference.requires_grad_(False).eval()
         return loop
 
-    def _warn(self, num_rewards: int) -> None:
-        if self.oracle is None:
+    def _warn(self, proxy: Proxy) -> None:
+        if self.oracle is None and not getattr(proxy, "is_true", False):
             warnings.warn(
                 "no oracle: the proxy stays frozen, and a policy that climbs a frozen proxy usually ends where the "
                 "proxy is wrong, with a rising score and a falling true metric; pass oracle=MetricOracle(...)",
                 stacklevel=4,
             )
-        if num_rewards == 1 and self.holdout is None:
+        if len(tuple(proxy.reward_names)) == 1 and self.holdout is None:
             warnings.warn(
                 "one reward and no holdout: what that reward does not see (motion, diversity) may fall unnoticed; pass "
                 "holdout=MetricOracle(...) with another metric to stop early and roll back",
@@ -334,7 +334,7 @@ class ReinforceTrainer(LatentRewardTrainer):
             "transitions": transitions,
         }
         if self.estimator == "reinforce":
-            head = self.samples.noise("lro/head", step, batch.sample_ids, 1)[0]
+            head = self.samples.noise("lro/head", step, batch.sample_ids, 1)[0] if config.score_last_step else None
             return estimators.reinforce(self.policy, trajectory, reward, head_noise=head, **shared)
         count = config.num_draws // 2 if config.antithetic else config.num_draws
         heads = self.samples.noise(f"lro/head/{iteration}", step, batch.sample_ids, count)

@@ -179,9 +179,8 @@ def two_steps(count: int = 20_000) -> tuple[Chain, Trajectory]:
 
 def test_score_terms_alone_give_half_of_the_gradient():
     policy, trajectory = two_steps()
-    log_ratios = chain_log_ratios(trajectory, policy_transitions(policy, trajectory))
-    advantages = leave_one_out(identity(trajectory.final), 4)
-    values = estimates(-clipped_objective(log_ratios, advantages, None).mean(), policy.gain, 4)
+    loss = reinforce(policy, trajectory, identity, head_std=HEAD, head_noise=None, num_generations=4)
+    values = estimates(loss, policy.gain, 4)
     assert_mean(values, GAIN)
     assert float(values.mean()) < 1.5 * GAIN
 

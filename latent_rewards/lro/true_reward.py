@@ -1,0 +1,152 @@
+"""What the trainers take in place of a proxy to optimise a true metric itself: the published ways, for comparison.
+
+:class:`TrueReward` decodes and measures every sample of every update. With ``estimator="reinforce"`` that is DDPO
+(2305.13301), and with group-normalised advantages, a clipped ratio over several iterations and a KL it is in the style
+of Flow-GRPO (2505.05470); both here with a Gaussian head on the last step, which public code drops.
+:class:`DecodedReward` backpropagates a differentiable metric through the decoder, as VADER (2407.08737) and DRaFT
+(2309.17400) do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from latent_rewards.contracts import Codec, ConfigError, DataError, Oracle
+
+VideoReward = Callable[[Tensor, Sequence[str]], Tensor]
+"""Videos ``[B, T, 3, H, W]`` in [0, 1] and prompts -> ``[B]``, with a gradient."""
+
+
+class TrueReward:
+    """The true metrics as a proxy that is never wrong; every call queries them.
+
+    A rollout that is used for several iterations is scored once. There is no gradient and no uncertainty, so
+    ``pessimism`` changes nothing.
+
+    Args:
+        oracle: latents and prompts -> true rewards.
+        reward_names: those to optimise; None takes all of a :class:`~latent_rewards.oracle.MetricOracle`.
+
+    Attributes:
+        is_true: the trainers warn of no frozen proxy.
+        num_queries: samples that were scored, by this process.
+
+    Raises:
+        ConfigError: no names, and an oracle that does not know its own.
+    """
+
+    is_true = True
+
+    def __init__(self, oracle: Oracle, reward_names: Sequence[str] | None = None) -> None:
+        known: Mapping[str, str] = getattr(oracle, "fingerprints", {})
+        names = tuple(known if reward_names is None else reward_names)
+        if not names:
+            raise ConfigError("the oracle does not say which rewards it returns; pass reward_names=[...]")
+        self.oracle, self.reward_names = oracle, names
+        self.num_queries = 0
+        self._last: tuple[Tensor, list[str], dict[str, Tensor]] | None = None
+
+    @property
+    def latent_space(self) -> str | None:
+        """The oracle's latent space."""
+        return getattr(self.oracle, "latent_space", None)
+
+    def scores(self, latents: Tensor, prompts: Sequence[str], pessimism: float = 0.0) -> dict[str, Tensor]:
+        """Return ``{name: [B]}`` without gradient.
+
+        Raises:
+            ConfigError: a gradient is asked for.
+            DataError: the oracle does not return one of the rewards.
+        """
+        if latents.requires_grad and torch.is_grad_enabled():
+            raise ConfigError(
+                "a true metric has no gradient: use ReinforceTrainer(estimator='reinforce'), a proxy, or DecodedReward "
+                "for a metric that can be differentiated"
+            )
+        texts = list(prompts)
+        if self._last is None or self._last[1] != texts or not torch.equal(self._last[0], latents):
+            self.num_queries += len(latents)
+            self._last = latents.detach().clone(), texts, self.oracle(latents, texts)
+        rewards = self._last[2]
+        for name in self.reward_names:
+            if name not in rewards:
+                raise DataError(f"the oracle returns {', '.join(sorted(rewards))} and no {name!r}; name one of those")
+        return {name: rewards[name].to(latents) for name in self.reward_names}
+
+
+class DecodedReward:
+    """Differentiable metrics on decoded frames, as a proxy: its gradient goes through the decoder.
+
+    Samples are decoded one after the other and again in the backward pass (activation checkpointing), so that one
+    sample's graph is held at a time; without it the graphs of all are.
+
+    Args:
+        codec: its ``decode`` must carry a gradient.
+        rewards: reward name -> function of videos and prompts.
+        latent_frames: only the first so many latent frames are decoded and judged, which saves memory and is biased;
+            None decodes all.
+        checkpointed: see above.
+
+    Attributes:
+        is_true: the trainers warn of no frozen proxy.
+        num_queries: samples that were decoded for a score, by this process.
+
+    Raises:
+        ConfigError: no reward, or fewer than one latent frame.
+    """
+
+    is_true = True
+
+    def __init__(
+        self,
+        codec: Codec,
+        rewards: Mapping[str, VideoReward],
+        *,
+        latent_frames: int | None = None,
+        checkpointed: bool = True,
+    ) -> None:
+        if not rewards:
+            raise ConfigError("rewards is empty; pass {name: function of videos and prompts}")
+        if latent_frames is not None and latent_frames < 1:
+            raise ConfigError(f"latent_frames must be at least 1, or None for all; got {latent_frames}")
+        self.codec, self.rewards, self.latent_frames = codec, dict(rewards), latent_frames
+        self.checkpointed, self.num_queries = checkpointed, 0
+        self.reward_names = tuple(self.rewards)
+
+    @property
+    def latent_space(self) -> str:
+        """The codec's fingerprint."""
+        return self.codec.fingerprint
+
+    def scores(self, latents: Tensor, prompts: Sequence[str], pessimism: float = 0.0) -> dict[str, Tensor]:
+        """Return ``{name: [B]}``, differentiable in the latents.
+
+        Raises:
+            DataError: a gradient is asked for, and the codec or a reward has none.
+        """
+        self.num_queries += len(latents)
+        rows = [self._score(latents[i : i + 1], prompts[i]) for i in range(len(latents))]
+        scores = torch.cat(rows, dim=1)
+        if latents.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
+            raise DataError(
+                f"no gradient reaches the latents from {', '.join(self.reward_names)}: the codec's decode must not run "
+                "under no_grad, and the rewards must be differentiable"
+            )
+        return dict(zip(self.reward_names, scores, strict=True))
+
+    def _score(self, latents: Tensor, prompt: str) -> Tensor:
+        """Return the rewards ``[R, 1]`` of one sample."""
+
+        def score(part: Tensor) -> Tensor:
+            videos = self.codec.decode(part)
+            return torch.stack([reward(videos, [prompt]).to(part) for reward in self.rewards.values()])
+
+        kept = latents[:, :, : self.latent_frames]
+        if not (self.checkpointed and torch.is_grad_enabled() and kept.requires_grad):
+            return score(kept)
+        scores: Tensor = checkpoint(score, kept, use_reentrant=False)
+        return scores
