@@ -29,9 +29,9 @@ import latent_rewards as lr
 from distillation.families import Teacher
 from distillation.families.export import load_student
 from distillation.vsd import VSDAnchor
-from latent_rewards.training.randomness import sample_noise
 from latent_rewards.training.ranks import current_ranks
 from latent_rewards.training.settings import SettingsError, read_settings
+from recipes.anchor import AnchorConfig, warm_anchor
 from recipes.page import REPORT, write_report
 from recipes.prompted import Benchmark, PromptBenchmark, read_prompts
 from recipes.run_folder import RunFolder
@@ -97,21 +97,6 @@ class RunConfig:
             raise SettingsError(f"unknown trainers {unknown}; known: {', '.join(TRAINERS)}")
         if self.world == "prompts" and not self.prompts_file:
             raise SettingsError("world 'prompts' needs prompts_file, a text file with one prompt a line")
-
-
-@dataclass
-class AnchorConfig:
-    """The VSD anchor that holds the student during reward optimisation.
-
-    Attributes:
-        learning_rate: of its fake score.
-        fake_updates: fake score updates per policy update.
-        warmup: fake score updates before the first policy update, since it starts as a copy of the teacher.
-    """
-
-    learning_rate: float = 2e-4
-    fake_updates: int = 1
-    warmup: int = 50
 
 
 SECTIONS = {
@@ -258,29 +243,17 @@ class Dollar:
 
     def anchor(self, student: ds.FewStepStudent) -> VSDAnchor:
         """Return a VSD anchor whose fake score has seen the student's samples."""
-        section, distilled = self.settings["anchor"], self.settings["distillation"]
-        seed, size = self.config.seed, self.config.batch_size
-        share = self.folder.ranks.part(size)
-        anchor = VSDAnchor(
-            self.teacher.denoiser,
-            copy.deepcopy(self.teacher.denoiser),
-            guidance_scale=distilled.guidance_scale,
-            refine_guidance_scale=distilled.refine_guidance_scale,
-            guidance_start=distilled.guidance_start,
-            encode=self.teacher.encode,
-            learning_rate=section.learning_rate,
-            fake_updates=section.fake_updates,
-            seed=seed,
+        return warm_anchor(
+            self.teacher,
+            student,
+            self.prompts,
+            self.settings["anchor"],
+            self.settings["distillation"],
+            num_steps=self.config.num_steps,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            device=self.device,
         )
-        for step in range(section.warmup):
-            prompts = [self.prompts[(step * size + row) % len(self.prompts)] for row in share]
-            stack = [
-                sample_noise(seed, f"warmup/{k}", step, share, self.teacher.latent_shape, device=self.device)
-                for k in range(self.config.num_steps)
-            ]
-            anchor.observe(student, student.encode(prompts).to(self.device), torch.stack(stack))
-            anchor.after_step()
-        return anchor
 
     def evaluate(
         self, vsd: ds.FewStepStudent, student: ds.FewStepStudent, tuned: dict[str, ds.FewStepStudent]

@@ -81,8 +81,8 @@ class TrueReward:
 class DecodedReward:
     """Differentiable metrics on decoded frames, as a proxy: its gradient goes through the decoder.
 
-    Samples are decoded one after the other and again in the backward pass (activation checkpointing), so that one
-    sample's graph is held at a time; without it the graphs of all are.
+    Samples are decoded ``chunk_size`` at a time and again in the backward pass (activation checkpointing), so that the
+    graph of so many is held at a time; without it the graphs of all are.
 
     Args:
         codec: its ``decode`` must carry a gradient.
@@ -90,13 +90,14 @@ class DecodedReward:
         latent_frames: only the first so many latent frames are decoded and judged, which saves memory and is biased;
             None decodes all.
         checkpointed: see above.
+        chunk_size: see above.
 
     Attributes:
         is_true: the trainers warn of no frozen proxy.
         num_queries: samples that were decoded for a score, by this process.
 
     Raises:
-        ConfigError: no reward, or fewer than one latent frame.
+        ConfigError: no reward, or fewer than one latent frame or sample at a time.
     """
 
     is_true = True
@@ -108,13 +109,16 @@ class DecodedReward:
         *,
         latent_frames: int | None = None,
         checkpointed: bool = True,
+        chunk_size: int = 1,
     ) -> None:
         if not rewards:
             raise ConfigError("rewards is empty; pass {name: function of videos and prompts}")
+        if chunk_size < 1:
+            raise ConfigError(f"chunk_size must be at least 1; got {chunk_size}")
         if latent_frames is not None and latent_frames < 1:
             raise ConfigError(f"latent_frames must be at least 1, or None for all; got {latent_frames}")
         self.codec, self.rewards, self.latent_frames = codec, dict(rewards), latent_frames
-        self.checkpointed, self.num_queries = checkpointed, 0
+        self.checkpointed, self.chunk_size, self.num_queries = checkpointed, chunk_size, 0
         self.reward_names = tuple(self.rewards)
 
     @property
@@ -129,8 +133,9 @@ class DecodedReward:
             DataError: a gradient is asked for, and the codec or a reward has none.
         """
         self.num_queries += len(latents)
-        rows = [self._score(latents[i : i + 1], prompts[i]) for i in range(len(latents))]
-        scores = torch.cat(rows, dim=1)
+        size = self.chunk_size
+        chunks = [slice(start, start + size) for start in range(0, len(latents), size)]
+        scores = torch.cat([self._score(latents[chunk], list(prompts[chunk])) for chunk in chunks], dim=1)
         if latents.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
             raise DataError(
                 f"no gradient reaches the latents from {', '.join(self.reward_names)}: the codec's decode must not run "
@@ -138,12 +143,12 @@ class DecodedReward:
             )
         return dict(zip(self.reward_names, scores, strict=True))
 
-    def _score(self, latents: Tensor, prompt: str) -> Tensor:
-        """Return the rewards ``[R, 1]`` of one sample."""
+    def _score(self, latents: Tensor, prompts: list[str]) -> Tensor:
+        """Return the rewards ``[R, B]`` of a chunk."""
 
         def score(part: Tensor) -> Tensor:
             videos = self.codec.decode(part)
-            return torch.stack([reward(videos, [prompt]).to(part) for reward in self.rewards.values()])
+            return torch.stack([reward(videos, prompts).to(part) for reward in self.rewards.values()])
 
         kept = latents[:, :, : self.latent_frames]
         if not (self.checkpointed and torch.is_grad_enabled() and kept.requires_grad):

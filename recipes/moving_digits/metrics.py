@@ -42,9 +42,9 @@ def cut_digits(frames: Tensor) -> Tensor:
     # Squaring keeps dim haze from pulling the centre away from the digit.
     weight = bright.square() + 1e-6
     weight = weight / weight.sum(dim=(1, 2), keepdim=True)
-    x = (weight.sum(dim=1) * (torch.arange(width) + 0.5)).sum(dim=1)
-    y = (weight.sum(dim=2) * (torch.arange(height) + 0.5)).sum(dim=1)
-    steps = torch.arange(8) * (DIGIT_SIZE / 8) - DIGIT_SIZE / 2 + 1
+    x = (weight.sum(dim=1) * (torch.arange(width).to(weight) + 0.5)).sum(dim=1)
+    y = (weight.sum(dim=2) * (torch.arange(height).to(weight) + 0.5)).sum(dim=1)
+    steps = torch.arange(8).to(weight) * (DIGIT_SIZE / 8) - DIGIT_SIZE / 2 + 1
     grid_x = ((x[:, None] + steps) * 2 / width - 1)[:, None, :].expand(-1, 8, -1)
     grid_y = ((y[:, None] + steps) * 2 / height - 1)[:, :, None].expand(-1, -1, 8)
     soft = functional.avg_pool2d(bright[:, None], 3, stride=1, padding=1, count_include_pad=False)

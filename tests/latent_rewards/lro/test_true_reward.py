@@ -101,6 +101,8 @@ def test_what_true_rewards_refuse(linear_policy):
         TrueReward(truth, ["quality"]).scores(latents.requires_grad_(), PROMPTS)
     with pytest.raises(ConfigError, match="rewards is empty"):
         DecodedReward(SquareCodec(), {})
+    with pytest.raises(ConfigError, match="chunk_size"):
+        DecodedReward(SquareCodec(), {"b": brightness}, chunk_size=0)
     with pytest.raises(ConfigError, match="latent_frames"):
         DecodedReward(SquareCodec(), {"b": brightness}, latent_frames=0)
     with pytest.raises(ConfigError, match="chains of 1 step"):
@@ -114,13 +116,15 @@ def test_another_oracle_knows_its_names_and_space():
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
-@pytest.mark.parametrize("latent_frames", [None, 2])
-def test_decoded_reward_is_the_gradient_through_the_decoder(checkpointed, latent_frames):
+@pytest.mark.parametrize(("latent_frames", "chunk_size"), [(None, 1), (2, 1), (None, 2)])
+def test_decoded_reward_is_the_gradient_through_the_decoder(checkpointed, latent_frames, chunk_size):
     source = torch.Generator().manual_seed(0)
     latents = torch.randn(3, 3, 4, 2, 2, generator=source, dtype=torch.float64, requires_grad=True)
     texts = ["a", "bb", "ccc"]
     codec = SquareCodec()
-    reward = DecodedReward(codec, {"b": brightness}, latent_frames=latent_frames, checkpointed=checkpointed)
+    reward = DecodedReward(
+        codec, {"b": brightness}, latent_frames=latent_frames, checkpointed=checkpointed, chunk_size=chunk_size
+    )
     scores = reward.scores(latents, texts)["b"]
     (gradient,) = torch.autograd.grad(scores.sum(), latents)
     kept = latents_of(latents, latent_frames)
@@ -129,7 +133,8 @@ def test_decoded_reward_is_the_gradient_through_the_decoder(checkpointed, latent
     expected[:, :, : kept.shape[2]] = 2 * kept.detach() * scale
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(scores, (kept.detach() ** 2 * scale).flatten(1).sum(1), rtol=1e-12, atol=0)
-    assert codec.sizes == [(1, kept.shape[2])] * (6 if checkpointed else 3)
+    sizes = [(1, kept.shape[2])] * 3 if chunk_size == 1 else [(2, 4), (1, 4)]
+    assert sorted(codec.sizes) == sorted(sizes * (2 if checkpointed else 1))
     assert reward.num_queries == 3
 
 

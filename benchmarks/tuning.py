@@ -1,0 +1,200 @@
+"""Ways to tune the digits world's student towards ``digits.legibility``, and what they share.
+
+A proxy starts from true scores of the untuned student's samples, which count as queries. The published ways query the
+metric itself for every sample of every update, and one backpropagates through decoder and metric.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import distillation as ds
+import latent_rewards as lr
+from benchmarks.proxies import only
+from benchmarks.proxy_samples import NUM_STEPS, ProxyWorld
+from latent_rewards.contracts import Anchor, Oracle
+from latent_rewards.training.checkpoint import MANIFEST
+from latent_rewards.training.randomness import sample_noise
+from recipes.moving_digits.benchmark import TUNED, training_prompts
+from recipes.moving_digits.evaluation_set import selection_prompts
+from recipes.moving_digits.metrics import SAMPLED_FRAMES, cut_digits, legibility_classifier
+from recipes.moving_digits.world import parse_prompt
+
+HOLDOUT = "digits.legibility_holdout"
+NUM_PROMPTS = 2048
+AT_ONCE = 100
+"""Samples that are made and decoded in one piece."""
+
+Source = Literal["refreshed", "frozen", "true", "decoded"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to tune.
+
+    Attributes:
+        title: what tables and pictures call it.
+        source: of the reward: a proxy that is refreshed or frozen, the metric itself, or the metric's gradient through
+            the decoder.
+        labels: true scores the proxy starts from; 0 without one.
+        settings: what differs from :class:`~latent_rewards.LROConfig`'s defaults.
+    """
+
+    title: str
+    source: Source
+    labels: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trainer(self) -> type[lr.ReinforceTrainer] | type[lr.DifferentiableRewardTrainer]:
+        """The trainer that has the method's estimator."""
+        by_gradient = self.settings["estimator"] in lr.DifferentiableRewardTrainer.estimator_names
+        return lr.DifferentiableRewardTrainer if by_gradient else lr.ReinforceTrainer
+
+
+class TuningWorld:
+    """A student, prompts to tune on and prompts to judge by, true scores, and proxies fitted on them.
+
+    Args:
+        samples: student, teacher, codec and pools of scored samples.
+        folder: where runs are kept; proxies lie beside the pools.
+        config: of the proxies; None takes the defaults with the trunk "pixels".
+    """
+
+    def __init__(self, samples: ProxyWorld, folder: Path, config: lr.ProxyConfig | None = None) -> None:
+        self.samples, self.folder, self.device = samples, folder, samples.device
+        self.student, self.codec = samples.student, samples.codec
+        self.config = config or lr.ProxyConfig(trunk="pixels", progress=False)
+        self.oracle = lr.MetricOracle(self.codec, [TUNED], chunk_size=AT_ONCE)
+        self.holdout = lr.MetricOracle(self.codec, [HOLDOUT], chunk_size=AT_ONCE)
+
+    def prompts(self, seed: int) -> list[str]:
+        """Return what a seed tunes on: training prompts."""
+        return training_prompts(NUM_PROMPTS, seed=seed)
+
+    def dataset(self, seed: int, labels: int) -> lr.RewardDataset:
+        """Return the first ``labels`` samples of a seed's pool with their true score."""
+        return only(self.samples.pool(seed).select(range(labels)), TUNED)
+
+    def proxy(self, seed: int, labels: int, ensemble_size: int | None = None) -> lr.RewardProxy:
+        """Return a proxy fitted on :meth:`dataset`, which is kept."""
+        size = ensemble_size or self.config.ensemble_size
+        folder = self.samples.folder / f"proxy-seed{seed}-{labels}-{size}"
+        if not (folder / MANIFEST).is_file():
+            settings = {**vars(self.config), "seed": seed, "device": self.device, "ensemble_size": size}
+            config = lr.ProxyConfig(**settings)
+            dataset = self.dataset(seed, labels)
+            proxy = lr.train_proxy(dataset, config=config, encode=self.samples.embed, codec=self.codec)
+            proxy.save_pretrained(folder)
+        return lr.RewardProxy.from_pretrained(folder, encode=self.samples.embed).to(self.device)
+
+    def trainer(
+        self,
+        method: Method,
+        policy: ds.FewStepStudent,
+        config: lr.LROConfig,
+        *,
+        proxy: lr.RewardProxy | None = None,
+        anchor: Anchor | None = None,
+        callbacks: Sequence[Callable[[int, dict[str, float]], None]] = (),
+    ) -> lr.ReinforceTrainer | lr.DifferentiableRewardTrainer:
+        """Return the trainer of a method; ``proxy`` is copied, None takes that of the method's labels."""
+        oracle: Oracle | None = None
+        dataset = None
+        reward: Any
+        if method.source == "true":
+            reward = lr.TrueReward(self.oracle)
+        elif method.source == "decoded":
+            reward = lr.DecodedReward(self.codec, {TUNED: differentiable_legibility}, chunk_size=24)
+        else:
+            reward = copy.deepcopy(self.proxy(config.seed, method.labels) if proxy is None else proxy)
+            if method.source == "refreshed":
+                oracle, dataset = self.oracle, self.dataset(config.seed, method.labels)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="no oracle|one reward and no holdout")  # it is what is compared
+            return method.trainer(
+                policy,
+                reward,
+                self.prompts(config.seed),
+                config=config,
+                oracle=oracle,
+                dataset=dataset,
+                anchor=anchor,
+                callbacks=callbacks,
+            )
+
+    @torch.no_grad()
+    def sample(self, policy: ds.FewStepStudent, prompts: Sequence[str], stage: str) -> Tensor:
+        """Return latents ``[N, C, F, H, W]`` of a policy, a function of the stage and of the place in the list."""
+        parts = []
+        for start in range(0, len(prompts), AT_ONCE):
+            rows = range(start, min(start + AT_ONCE, len(prompts)))
+            shape = policy.latent_shape()
+            stack = [sample_noise(0, f"{stage}/{k}", 0, rows, shape, device=self.device) for k in range(NUM_STEPS)]
+            condition = policy.encode([prompts[i] for i in rows]).to(self.device)
+            parts.append(policy.sample(condition, torch.stack(stack), NUM_STEPS))
+        return torch.cat(parts)
+
+    def true_score(self, policy: ds.FewStepStudent, prompts: Sequence[str], stage: str) -> float:
+        """Return the mean true score of a policy's samples; these do not count as queries."""
+        return float(self.oracle(self.sample(policy, prompts, stage), list(prompts))[TUNED].mean())
+
+    def heldout_prompts(self, count: int) -> list[str]:
+        """Return ``count`` prompts of held-out combinations of attributes, each as often as any other."""
+        return [self.samples.prompts[i % len(self.samples.prompts)] for i in range(count)]
+
+    def heldin_prompts(self, count: int) -> list[str]:
+        """Return ``count`` prompts that settings may be chosen on: held-in combinations and phrasings."""
+        return selection_prompts(count)
+
+
+def differentiable_legibility(videos: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Return ``digits.legibility`` with a gradient: the same cuts, and the classifier's weights as torch sees them."""
+    classifier = legibility_classifier()
+    frames = videos[:, [f for f in SAMPLED_FRAMES if f < videos.shape[1]]]
+    hidden = cut_digits(frames.flatten(0, 1))
+    layers = list(zip(classifier.coefs_, classifier.intercepts_, strict=True))
+    for index, (weight, bias) in enumerate(layers):
+        hidden = hidden @ torch.as_tensor(weight).to(hidden) + torch.as_tensor(bias).to(hidden)
+        if index + 1 < len(layers):
+            hidden = hidden.relu()
+    probabilities = hidden.softmax(dim=1).unflatten(0, frames.shape[:2]).mean(dim=1)
+    digits = torch.tensor([parse_prompt(prompt).digit for prompt in prompts], device=videos.device)
+    return probabilities.gather(1, digits[:, None])[:, 0]
+
+
+class Curve:
+    """Points of a run, kept in a file as they come, so that a killed run goes on with those it had.
+
+    Args:
+        path: JSON file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.points: dict[int, dict[str, float]] = {}
+        if path.is_file():
+            self.points = {int(step): point for step, point in json.loads(path.read_text()).items()}
+
+    def record(self, step: int, make: Callable[[], dict[str, float]]) -> None:
+        """Keep the point after ``step`` updates; one that is there already is not made again."""
+        if step in self.points:
+            return
+        self.points[step] = make()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".part")
+        partial.write_text(json.dumps(self.points, indent=1))
+        partial.replace(self.path)
+
+    def listed(self) -> list[dict[str, float]]:
+        """Return the points in order, each with its ``updates``."""
+        return [{"updates": step, **self.points[step]} for step in sorted(self.points)]

@@ -1,0 +1,78 @@
+"""The VSD anchor that holds a student during reward optimisation, warmed up on the student's samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+import distillation as ds
+from distillation.families import Teacher
+from distillation.vsd import VSDAnchor
+from latent_rewards.training.randomness import sample_noise
+from latent_rewards.training.ranks import current_ranks
+
+
+@dataclass
+class AnchorConfig:
+    """How the anchor learns.
+
+    Attributes:
+        learning_rate: of its fake score.
+        fake_updates: fake score updates per policy update.
+        warmup: fake score updates before the first policy update, since it starts as a copy of the teacher.
+    """
+
+    learning_rate: float = 2e-4
+    fake_updates: int = 1
+    warmup: int = 50
+
+
+def warm_anchor(
+    teacher: Teacher,
+    student: ds.FewStepStudent,
+    prompts: Sequence[str],
+    config: AnchorConfig,
+    distilled: ds.DistillationConfig,
+    *,
+    num_steps: int,
+    batch_size: int,
+    seed: int,
+    device: str,
+) -> VSDAnchor:
+    """Return a VSD anchor whose fake score has seen the student's samples; the ranks of a launch share the work.
+
+    Args:
+        teacher: what the student was distilled from.
+        student: is sampled, not changed.
+        prompts: of the samples, one after the other and again.
+        config: see :class:`AnchorConfig`.
+        distilled: whose guidance the anchor takes.
+        num_steps: sampling steps.
+        batch_size: samples per warm-up update.
+        seed: root of all randomness.
+        device: torch device of all networks.
+    """
+    anchor = VSDAnchor(
+        teacher.denoiser,
+        copy.deepcopy(teacher.denoiser),
+        guidance_scale=distilled.guidance_scale,
+        refine_guidance_scale=distilled.refine_guidance_scale,
+        guidance_start=distilled.guidance_start,
+        encode=teacher.encode,
+        learning_rate=config.learning_rate,
+        fake_updates=config.fake_updates,
+        seed=seed,
+    )
+    share = current_ranks().part(batch_size)
+    for step in range(config.warmup):
+        texts = [prompts[(step * batch_size + row) % len(prompts)] for row in share]
+        stack = [
+            sample_noise(seed, f"warmup/{k}", step, share, teacher.latent_shape, device=device)
+            for k in range(num_steps)
+        ]
+        anchor.observe(student, student.encode(texts).to(device), torch.stack(stack))
+        anchor.after_step()
+    return anchor

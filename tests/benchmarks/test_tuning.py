@@ -1,0 +1,173 @@
+"""The metric's own gradient, curves that are kept, and every method of both benchmarks for an update or two."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import distillation as ds
+import latent_rewards as lr
+from benchmarks import overoptimisation, sample_efficiency
+from benchmarks.proxy_samples import Amounts, ProxyWorld
+from benchmarks.tuning import Curve, TuningWorld, differentiable_legibility
+from latent_rewards.contracts import ConfigError
+from recipes.moving_digits import metrics as _register  # noqa: F401 - registers digits.*
+from recipes.moving_digits.world import draw_specs, parse_prompt, render, write_prompt
+
+TEACHER = "recipes/moving_digits/weights/teacher"
+SMALL = Amounts(pool=40, heldout=12, heldout_prompts=6)
+QUICK = lr.ProxyConfig(
+    trunk="pixels", width=16, depth=1, num_updates=4, ensemble_size=2, decoder_updates=10, progress=False
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuning")
+    teacher = ds.load_teacher(TEACHER)
+    student = ds.FewStepStudent(
+        copy.deepcopy(teacher.denoiser),
+        encode=teacher.encode,
+        latent_shape=teacher.latent_shape,
+        exporter=teacher.exporter,
+    )
+    student.save_pretrained(folder / "student")
+    samples = ProxyWorld(folder / "student", TEACHER, folder / "samples", SMALL)
+    return TuningWorld(samples, folder / "runs", QUICK)
+
+
+def test_differentiable_legibility_is_legibility_and_has_its_gradient():
+    specs = draw_specs(3, seed=1)
+    prompts = [write_prompt(spec, seed=1, index=i) for i, spec in enumerate(specs)]
+    videos = render(specs, seed=1)
+    videos = (videos + 0.1 * torch.randn(videos.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    exact = lr.create_metric("digits.legibility")(videos, prompts=prompts)
+    torch.testing.assert_close(differentiable_legibility(videos, prompts), exact, rtol=0, atol=1e-6)
+    double = videos.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(differentiable_legibility(double, prompts).sum(), double)
+    along = gradient / gradient.norm()
+    ends = [differentiable_legibility(double.detach() + sign * 1e-6 * along, prompts).sum() for sign in (1, -1)]
+    assert float(ends[0] - ends[1]) / 2e-6 == pytest.approx(float(gradient.norm()), rel=1e-3)
+
+
+def test_a_curve_keeps_its_points(tmp_path):
+    curve = Curve(tmp_path / "run" / "curve.json")
+    curve.record(4, lambda: {"true": 0.5})
+    curve.record(0, lambda: {"true": 0.25})
+    again = Curve(tmp_path / "run" / "curve.json")
+    again.record(4, lambda: pytest.fail("made twice"))
+    assert again.listed() == [{"updates": 0, "true": 0.25}, {"updates": 4, "true": 0.5}]
+
+
+def test_the_world_judges_by_prompts_nothing_was_trained_on(world):
+    assert all(parse_prompt(prompt).is_heldout for prompt in world.heldout_prompts(20))
+    assert not any(parse_prompt(prompt).is_heldout for prompt in [*world.prompts(3)[:50], *world.heldin_prompts(20)])
+    latents = world.sample(world.student, world.heldout_prompts(4), "a")
+    assert torch.equal(latents, world.sample(world.student, world.heldout_prompts(4), "a"))
+    assert not torch.equal(latents, world.sample(world.student, world.heldout_prompts(4), "b"))
+
+
+@pytest.mark.parametrize("name", sample_efficiency.METHODS)
+def test_every_method_tunes_and_counts_its_queries(world, tmp_path, name):
+    method = sample_efficiency.METHODS[name]
+    few = {"prompts_per_update": 2, "num_generations": 2}
+    if method.labels:
+        few |= {"num_draws": 4, "refresh_every": 1, "refresh_queries": 8, "refresh_steps": 1}
+    method = dataclasses.replace(
+        method,
+        labels=40 if method.labels else 0,
+        settings={**method.settings, **few, "num_updates": 2},
+    )
+    world = copy.copy(world)
+    world.folder = tmp_path / "runs"
+    race = sample_efficiency.Race(world, sample_efficiency.Sizes(judged=4, points=2), {name: method})
+    sample_efficiency.run(race, tmp_path / "results", [name], [1e-4], [0])
+    told = json.loads((tmp_path / "results" / f"{name}-0.0001-seed0.json").read_text())
+    queries = [point["queries"] for point in told["curve"]]
+    # A refresh comes before the second update.
+    spent = {"refreshed": [40, 40, 48], "frozen": [40, 40, 40]}.get(method.source, [0, 4, 8])
+    assert queries == spent
+    values = [point["true"] for point in told["curve"]]
+    assert values[0] != values[1] != values[2]
+    assert 0 <= told["heldin"] <= 1
+    sample_efficiency.run(race, tmp_path / "results", [name], [1e-4], [0])  # it is there
+    before = (world.folder / f"{name}-0.0001-seed0" / "curve.json").read_text()
+    (tmp_path / "results" / f"{name}-0.0001-seed0.json").unlink()
+    sample_efficiency.run(race, tmp_path / "results", [name], [1e-4], [0])  # its run goes on at its end
+    assert (world.folder / f"{name}-0.0001-seed0" / "curve.json").read_text() == before
+
+
+def curve(*values, step=100):
+    return [{"updates": i, "queries": 50 + step * i, "true": value} for i, value in enumerate(values)]
+
+
+def result(name, seed, *values, step=100):
+    return {"method": name, "learning_rate": 1e-4, "seed": seed, "seconds": 1.0, "curve": curve(*values, step=step)}
+
+
+def test_queries_to_the_target_are_those_of_the_mean_curve():
+    results = [
+        *(result("lro_pathwise", seed, 0.4, 0.6 + 0.1 * seed, 0.8) for seed in (0, 1)),
+        *(result("ddpo", seed, 0.4, 0.5, 0.62 + 0.04 * seed, step=1000) for seed in (0, 1)),
+        *(result("flow_grpo", seed, 0.4, 0.7, 0.6, step=1000) for seed in (0, 1)),
+        *(result("backprop", seed, 0.9, 0.9, 0.9) for seed in (0, 1)),
+    ]
+    summary = sample_efficiency.summarise(results)
+    assert summary["best"] == "ddpo" and summary["target"] == pytest.approx(0.64)
+    assert summary["queries_to_target"] == {"lro_pathwise": 150, "ddpo": 2050, "flow_grpo": 1050, "backprop": 50}
+    assert summary["ratio"] == pytest.approx(150 / 2050)
+    assert "LRO reaches it with 0.073 of the queries" in sample_efficiency.table(summary)
+    short = sample_efficiency.summarise([result("lro_pathwise", 0, 0.4, 0.5), result("ddpo", 0, 0.4, 0.6)])
+    assert short["ratio"] is None and "no LRO reaches it" in sample_efficiency.table(short)
+
+
+def test_the_search_takes_the_best_end_on_heldin_prompts(tmp_path):
+    for rate, value in zip(sample_efficiency.LEARNING_RATES, (0.5, 0.7, 0.6), strict=True):
+        path = sample_efficiency.cell(tmp_path, "ddpo", rate, sample_efficiency.SEARCH_SEED)
+        if rate == sample_efficiency.LEARNING_RATES[2]:
+            with pytest.raises(ConfigError, match="run the search of ddpo first"):
+                sample_efficiency.best_rate(tmp_path, "ddpo")
+        path.write_text(json.dumps({"heldin": value}))
+    assert sample_efficiency.best_rate(tmp_path, "ddpo") == sample_efficiency.LEARNING_RATES[1]
+
+
+def test_curves_are_drawn(tmp_path):
+    summary = sample_efficiency.summarise([result("lro_pathwise", 0, 0.4, 0.5), result("ddpo", 0, 0.4, 0.6)])
+    sample_efficiency.draw(summary, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_every_variant_climbs_and_is_judged(world, tmp_path, monkeypatch):
+    few = {"prompts_per_update": 2, "num_generations": 2}
+    for name, variant in overoptimisation.VARIANTS.items():
+        settings = {**variant.method.settings, **few}
+        if variant.method.source == "refreshed":
+            settings |= {"refresh_every": 1, "refresh_queries": 8, "refresh_steps": 1}
+        method = dataclasses.replace(variant.method, labels=40, settings=settings)
+        monkeypatch.setitem(overoptimisation.VARIANTS, name, dataclasses.replace(variant, method=method))
+    world = copy.copy(world)
+    world.folder = tmp_path / "runs"
+    climb = overoptimisation.Climb(world, overoptimisation.Sizes(updates=2, judged_after=(1,), prompts=2))
+    climb.settings["anchor"].warmup = 1
+    climb.settings["run"].batch_size = 2
+    overoptimisation.run(climb, tmp_path / "results", list(overoptimisation.VARIANTS), [0])
+    results = [json.loads(file.read_text()) for file in (tmp_path / "results").glob("*-seed0.json")]
+    assert {told["variant"] for told in results} == set(overoptimisation.VARIANTS)
+    for told in results:
+        kl = [point["kl"] for point in told["curve"]]
+        assert kl[0] == 0 < kl[1] < kl[2] and [point["updates"] for point in told["curve"]] == [0, 1, 2]
+        assert told["queries"] == (48 if "refreshed" in told["variant"] else 40)
+        assert told["curve"][0]["true"] == results[0]["curve"][0]["true"], "the same student, prompts and noise"
+    summary = overoptimisation.summarise(results)
+    assert "refreshed, anchored, end" in overoptimisation.table(summary)
+    overoptimisation.draw(summary, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_the_end_is_what_a_run_gained_and_lost():
+    first = {"proxy": 0.6, "true": 0.6, "digit": 90.0, "coverage": 40.0, "frechet": 20.0}
+    last = {"proxy": 0.8, "true": 0.75, "digit": 95.0, "coverage": 38.0, "frechet": 22.0}
+    told = overoptimisation.end([first, {}, last])
+    assert told == pytest.approx({"gap": 0.05, "digit": 5.0, "coverage": -2.0, "frechet": 0.1})
