@@ -6,6 +6,8 @@
     latent-rewards metrics score videos/ --metric quality.sharpness --metric motion.flow_direction,direction=left
     latent-rewards metrics score videos/ --metric quality.blur,resize=128,frames=uniform:8 --html page.html
     latent-rewards fit rewards/ --output proxy
+    latent-rewards tune runs/student --proxy proxy --prompts prompts.txt --dataset rewards/ --output runs/tuned
+    latent-rewards evaluate runs/tuned/policy --baseline runs/student --prompts held_out.txt --metric ... --output eval/
     latent-rewards report proxy/ --html page.html
 
 A metric is a registered name or ``pkg.mod:attr``, with options after commas.
@@ -28,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from latent_rewards import collect_command, fit_command, report_command
+from latent_rewards import collect_command, evaluate_command, fit_command, report_command, tune_command
 from latent_rewards.contracts import ConfigError, DataError, LatentRewardsError
 
 if TYPE_CHECKING:
@@ -247,7 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--csv", help="also write the values to this file")
     command.add_argument("--html", help="also write a page of the best and worst clips of each metric to this file")
     command.set_defaults(run=score_command)
-    for room in (collect_command, fit_command, report_command):
+    for room in (collect_command, fit_command, tune_command, evaluate_command, report_command):
         room.add_parser(rooms)
     return parser
 

@@ -30,12 +30,13 @@ class SettingsParser(argparse.ArgumentParser):
     """Gets the flags of a dataclass when it is first used, so that building all commands does not import it."""
 
     settings: Callable[[], type] | None = None
+    left_out: Sequence[str] = ()
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]  # noqa: ANN401
         """Parse as usual, with the flags."""
         if self.settings is not None:
             settings, self.settings = self.settings, None
-            add_settings(self, settings())
+            add_settings(self, settings(), self.left_out)
         return super().parse_known_args(args, namespace)
 
 
@@ -64,17 +65,21 @@ def _proxy_config() -> type:
     return ProxyConfig
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+def add_settings(parser: argparse.ArgumentParser, settings: type, left_out: Sequence[str] = ()) -> None:
     """Add a flag for every field of a dataclass; what is not given on the command line is not in the namespace.
 
     Args:
         parser: gets the flags, in a group named after the dataclass.
         settings: a dataclass whose docstring describes its fields under ``Attributes:``.
+        left_out: fields that the command decides itself.
     """
     group = parser.add_argument_group(settings.__name__)
     described, hints = attribute_docs(settings), get_type_hints(settings)
     for field in dataclasses.fields(settings):
-        text = f"{described.get(field.name, '')} (default: {field.default})".replace("%", "%%")
+        if field.name in left_out:
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        text = f"{described.get(field.name, '')} (default: {default})".replace("%", "%%")
         flag = "--" + field.name.replace("_", "-")
         if hints[field.name] is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)

@@ -20,7 +20,7 @@ class Proxy(Protocol):
         """The rewards it predicts."""
         ...
 
-    def scores(self, latents: Tensor, prompts: Sequence[str], pessimism: float = 0.0) -> dict[str, Tensor]:
+    def scores(self, latents: Tensor, prompts: Sequence[str], *, pessimism: float = 0.0) -> dict[str, Tensor]:
         """Return ``{name: [B]}``: mean minus ``pessimism`` standard deviations, differentiable in the latents."""
         ...
 

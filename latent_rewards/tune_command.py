@@ -1,0 +1,232 @@
+r"""``latent-rewards tune``: a stored policy and a stored proxy become a tuned policy.
+
+    latent-rewards tune runs/student --proxy proxy --prompts prompts.txt --dataset rewards --output runs/tuned \
+        --holdout quality.sharpness
+    latent-rewards tune runs/student --proxy proxy --prompts prompts.txt --output runs/tuned --estimator smoothed \
+        --weight digits.legibility=1 --weight motion.dynamic_degree=0.3
+
+The true metrics are those the proxy was trained on; they refresh it while the policy changes (``--frozen`` leaves it as
+it is, which invites the policy to exploit it). The same command continues a run that was interrupted. The output folder
+gets ``policy``, the refreshed ``proxy``, ``result.json`` and the run's checkpoints; every setting of ``LROConfig`` is a
+flag of the same name, and ``--estimator`` chooses between the proxy's gradient (the default) and REINFORCE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latent_rewards.collect_command import POLICIES, codec_of, load_stored
+from latent_rewards.contracts import ConfigError, DataError, unknown_name
+from latent_rewards.fit_command import SettingsParser, chosen_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latent_rewards.dataset import RewardDataset
+    from latent_rewards.lro.trainers import LatentRewardTrainer, TrainResult
+    from latent_rewards.oracle import MetricOracle
+    from latent_rewards.proxies import RewardProxy
+    from latent_rewards.rewards import WeightedSum
+
+DECIDED = ("output_dir", "progress")
+"""Settings that the command decides."""
+
+
+def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers have no public type
+    """Add the command to those of ``latent-rewards``."""
+    from latent_rewards.cli import metric_spec
+
+    command = SettingsParser(
+        prog="latent-rewards tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.settings, command.left_out = _lro_config, DECIDED
+    command.add_argument("policy", metavar="POLICY", help="the folder of a stored policy, such as a few-step student")
+    command.add_argument("--proxy", required=True, metavar="FOLDER", help="what `latent-rewards fit` wrote")
+    command.add_argument("--prompts", required=True, metavar="FILE", help="training prompts, one a line")
+    command.add_argument("--output", required=True, metavar="FOLDER", help="where everything goes")
+    command.add_argument("--dataset", metavar="FOLDER", help="what the proxy was trained on, replayed at each refresh")
+    command.add_argument(
+        "--metric",
+        type=metric_spec,
+        action="append",
+        help="NAME[,option=value ...] of a true metric; may be repeated (default: those the proxy's rewards are named "
+        "after)",
+    )
+    command.add_argument("--frozen", action="store_true", help="never ask the true metrics, never refresh the proxy")
+    command.add_argument(
+        "--holdout", type=metric_spec, action="append", help="NAME[,option=value ...] of a metric that is not tuned on"
+    )
+    command.add_argument(
+        "--weight",
+        type=reward_weight,
+        action="append",
+        metavar="REWARD=WEIGHT",
+        help="of a reward of a proxy that has several, compared in standard deviations; may be repeated (default: 1 "
+        "each)",
+    )
+    command.add_argument("--kind", help="of the policy's folder, where it does not say so itself")
+    command.set_defaults(run=tune_command)
+    rooms.add_parser("tune", help="tune a policy on a proxy")
+    rooms.choices["tune"] = command
+
+
+def _lro_config() -> type:
+    from latent_rewards.lro.config import LROConfig
+
+    return LROConfig
+
+
+def reward_weight(text: str) -> tuple[str, float]:
+    """Read ``reward=weight``.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no number after the last equals sign.
+    """
+    name, _, weight = text.rpartition("=")
+    try:
+        return name, float(weight)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not REWARD=WEIGHT with a number as weight") from error
+
+
+def tune_command(options: argparse.Namespace) -> int:
+    """Tune, print what became of the metrics, and write policy, proxy and result."""
+    from latent_rewards.training.checkpoint import CheckpointError
+
+    try:
+        trainer = make_trainer(options)
+    except CheckpointError as error:
+        raise DataError(str(error)) from error
+    output = Path(options.output)
+    result = trainer.train()
+    save: Any = trainer.policy
+    save.save_pretrained(output / "policy")
+    proxy: Any = trainer.scoring.proxy
+    proxy.save_pretrained(output / "proxy")
+    (output / "result.json").write_text(json.dumps(dataclasses.asdict(result), indent=1))
+    for line in told(result):
+        print(line)
+    print(f"policy in {output / 'policy'}")
+    return 0
+
+
+def make_trainer(options: argparse.Namespace) -> LatentRewardTrainer:
+    """Return the trainer that the command line asks for; everything is read and checked before any work.
+
+    Raises:
+        LatentRewardsError: a part cannot be loaded or does not fit the others; the message says which.
+    """
+    from latent_rewards.lro import DifferentiableRewardTrainer, LROConfig, ReinforceTrainer
+    from latent_rewards.proxies import RewardProxy
+    from latent_rewards.video import read_lines
+
+    settings = {"progress": sys.stderr.isatty(), **chosen_settings(options, LROConfig)}
+    config = LROConfig(output_dir=str(Path(options.output) / "lro"), **settings)
+    prompts = [line.strip() for line in read_lines(options.prompts)]
+    if not prompts:
+        raise DataError(f"prompts file {options.prompts} holds no prompt; write one a line")
+    policy = load_stored(options.policy, options.kind, [POLICIES])
+    if not hasattr(policy, "save_pretrained"):
+        raise ConfigError(f"what {options.policy} holds (a {type(policy).__name__}) cannot be saved after tuning")
+    if config.device is not None:
+        policy = policy.to(config.device)
+    proxy = RewardProxy.from_pretrained(options.proxy, encode=prompt_encoder(policy))
+    by_score = config.estimator in ReinforceTrainer.estimator_names
+    return (ReinforceTrainer if by_score else DifferentiableRewardTrainer)(
+        policy,
+        proxy,
+        prompts,
+        config=config,
+        reward=combined(proxy.reward_names, options.weight),
+        oracle=None if options.frozen else true_metrics(policy, options, proxy),
+        dataset=replayed(options),
+        holdout=holdout(policy, options),
+    )
+
+
+def prompt_encoder(policy: Any) -> Any:  # noqa: ANN401 - any stored policy
+    """Return texts -> token embeddings ``[N, L, D]``, as the policy reads them; a proxy of hashed words ignores it."""
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        condition = policy.encode(list(texts))
+        if not hasattr(condition, "embeddings"):
+            raise ConfigError(
+                f"the proxy reads prompts through a text encoder, and what {type(policy).__name__} makes of a prompt "
+                "has no embeddings; fit the proxy without encode="
+            )
+        embeddings: Tensor = condition.embeddings
+        return embeddings
+
+    return encode
+
+
+def combined(names: Sequence[str], weights: Sequence[tuple[str, float]] | None) -> WeightedSum | None:
+    """Return the weighted sum of several rewards in standard deviations, or None for a proxy that has one.
+
+    Raises:
+        ConfigError: a weight names no reward of the proxy.
+    """
+    from latent_rewards.rewards import WeightedSum
+
+    for name, _ in weights or ():
+        if name not in names:
+            raise ConfigError(unknown_name("reward", name, names))
+    if len(names) == 1 and not weights:
+        return None
+    chosen = dict(weights) if weights else dict.fromkeys(names, 1.0)
+    return WeightedSum(chosen, normalize="zscore" if len(names) > 1 else None)
+
+
+def true_metrics(policy: Any, options: argparse.Namespace, proxy: RewardProxy) -> MetricOracle:  # noqa: ANN401
+    """Return the oracle of the metrics that are named, or of those the proxy's rewards are named after."""
+    from latent_rewards.cli import metric_spec
+
+    specs = options.metric or [metric_spec(name) for name in proxy.reward_names]
+    return _oracle(policy, options, specs)
+
+
+def holdout(policy: Any, options: argparse.Namespace) -> MetricOracle | None:  # noqa: ANN401 - any stored policy
+    """Return the oracle of the metrics that are not tuned on, if any are named."""
+    return _oracle(policy, options, options.holdout) if options.holdout else None
+
+
+def _oracle(policy: Any, options: argparse.Namespace, specs: Sequence[tuple[str, Mapping[str, Any]]]) -> MetricOracle:  # noqa: ANN401
+    from latent_rewards.cli import metric_label
+    from latent_rewards.metrics import create_metric
+    from latent_rewards.oracle import MetricOracle
+
+    metrics = {metric_label(name, dict(settings)): create_metric(name, **settings) for name, settings in specs}
+    return MetricOracle(codec_of(policy, options.policy), metrics)
+
+
+def replayed(options: argparse.Namespace) -> RewardDataset | None:
+    """Return the dataset that refreshes replay, if one is named."""
+    from latent_rewards.dataset import RewardDataset
+
+    return RewardDataset.load(options.dataset) if options.dataset else None
+
+
+def told(result: TrainResult) -> list[str]:
+    """Return lines that say what a run did to proxy, truth and held-out metrics."""
+    lines = []
+    if result.true_curve:
+        first, last = result.true_curve[0], result.true_curve[-1]
+        for name, value in last["true"].items():
+            lines.append(
+                f"{name}: true {first['true'][name]:.4g} -> {value:.4g}, proxy {last['proxy'][name]:.4g} at update "
+                f"{last['step']}"
+            )
+    if result.holdout_curve:
+        chosen = next(point for point in result.holdout_curve if point["step"] == result.best_step)
+        for name, value in chosen["values"].items():
+            before = result.holdout_curve[0]["values"][name]
+            lines.append(f"held-out {name}: {before:.4g} -> {value:.4g} at update {result.best_step}, which was kept")
+    early = ", stopped early" if result.stopped_early else ""
+    lines.append(f"{len(result.history)} updates{early}, {result.num_queries} true scores")
+    return lines

@@ -1,0 +1,190 @@
+"""`latent-rewards tune` and `evaluate`: a stored policy is tuned on a stored proxy, and compared with what it was."""
+
+import json
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+
+from latent_rewards import collect_command
+from latent_rewards.cli import build_parser, main
+from latent_rewards.lro import LROConfig
+from latent_rewards.proxies import RewardProxy
+from latent_rewards.tune_command import DECIDED
+
+LOADERS = '''
+import json
+import pathlib
+import toys_of_tests as toys
+import latent_rewards as lr
+
+@lr.register_metric("toys.level", version="1", value_range=(0, 1))
+def level(videos):
+    return videos.mean(dim=(1, 2, 3, 4))
+
+@lr.register_metric("toys.glow", version="1", value_range=(0, 1))
+def glow(videos):
+    return videos.square().mean(dim=(1, 2, 3, 4))
+
+@lr.register_metric("toys.dark", version="1", value_range=(0, 1))
+def dark(videos):
+    return 1 - videos.mean(dim=(1, 2, 3, 4))
+
+class Tunable(toys.LinearPolicy):
+    """A policy that brings its codec and can be saved, the way a student is."""
+
+    def __init__(self, path):
+        file = pathlib.Path(path) / "gain.json"
+        super().__init__(json.loads(file.read_text()) if file.is_file() else 0.5)
+        self.exporter = type("Exporter", (), {"codec": toys.Codec()})()
+
+    def save_pretrained(self, path):
+        path = pathlib.Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "latent_rewards.json").write_text(json.dumps({"kind": "Tunable"}))
+        (path / "gain.json").write_text(json.dumps(float(self.gain.detach())))
+
+class Stubborn(toys.LinearPolicy):
+    def __init__(self, path):
+        super().__init__()
+        self.exporter = type("Exporter", (), {"codec": toys.Codec()})()
+'''
+
+
+@pytest.fixture(scope="module")
+def stored(toys, toy_folder, tmp_path_factory):
+    """A policy, prompts, scored samples and a proxy of two rewards, all made by the commands."""
+    (toy_folder / "tunable_of_tests.py").write_text(LOADERS)
+    patch = pytest.MonkeyPatch()
+    points = [EntryPoint(n, f"tunable_of_tests:{n}", "latent_rewards.policies") for n in ("Tunable", "Stubborn")]
+    patch.setattr(collect_command, "entry_points", lambda group: points)
+    root = tmp_path_factory.mktemp("tune")
+    for kind in ("Tunable", "Stubborn"):
+        (root / kind).mkdir()
+        (root / kind / "latent_rewards.json").write_text(json.dumps({"kind": kind}))
+    (root / "prompts.txt").write_text("".join(f"{'a' * (i % 9 + 1)}{i}\n" for i in range(24)))
+    (root / "empty.txt").write_text("\n\n")
+    metrics = ["--metric", "toys.level", "--metric", "toys.dark"]
+    import tunable_of_tests  # noqa: F401 - registers toys.*
+
+    common = ["--policy", f"{root}/Tunable", "--prompts", f"{root}/prompts.txt", "--num-steps", "2"]
+    assert main(["collect", *common, *metrics, "-n", "96", "--output", f"{root}/rewards"]) == 0
+    fit = ["--num-updates", "200", "--width", "16", "--ensemble-size", "2", "--device", "cpu"]
+    assert main(["fit", f"{root}/rewards", "--output", f"{root}/proxy", *fit]) == 0
+    yield root
+    patch.undo()
+
+
+def tune(root, output, *more):
+    small = "--num-updates 6 --prompts-per-update 4 --num-generations 2 --step-counts [2] --refresh-every 3"
+    small += " --refresh-queries 8 --refresh-steps 2 --learning-rate 0.02 --holdout-every 3 --holdout-samples 8"
+    command = ["tune", f"{root}/Tunable", "--proxy", f"{root}/proxy", "--prompts", f"{root}/prompts.txt"]
+    return main([*command, "--output", str(output), *small.split(), "--device", "cpu", *more])
+
+
+def test_a_policy_is_tuned_saved_and_compared_with_what_it_was(stored, tmp_path, capsys):
+    out = tmp_path / "tuned"
+    chosen = ["--dataset", f"{stored}/rewards", "--weight", "toys.level=1", "--holdout", "toys.glow"]
+    assert tune(stored, out, *chosen) == 0
+    printed = capsys.readouterr().out
+    assert "toys.level: true" in printed and "held-out toys.glow" in printed and "6 updates, 8 true" in printed
+    assert f"policy in {out / 'policy'}" in printed
+    result = json.loads((out / "result.json").read_text())
+    assert len(result["history"]) == 6 and result["num_queries"] == 8 and len(result["holdout_curve"]) == 3
+    assert set(RewardProxy.from_pretrained(out / "proxy").reward_names) == {"toys.level", "toys.dark"}
+    gain = json.loads((out / "policy" / "gain.json").read_text())
+    assert gain != 0.5
+    # The same command finds the run finished and ends the same.
+    assert tune(stored, out, *chosen) == 0
+    assert json.loads((out / "policy" / "gain.json").read_text()) == gain
+    assert json.loads((out / "result.json").read_text()) == result
+    capsys.readouterr()
+    command = ["evaluate", f"{out}/policy", "--baseline", f"{stored}/Tunable", "--num-steps", "2"]
+    command += ["--prompts", f"{stored}/prompts.txt", "--metric", "toys.level", "--metric", "quality.sharpness"]
+    command += ["--per-prompt", "3", "--output", f"{tmp_path}/evaluation", "--html", f"{tmp_path}/page.html"]
+    assert main(command) == 0
+    told = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    level = told["metrics"]["toys.level"]
+    assert level["policy"]["count"] == 72 and told["metric"] == ["toys.level", "quality.sharpness"]
+    assert level["difference"]["mean"] == pytest.approx(level["policy"]["mean"] - level["baseline"]["mean"])
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<video") == 12 and "policy minus baseline" in page and "toys.level" in page
+    assert "toys.level: policy " in capsys.readouterr().out
+
+
+def test_a_policy_alone_has_no_difference(stored, tmp_path, capsys):
+    command = ["evaluate", f"{stored}/Tunable", "--prompts", f"{stored}/prompts.txt", "--metric", "toys.level"]
+    assert main([*command, "--output", f"{tmp_path}/e", "--num-steps", "1", "--per-prompt", "1"]) == 0
+    told = json.loads((tmp_path / "e" / "evaluation.json").read_text())["metrics"]["toys.level"]
+    assert set(told) == {"policy"} and "difference" not in capsys.readouterr().out
+
+
+def test_the_estimator_chooses_the_trainer_and_frozen_asks_nothing(stored, tmp_path):
+    with pytest.warns(UserWarning, match="no oracle"):
+        assert tune(stored, tmp_path / "t", "--estimator", "smoothed", "--frozen", "--num-draws", "4") == 0
+    result = json.loads((tmp_path / "t" / "result.json").read_text())
+    assert result["num_queries"] == 0 and not result["true_curve"]
+
+
+def test_every_setting_but_those_the_command_decides_is_a_flag(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "--help"])
+    shown = capsys.readouterr().out
+    for name in LROConfig.__dataclass_fields__:
+        assert (f"--{name.replace('_', '-')} " in shown.replace("\n", " ")) == (name not in DECIDED), name
+    assert "(default: [4])" in shown
+    options = build_parser().parse_args(
+        ["tune", "p", "--proxy", "q", "--prompts", "r", "--output", "o", "--step-counts", "[1, 4]", "--beta", "0.1"]
+    )
+    assert options.step_counts == [1, 4] and options.beta == 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--weight", "toys.lvl=1"], "unknown reward 'toys.lvl'. Did you mean 'toys.level'"),
+        (["--prompts", "{root}/empty.txt"], "holds no prompt"),
+        (["--proxy", "{root}/rewards"], "rewards"),
+        (["--metric", "toys.levle"], "toys.level"),
+        (["--beta", "-1"], "beta must not be negative"),
+        (["--dataset", "{root}/nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_tuned_is_said_before_any_work(stored, tmp_path, capsys, changes, said):
+    assert tune(stored, tmp_path / "t", *(part.format(root=stored) for part in changes)) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_policy_that_cannot_be_saved_is_refused(stored, tmp_path, capsys):
+    command = ["tune", f"{stored}/Stubborn", "--proxy", f"{stored}/proxy", "--prompts", f"{stored}/prompts.txt"]
+    assert main([*command, "--output", f"{tmp_path}/t"]) == 2
+    assert "cannot be saved after tuning" in capsys.readouterr().err
+
+
+def test_wrong_numbers_and_weights_are_refused(stored, tmp_path, capsys):
+    command = ["evaluate", f"{stored}/Tunable", "--prompts", f"{stored}/prompts.txt", "--metric", "toys.level"]
+    assert main([*command, "--output", f"{tmp_path}/e", "--per-prompt", "0"]) == 2
+    assert "--per-prompt must be at least 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tune(stored, tmp_path / "t", "--weight", "toys.level")
+    assert "not REWARD=WEIGHT" in capsys.readouterr().err
+
+
+def test_latents_of_the_tuned_policy_are_those_that_were_scored(stored, tmp_path):
+    """Policy and baseline get the same noise: the same policy twice differs in nothing."""
+    command = ["evaluate", f"{stored}/Tunable", "--baseline", f"{stored}/Tunable", "--metric", "toys.level"]
+    command += [
+        "--prompts",
+        f"{stored}/prompts.txt",
+        "--num-steps",
+        "2",
+        "--per-prompt",
+        "2",
+        "--output",
+        f"{tmp_path}/e",
+    ]
+    assert main(command) == 0
+    told = json.loads((tmp_path / "e" / "evaluation.json").read_text())["metrics"]["toys.level"]
+    assert told["difference"]["mean"] == 0 and told["won"] == 0.5
+    assert torch.isfinite(torch.tensor(told["policy"]["mean"]))
