@@ -8,9 +8,10 @@ import torch
 
 from latent_rewards import collect_command
 from latent_rewards.cli import build_parser, main
+from latent_rewards.contracts import ConfigError
 from latent_rewards.lro import LROConfig
 from latent_rewards.proxies import RewardProxy
-from latent_rewards.tune_command import DECIDED
+from latent_rewards.tune_command import DECIDED, combined
 
 LOADERS = '''
 import json
@@ -154,6 +155,14 @@ def test_what_cannot_be_tuned_is_said_before_any_work(stored, tmp_path, capsys, 
     assert tune(stored, tmp_path / "t", *(part.format(root=stored) for part in changes)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "t").exists()
+
+
+def test_weights_are_checked_against_the_proxys_rewards():
+    with pytest.raises(ConfigError, match="unknown reward 'levle'. Did you mean 'level'"):
+        combined(("level", "dark"), [("levle", 1.0)])
+    assert combined(("level",), None) is None
+    assert combined(("level", "dark"), None).weights == {"level": 1.0, "dark": 1.0}
+    assert combined(("level",), [("level", -2.0)]).normalize is None
 
 
 def test_a_policy_that_cannot_be_saved_is_refused(stored, tmp_path, capsys):
