@@ -6,7 +6,8 @@ for; a proxy's training samples count, those that judge do not. Each method has 
 rate is the one with the best final score on held-in prompts in runs with a seed of their own (:data:`SEARCH_SEED`).
 
 Each (method, learning rate, seed) is one file below ``results/sample_efficiency/``, so the benchmark can be run in
-pieces and by several processes; one that is killed goes on. ``--summary`` draws the curves of what is there.
+pieces and by several processes, once ``--stage prepare`` has made the seeds' proxies (:data:`SEARCH_SEED`'s too); one
+that is killed goes on. ``--stage summary`` draws the curves of what is there.
 """
 
 from __future__ import annotations
@@ -294,7 +295,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=("all", "prepare", "search", "final", "summary"), default="all")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--rates", type=float, nargs="+", default=list(LEARNING_RATES), help="of the search")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the final runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the final runs, or to prepare")
     parser.add_argument("--samples", type=Path, default=Path("runs/proxies/samples"), help="pools of scored samples")
     parser.add_argument("--runs", type=Path, default=Path("runs/sample_efficiency"), help="where runs are kept")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are written")
@@ -317,8 +318,8 @@ def measure_stages(race: Race, options: argparse.Namespace) -> None:
     """Prepare, search and run, as far as ``--stage`` asks for it."""
     chosen = [METHODS[name] for name in options.methods]
     if options.stage in ("all", "prepare"):
-        for labels in sorted({method.labels for method in chosen if method.labels}):
-            for seed in (SEARCH_SEED, *options.seeds):
+        for seed in options.seeds if options.stage == "prepare" else (SEARCH_SEED, *options.seeds):
+            for labels in sorted({method.labels for method in chosen if method.labels}):
                 race.world.proxy(seed, labels)
     if options.stage in ("all", "search"):
         run(race, options.results, options.methods, options.rates, [SEARCH_SEED])
