@@ -17,17 +17,25 @@ class CheckpointedWan(nn.Module):
     """An ``AutoencoderKLWan`` (without patches or tiles) that decodes one latent frame a checkpoint.
 
     Between latent frames only the causal convolutions' caches are kept, and those of every ``segment``-th alone where a
-    segment is a checkpoint too; each level costs one more forward pass. Values and gradients are those of the VAE.
+    segment is a checkpoint too; within a frame ``blocks`` may be checkpoints. Each level costs one more forward pass.
+    Values and gradients are those of the VAE.
 
     Args:
         vae: diffusers' ``AutoencoderKLWan``.
         segment: latent frames of the outer checkpoints; 1 for no outer ones, None for about the root of all.
+        blocks: whether residual blocks and resamplers are checkpoints too; replaces them in ``vae``.
     """
 
-    def __init__(self, vae: nn.Module, segment: int | None = 1) -> None:
+    def __init__(self, vae: nn.Module, *, segment: int | None = 1, blocks: bool = False) -> None:
         super().__init__()
         self.vae: Any = vae
         self.segment = segment
+        if blocks:
+            decoder: Any = vae.decoder
+            for part in (decoder.mid_block, *decoder.up_blocks):
+                for parts in (part.resnets, getattr(part, "upsamplers", None) or []):
+                    for number, block in enumerate(parts):
+                        parts[number] = CheckpointedBlock(block)
 
     @property
     def config(self) -> Any:  # noqa: ANN401 - diffusers' dictionary
@@ -65,6 +73,27 @@ class CheckpointedWan(nn.Module):
         cache = list(cache)
         video = self.vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=first)
         return video, cache
+
+
+class CheckpointedBlock(nn.Module):
+    """A block of the decoder that is a checkpoint.
+
+    Args:
+        block: takes ``(x, feat_cache=, feat_idx=)``, and writes into both lists.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, feat_cache: Cache, feat_idx: list[int]) -> Tensor:
+        """Return what the block does, and write what it writes."""
+        x, feat_cache[:], feat_idx[:] = _recomputed(self._run, x, list(feat_cache), list(feat_idx))
+        return x
+
+    def _run(self, x: Tensor, cache: Cache, index: list[int]) -> tuple[Tensor, Cache, list[int]]:
+        cache, index = list(cache), list(index)
+        return self.block(x, feat_cache=cache, feat_idx=index), cache, index
 
 
 def _recomputed(function: Any, *arguments: Any) -> Any:  # noqa: ANN401 - torch's signature

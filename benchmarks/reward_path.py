@@ -57,13 +57,13 @@ class Way:
     Attributes:
         proxy: by a proxy, not by decoding.
         draws: scored without gradient; 0 for a backward pass.
-        checkpoints: levels of checkpoints, at most two.
+        checkpoints: "" for none, "frames" for one a latent frame, "levels" for segments, frames and blocks, nested.
         frames: latent frames that are decoded, from the first; 0 for all.
     """
 
     proxy: bool = False
     draws: int = 0
-    checkpoints: int = 0
+    checkpoints: str = ""
     frames: int = 0
 
 
@@ -71,14 +71,14 @@ WAYS = {
     "proxy": Way(proxy=True),
     f"proxy, {NUM_DRAWS} draws": Way(proxy=True, draws=NUM_DRAWS),
     "decoder": Way(),
-    "decoder, checkpointed": Way(checkpoints=1),
-    "decoder, checkpointed twice": Way(checkpoints=2),
+    "decoder, checkpointed": Way(checkpoints="frames"),
+    "decoder, three levels of checkpoints": Way(checkpoints="levels"),
     "decoder, 1 latent frame": Way(frames=1),
     "decoder, 2 latent frames": Way(frames=2),
 }
 """A first latent frame is one frame of video, two are five: these see little of a clip."""
 
-WHOLE = ("decoder", "decoder, checkpointed", "decoder, checkpointed twice")
+WHOLE = ("decoder", "decoder, checkpointed", "decoder, three levels of checkpoints")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Run:
         way: one of :data:`WAYS`.
         folder: where latents ``[1, C, F, H, W]`` and the proxy lie.
         repeats: timed updates at most.
-        limit_seconds: no other is begun when they have taken this long.
+        limit_seconds: after the first, none is begun that would make them take longer in all.
         device: torch device.
         dtype: of the VAE, "float32" or "bfloat16"; the proxy is float32.
         vae: arguments that differ from Wan 2.1's configuration.
@@ -119,7 +119,7 @@ class Run:
         held = settle(self.device)
         seconds: list[float] = []
         try:
-            while not seconds or (len(seconds) < self.repeats and sum(seconds) < self.limit_seconds):
+            while not seconds or (len(seconds) < self.repeats and sum(seconds) + seconds[-1] < self.limit_seconds):
                 begun = time.perf_counter()
                 gradient(loss, stored)
                 seconds.append(time.perf_counter() - begun)
@@ -153,7 +153,8 @@ class Run:
 
         vae = random_vae(**(self.vae or {})).to(getattr(torch, self.dtype))
         vae.encoder = vae.quant_conv = nn.Identity()  # nobody encodes here
-        wrapped = CheckpointedWan(vae, 1 if way.checkpoints == 1 else None) if way.checkpoints else vae
+        settings: dict[str, Any] = {"segment": None, "blocks": True} if way.checkpoints == "levels" else {}
+        wrapped = CheckpointedWan(vae, **settings) if way.checkpoints else vae
         codec = WanCodec(wrapped, chunk_size=1).to(self.device)
 
         def loss(latents: Tensor) -> Tensor:
@@ -192,6 +193,10 @@ def measure(run: Run) -> dict[str, Any]:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - this module
     if ended.returncode == KILLED:
         return {"out_of_memory": "the interpreter was killed"}
+    if (
+        ended.returncode and "out of memory" in ended.stderr.lower()
+    ):  # some of CUDA's libraries have errors of their own
+        return {"out_of_memory": ended.stderr.strip().splitlines()[-1]}
     if ended.returncode:
         raise RuntimeError(f"{run.way} ended with status {ended.returncode}: {ended.stderr[-2000:]}")
     told: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
@@ -229,7 +234,8 @@ def attempt(
         limit: seconds that an update may be expected to take.
 
     Returns:
-        A row with the way, the size, what was measured, and what had been expected of it, if anything was.
+        A row with the way, the size, what had been expected of it, if anything was, and what was measured or how that
+        ``failed``: the other ways go on.
     """
     row: dict[str, Any] = {"way": way, "size": size}
     if before is not None:
@@ -238,7 +244,10 @@ def attempt(
             return {**row, "out_of_memory": f"{row['expected']['memory']:.0f} MiB expected, {free:.0f} free for it"}
         if row["expected"]["seconds"] > limit:
             return {**row, "left_out": f"{row['expected']['seconds']:.0f} s expected, {limit:.0f} allowed"}
-    return {**row, **measure_it()}
+    try:
+        return {**row, **measure_it()}
+    except RuntimeError as error:
+        return {**row, "failed": str(error)}
 
 
 def grow(options: argparse.Namespace, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:

@@ -34,13 +34,16 @@ def gradient_of(vae, latents):
     return gradient(lambda x: -sharpness(codec.decode(x)).mean(), latents)
 
 
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("segment", [1, 2, 5, None])
-def test_checkpoints_change_no_gradient(segment):
+def test_checkpoints_change_no_gradient(segment, blocks):
     vae = random_vae(**TINY)
     latents = torch.randn(2, 16, 5, 4, 4, generator=torch.Generator().manual_seed(0))
     plain = gradient_of(vae, latents)
     assert plain[:, :, 4].abs().max() > 0
-    torch.testing.assert_close(gradient_of(CheckpointedWan(vae, segment), latents), plain, rtol=0, atol=0)
+    torch.testing.assert_close(
+        gradient_of(CheckpointedWan(vae, segment=segment, blocks=blocks), latents), plain, rtol=0, atol=0
+    )
 
 
 def test_checkpoints_keep_less_between_forward_and_backward():
@@ -115,14 +118,14 @@ def test_ratios_are_over_the_proxy_and_the_cheapest_whole_decoder():
         row("decoder", size, [20.0], 100.0, 900.0),
         row("decoder, checkpointed", size, [40.0], 100.0, 300.0),
         row("decoder, 1 latent frame", size, [4.0], 100.0, 100.0),
-        {"way": "decoder, checkpointed twice", "size": size, "out_of_memory": "x"},
+        {"way": "decoder, three levels of checkpoints", "size": size, "out_of_memory": "x"},
         {"way": "proxy", "size": (9, 8, 8), "left_out": "x"},
     ]
     (told,) = ratios(rows)
     assert told["over_proxy"]["decoder"] == {"memory": 100.0, "seconds": 10.0}
     assert told["over_proxy"]["decoder, 1 latent frame"] == {"memory": 20.0, "seconds": 2.0}
     assert told["least_whole"] == {"memory": 40.0, "seconds": 10.0}
-    assert "decoder, checkpointed twice" not in told["over_proxy"]
+    assert "decoder, three levels of checkpoints" not in told["over_proxy"]
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +159,25 @@ def test_a_run_has_an_interpreter_of_its_own_and_says_what_failed(folder, tmp_pa
         measure(Run("proxy", str(tmp_path), 1, 60.0, "cpu"))
 
 
-def test_one_that_was_killed_ran_out_of_memory(monkeypatch):
-    ended = Namespace(returncode=reward_path.KILLED)
+@pytest.mark.parametrize(
+    ("status", "written", "said"),
+    [
+        (reward_path.KILLED, "", "the interpreter was killed"),
+        (1, "Traceback\nRuntimeError: CUDA error: out of memory\n", "RuntimeError: CUDA error: out of memory"),
+    ],
+)
+def test_one_that_was_killed_or_says_so_ran_out_of_memory(status, written, said, monkeypatch):
+    ended = Namespace(returncode=status, stderr=written)
     monkeypatch.setattr(reward_path.subprocess, "run", lambda *arguments, **named: ended)
-    assert measure(Run("decoder", "", 1, 60.0, "cpu")) == {"out_of_memory": "the interpreter was killed"}
+    assert measure(Run("decoder", "", 1, 60.0, "cpu")) == {"out_of_memory": said}
+
+
+def test_a_way_that_fails_is_a_row_too():
+    def fail():
+        raise RuntimeError("decoder ended with status 1")
+
+    told = attempt(None, "decoder", (5, 8, 8), fail, 1.0, 1.0)
+    assert told == {"way": "decoder", "size": (5, 8, 8), "failed": "decoder ended with status 1"}
 
 
 def test_an_accelerator_that_has_too_little_is_a_row(folder, monkeypatch):
