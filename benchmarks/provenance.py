@@ -17,20 +17,28 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "scikit-learn")
 
 def provenance() -> dict[str, Any]:
     """Return the command, the commit, package versions and the machine."""
-    commit = subprocess.run(  # noqa: S603 - a fixed command
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "command": " ".join(["python", "-m", _module(), *map(_nameless, sys.argv[1:])]),
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
     }
+
+
+def _commit() -> str | None:
+    """Return the commit, or None where there is no git or no repository."""
+    try:
+        told = subprocess.run(  # noqa: S603 - a fixed command
+            ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    return told.stdout.strip() or None
 
 
 def _nameless(argument: str) -> str:

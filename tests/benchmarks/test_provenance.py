@@ -13,3 +13,8 @@ def test_the_command_has_no_folder_of_this_machine(monkeypatch, tmp_path):
     told = provenance()
     assert told["command"].endswith(" --student runs/student --runs samples --seeds 0")
     assert str(tmp_path.parent) not in told["command"] and told["versions"]["torch"]
+
+
+def test_a_machine_without_git_knows_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance()["commit"] is None
