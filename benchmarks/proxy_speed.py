@@ -294,6 +294,18 @@ def _milliseconds(way: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, p: 
     return 1000 * (time.perf_counter() - begun)
 
 
+def read_size(text: str) -> tuple[int, int, int]:
+    """Return frames, height and width of a text like 81x480x832.
+
+    Raises:
+        ValueError: it is not 4 n + 1 frames of sides that are multiples of 8.
+    """
+    frames, height, width = (int(number) for number in text.split("x"))
+    if frames % 4 != 1 or height % 8 or width % 8 or min(frames, height, width) < 1:
+        raise ValueError(f"a size is 4 n + 1 frames and sides that are multiples of 8, e.g. 81x480x832; got {text}")
+    return frames, height, width
+
+
 def main() -> None:
     """Measure the sections asked for, or (``--side``) be the interpreter that is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -301,6 +313,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
     parser.add_argument("--metric", default="digits.legibility", help="the digits world's true metric")
     parser.add_argument("--wan", action="store_true", help="Wan 2.1's VAE instead")
+    parser.add_argument("--sizes", type=read_size, nargs="+", default=WAN_SIZES, help="with --wan: of clips, ascending")
     parser.add_argument("--wan-metric", default="motion.dynamic_degree", help="its true metric")
     parser.add_argument("--limit-seconds", type=float, default=600, help="longest run of Wan's oracle to begin")
     parser.add_argument("--ensemble", action="store_true", help="the members of a proxy instead")
@@ -330,7 +343,7 @@ def measure_section(options: argparse.Namespace) -> tuple[str, Any]:
             shape = 16, (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8
             return compare(shape, num_samples=1, vae="wan", metric=options.wan_metric, **shared)
 
-        return f"wan{suffix}", grow(WAN_SIZES, compare_at, lambda: free_mib(options.device), options.limit_seconds)
+        return f"wan{suffix}", grow(options.sizes, compare_at, lambda: free_mib(options.device), options.limit_seconds)
     vae = f"{DIGITS}/vae"
     return f"digits{suffix}", compare(
         (16, 5, 8, 8), num_samples=options.samples, vae=vae, metric=options.metric, **shared

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import latent_rewards as lr
 from benchmarks.checkpointed_decoder import CheckpointedWan
 from benchmarks.provenance import provenance
-from benchmarks.proxy_speed import PROMPTS, SPARE, device_name, free_mib, mebibytes, memory, prepare, settle
+from benchmarks.proxy_speed import PROMPTS, SPARE, device_name, free_mib, mebibytes, memory, prepare, read_size, settle
 from latent_rewards.lro.estimators import smoothed
 from latent_rewards.metrics.quality import sharpness
 from latent_rewards.rollout import Trajectory
@@ -337,18 +337,6 @@ def draw(sections: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def read_size(text: str) -> Size:
-    """Return frames, height and width of a text like 81x480x832.
-
-    Raises:
-        ValueError: it is not 4 n + 1 frames of sides that are multiples of 8.
-    """
-    frames, height, width = (int(number) for number in text.split("x"))
-    if frames % 4 != 1 or height % 8 or width % 8 or min(frames, height, width) < 1:
-        raise ValueError(f"a size is 4 n + 1 frames and sides that are multiples of 8, e.g. 81x480x832; got {text}")
-    return frames, height, width
 
 
 def main() -> None:

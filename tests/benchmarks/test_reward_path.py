@@ -9,6 +9,7 @@ import torch
 from benchmarks import reward_path
 from benchmarks.checkpointed_decoder import CheckpointedWan
 from benchmarks.proxy_speed import prepare
+from benchmarks.proxy_speed import read_size
 from benchmarks.reward_path import (
     WAYS,
     Run,
@@ -21,7 +22,6 @@ from benchmarks.reward_path import (
     random_vae,
     ratios,
     read_pixels,
-    read_size,
 )
 from distillation.families.wan import WanCodec
 from latent_rewards.metrics.quality import sharpness
