@@ -8,8 +8,7 @@ import torch
 
 from benchmarks import reward_path
 from benchmarks.checkpointed_decoder import CheckpointedWan
-from benchmarks.proxy_speed import prepare
-from benchmarks.proxy_speed import read_size
+from benchmarks.proxy_speed import prepare, read_size
 from benchmarks.reward_path import (
     WAYS,
     Run,
