@@ -9,10 +9,11 @@ import torch
 
 import distillation as ds
 import latent_rewards as lr
-from benchmarks import overoptimisation, sample_efficiency
+from benchmarks import estimators, overoptimisation, sample_efficiency
 from benchmarks.proxy_samples import Amounts, ProxyWorld
 from benchmarks.tuning import Curve, TuningWorld, differentiable_legibility
 from latent_rewards.contracts import ConfigError
+from latent_rewards.lro.scoring import ProxyReward
 from recipes.moving_digits import metrics as _register  # noqa: F401 - registers digits.*
 from recipes.moving_digits.world import draw_specs, parse_prompt, render, write_prompt
 
@@ -171,3 +172,12 @@ def test_the_end_is_what_a_run_gained_and_lost():
     last = {"proxy": 0.8, "true": 0.75, "digit": 95.0, "coverage": 38.0, "frechet": 22.0}
     told = overoptimisation.end([first, {}, last])
     assert told == pytest.approx({"gap": 0.05, "digit": 5.0, "coverage": -2.0, "frechet": 0.1})
+
+
+def test_gradients_of_every_estimator_are_compared(world):
+    reward = ProxyReward(world.proxy(0, 40), None, pessimism=0.0, cap=None, micro_batch=64)
+    told = estimators.measure(world, reward, estimators.make_estimators((4,)), 2, 4)
+    exact = told[estimators.EXACT]
+    assert exact["slope"] == exact["cosine"] == 1 and exact["seconds"] > 0
+    assert all(value["spread"] >= 0 for value in told.values()) and len(told) == 8
+    assert told["reinforce, head 0.1"]["spread"] > exact["spread"]
