@@ -16,10 +16,29 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from latent_rewards.contracts import Condition, DataError, Policy
+from latent_rewards.contracts import Condition, ConfigError, DataError, Policy
 
 Transitions = Sequence[tuple[Tensor, Tensor]]
 """One ``(mean [B, C, F, H, W], std [] or [B, 1, 1, 1, 1])`` per step, as ``Policy.transition`` returns them."""
+
+
+@dataclass
+class Chain:
+    """Steps of a policy, evaluated with gradient at the states of a trajectory.
+
+    Attributes:
+        states: what each step started from, ``[B, C, F, H, W]`` each; with a gradient where the chain is
+            reparameterised, else detached.
+        transitions: what the policy made of them.
+    """
+
+    states: Sequence[Tensor]
+    transitions: Transitions
+
+    @property
+    def final(self) -> Tensor:
+        """The final latents ``[B, C, F, H, W]``, with gradient."""
+        return self.transitions[-1][0]
 
 
 @dataclass
@@ -81,6 +100,55 @@ def policy_transitions(policy: Policy, trajectory: Trajectory) -> list[tuple[Ten
     """Return the K transitions at the trajectory's detached states: one forward each, shared by log-probs and KL."""
     steps = zip(range(trajectory.num_steps), trajectory.states, strict=False)
     return [policy.transition(x.detach(), k, trajectory.num_steps, trajectory.condition) for k, x in steps]
+
+
+def detached_chain(policy: Policy, trajectory: Trajectory) -> Chain:
+    """Return all K steps at the trajectory's detached states: see :func:`policy_transitions`."""
+    return Chain([state.detach() for state in trajectory.states[:-1]], policy_transitions(policy, trajectory))
+
+
+def reparameterised(
+    policy: Policy, trajectory: Trajectory, last_k: int | None = None, transitions: Transitions | None = None
+) -> Chain:
+    """Return the last ``last_k`` steps, each taken from where the one before it ended, so that gradients go through.
+
+    Sampled states keep their values: ``x_{k+1} + (mean_k - stopgrad mean_k)`` is the reparameterised step.
+
+    Args:
+        policy: carries the gradient.
+        trajectory: states sampled from it.
+        last_k: how many steps; None is all, and so is more than K.
+        transitions: the policy's transitions at the trajectory's states; only that of the first step is used.
+
+    Raises:
+        ConfigError: ``last_k`` is below 1.
+    """
+    if last_k is not None and last_k < 1:
+        raise ConfigError(f"last_k must be at least 1, or None for all steps; got {last_k}")
+    first = max(0, trajectory.num_steps - (last_k or trajectory.num_steps))
+    states = [trajectory.states[first].detach()]
+    steps: list[tuple[Tensor, Tensor]] = []
+    for step in range(first, trajectory.num_steps):
+        if step > first:
+            mean = steps[-1][0]
+            states.append(trajectory.states[step].detach() + (mean - mean.detach()))
+        if step == first and transitions is not None:
+            steps.append(transitions[step])
+        else:
+            steps.append(policy.transition(states[-1], step, trajectory.num_steps, trajectory.condition))
+    return Chain(states, steps)
+
+
+def path_chain(policy: Policy, trajectory: Trajectory, last_k: int | None = None) -> Chain:
+    """Return all K steps, the last ``last_k`` of them reparameterised and those before at detached states.
+
+    Raises:
+        ConfigError: ``last_k`` is below 1.
+    """
+    tail = reparameterised(policy, trajectory, last_k)
+    before = [state.detach() for state in trajectory.states[: trajectory.num_steps - len(tail.states)]]
+    steps = [policy.transition(x, k, trajectory.num_steps, trajectory.condition) for k, x in enumerate(before)]
+    return Chain([*before, *tail.states], [*steps, *tail.transitions])
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -197,6 +265,30 @@ def trajectory_kl(
     steps = transitions if transitions is not None else policy_transitions(policy, trajectory)
     with torch.no_grad():
         reference_steps = policy_transitions(reference, trajectory)
+    return _kl_columns(steps, reference_steps, head_std)
+
+
+def path_kl(chain: Chain, reference: Policy, trajectory: Trajectory, head_std: float) -> Tensor:
+    """Return the KL ``[B, K]`` in nats as :func:`trajectory_kl` does, at the states of a :func:`path_chain`.
+
+    The values are the same. The gradient of the sum over steps also goes through the states, in the policy's means and
+    the reference's: for a chain that is reparameterised throughout it is that of the KL of the two chains.
+
+    Args:
+        chain: the policy's K steps.
+        reference: evaluated with gradient to the states; its parameters should ask for none.
+        trajectory: whose condition.
+        head_std: standard deviation of the Gaussian head.
+
+    Raises:
+        DataError: ``head_std`` is not positive.
+    """
+    steps = enumerate(chain.states)
+    theirs = [reference.transition(x, k, trajectory.num_steps, trajectory.condition) for k, x in steps]
+    return _kl_columns(chain.transitions, theirs, head_std)
+
+
+def _kl_columns(steps: Transitions, reference_steps: Transitions, head_std: float) -> Tensor:
     columns = []
     for (mean, std), (reference_mean, reference_std) in zip(steps, reference_steps, strict=True):
         std, reference_std = torch.as_tensor(std), torch.as_tensor(reference_std)

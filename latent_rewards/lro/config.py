@@ -45,7 +45,27 @@ class LROConfig:
             saves memory and is biased.
         scale_rewards: ``"none"``, or divide rewards by the standard deviation of their ``"group"`` or ``"batch"``.
         beta: price of the KL to the reference in nats per latent dimension (mean over event dimensions, summed over
-            steps); 0 needs no reference.
+            steps); 0 needs no reference. With a ``kl_target``, where it starts.
+        kl: "per_state" adds the KL of each step at the states that were sampled, as constants; its gradient ignores
+            that steps also change which states come after them. "return" is the gradient of E[sum_k KL_k]: score terms
+            (``reinforce``, ``hybrid``, chain "score") have the KL of the later steps taken off their advantage, with
+            the leave-one-out baseline, and not divided by ``scale_rewards``; ``pathwise`` and the "path" chain measure
+            the KL on the reparameterised chain, through the last ``last_k`` steps and at the price of a backward pass
+            through the reference. With one step the two are the same. With ``num_iterations`` above 1 the KL is
+            measured anew at the sampled states in each, the ratio of a step is clipped with its whole advantage, KL
+            included, and as for the reward (PPO) no ratio corrects for the states being those of the older policy.
+        kl_target: nats per latent dimension at which ``beta`` holds the KL that is charged (the gated one, if gated):
+            after each update it changes by a tenth of the relative error, by 2 % at most (Ziegler et al.,
+            1909.08593). None keeps ``beta``.
+        kl_gate: "uncertain" multiplies each sample's KL by the proxy's ``ood`` score of its final latents, the share of
+            held-out samples that are less strange: familiar samples are free to move, strange ones are held. The score
+            is a constant to the gradient and is not normalised, so that typical samples pay half and a policy that
+            drifts away pays all. Needs a proxy with ``predict``. "none" charges all alike.
+        sync_ref_model: let the reference, a copy, follow the policy: ``ref_model_mixup_alpha * policy +
+            (1 - ref_model_mixup_alpha) * reference`` after every ``ref_model_sync_steps`` updates (TR-DPO, 2404.09656).
+            Not where the reference is the policy with its adapters off, which has no weights of its own.
+        ref_model_sync_steps: updates between those moves.
+        ref_model_mixup_alpha: share of the policy in them, in (0, 1].
         pessimism: how many of the proxy's own standard deviations a reward is scored below its mean (above, if its
             weight is negative).
         reward_cap: a proxy score beyond which more is not believed; scores are clamped to it. None does not clamp.
@@ -94,6 +114,12 @@ class LROConfig:
     last_k: int | None = None
     scale_rewards: ScaleRewards = "none"
     beta: float = 0.05
+    kl: Literal["per_state", "return"] = "per_state"
+    kl_target: float | None = None
+    kl_gate: Literal["none", "uncertain"] = "none"
+    sync_ref_model: bool = False
+    ref_model_sync_steps: int = 512
+    ref_model_mixup_alpha: float = 0.6
     pessimism: float = 0.5
     reward_cap: float | None = None
     refresh_every: int = 25
@@ -135,7 +161,7 @@ class LROConfig:
             raise ConfigError(f"refresh_queries must be at least {MIN_REFRESH_QUERIES}; got {self.refresh_queries}")
         if self.acquisition_pool < 2:
             raise ConfigError(f"acquisition_pool must be at least 2; got {self.acquisition_pool}")
-        for name in ("learning_rate", "head_std", "replay_half_life"):
+        for name in ("learning_rate", "head_std", "kl_target", "replay_half_life"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be positive; got {value}")
@@ -147,13 +173,30 @@ class LROConfig:
             raise ConfigError(f"epsilon must lie in (0, 1); got {self.epsilon}")
         if not 0 <= self.learning_rate_floor <= 1:
             raise ConfigError(f"learning_rate_floor must lie in [0, 1]; got {self.learning_rate_floor}")
+        self._check_kl()
         self._check_choices()
+
+    def _check_kl(self) -> None:
+        if not 0 < self.ref_model_mixup_alpha <= 1:
+            raise ConfigError(f"ref_model_mixup_alpha must lie in (0, 1]; got {self.ref_model_mixup_alpha}")
+        asked = {
+            "kl_target": self.kl_target is not None,
+            "kl_gate": self.kl_gate != "none",
+            "sync_ref_model": self.sync_ref_model,
+        }
+        for name in (name for name, used in asked.items() if used and self.beta == 0):
+            raise ConfigError(
+                f"{name}={getattr(self, name)!r} has no effect with beta=0, which charges no KL; use a positive "
+                "beta, or leave it at its default"
+            )
 
     def _check_choices(self) -> None:
         choices = {
             "estimator": (None, *SCORE_ESTIMATORS, *GRADIENT_ESTIMATORS),
             "chain": ("score", "path"),
             "scale_rewards": ("none", "group", "batch"),
+            "kl": ("per_state", "return"),
+            "kl_gate": ("none", "uncertain"),
             "acquisition": ("random", "uncertain", "top", "diverse", "mixed"),
             "mixed_precision": ("no", "bf16"),
         }
@@ -282,6 +325,7 @@ _AT_LEAST_ONE = (
     "num_generations",
     "num_iterations",
     "last_k",
+    "ref_model_sync_steps",
     "refresh_every",
     "refresh_steps",
     "anchor_every",

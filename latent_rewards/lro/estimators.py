@@ -19,7 +19,12 @@ Smoothing has a bias of order head_std^2: for R = sin 3z it multiplies the gradi
 
 A reward function takes latents ``[N, C, F, H, W]`` and returns ``[N]``, N a multiple of B: ``latents[i]`` belongs to
 sample ``i % B``. Samples are groups of ``num_generations`` neighbours with the same prompt. Every step is evaluated
-with gradient once; pass ``transitions`` to share those evaluations with a KL.
+with gradient once; pass ``transitions`` (or ``final``, the end of a reparameterised chain) to share those evaluations
+with a KL.
+
+What a step costs, its KL for one, depends on the steps before it. ``costs`` gives score terms their part of the
+gradient of E[sum_k cost_k]: each step's advantage is lowered by what its chain pays after it, less the leave-one-out
+mean of that. The other part, ``sum_k grad cost_k``, is the caller's.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from torch import Tensor
 
 from latent_rewards.contracts import ConfigError, Policy
 from latent_rewards.lro.advantages import ScaleRewards, leave_one_out, reward_scale
-from latent_rewards.rollout import Trajectory, Transitions, gaussian_log_ratio, policy_transitions
+from latent_rewards.rollout import Trajectory, Transitions, gaussian_log_ratio, policy_transitions, reparameterised
 
 RewardFunction = Callable[[Tensor], Tensor]
 
@@ -63,14 +68,35 @@ def clipped_objective(log_ratios: Tensor, advantages: Tensor, epsilon: float | N
 
     Args:
         log_ratios: log r, ``[B, S]``.
-        advantages: A, ``[B]``.
+        advantages: A, ``[B]``, or ``[B, S]`` where steps differ in it.
         epsilon: None does not clip.
     """
-    ratios, weights = log_ratios.exp(), advantages[:, None]
+    ratios, weights = log_ratios.exp(), advantages if advantages.ndim == 2 else advantages[:, None]
     terms = ratios * weights
     if epsilon is not None:
         terms = torch.minimum(terms, ratios.clamp(1 - epsilon, 1 + epsilon) * weights)
     return terms.sum(dim=1)
+
+
+def advantages_with_costs(advantages: Tensor, costs: Tensor | None, num_generations: int) -> Tensor:
+    """Return each step's advantage ``[B, K]``: the reward's less the baselined costs of the steps after it.
+
+    The cost of a step is settled before it is taken, so the last step pays for nothing and a step's own cost is not its
+    own doing. The baseline is the mean of the siblings' costs after the same step.
+
+    Args:
+        advantages: of the reward, ``[B]``.
+        costs: ``[B, K]``, in the advantages' units; None returns the advantages ``[B]`` as they are.
+        num_generations: samples per group; at least 2 if K > 1.
+
+    Raises:
+        ConfigError: fewer than 2 generations.
+    """
+    if costs is None:
+        return advantages
+    after = costs.detach().flip(1).cumsum(1).flip(1)[:, 1:]
+    columns = [advantages - leave_one_out(column, num_generations) for column in after.unbind(1)]
+    return torch.stack([*columns, advantages], dim=1)
 
 
 def reinforce(
@@ -84,6 +110,7 @@ def reinforce(
     scale_rewards: ScaleRewards = "none",
     epsilon: float | None = None,
     transitions: Transitions | None = None,
+    costs: Tensor | None = None,
 ) -> Tensor:
     """REINFORCE with a Gaussian head on the last step and the leave-one-out baseline.
 
@@ -100,6 +127,7 @@ def reinforce(
         scale_rewards: see :func:`~latent_rewards.lro.advantages.reward_scale`.
         epsilon: clips the probability ratio of each step; None does not.
         transitions: the policy's transitions at the trajectory's states, if computed already.
+        costs: ``[B, K]``, what each step of each chain costs, without gradient; None is nothing.
 
     Raises:
         ConfigError: ``num_generations`` or ``head_std`` is too small.
@@ -115,6 +143,9 @@ def reinforce(
     if head_noise is not None:
         head = gaussian_log_ratio(sample, steps[-1][0], final, head_std)
         log_ratios = torch.cat([log_ratios, head[:, None]], dim=1)
+    advantages = advantages_with_costs(advantages, costs, num_generations)
+    if advantages.ndim == 2:
+        advantages = advantages[:, : log_ratios.shape[1]]
     return -_mean_over_valid(clipped_objective(log_ratios, advantages, epsilon), rewards)
 
 
@@ -132,6 +163,8 @@ def smoothed(
     scale_rewards: ScaleRewards = "none",
     epsilon: float | None = None,
     transitions: Transitions | None = None,
+    final: Tensor | None = None,
+    costs: Tensor | None = None,
 ) -> Tensor:
     """REINFORCE on the head alone: M draws from a cheap reward at each final latent.
 
@@ -155,6 +188,8 @@ def smoothed(
         scale_rewards: see :func:`~latent_rewards.lro.advantages.reward_scale`.
         epsilon: clips the probability ratio of each step < K; None does not.
         transitions: the policy's transitions at the trajectory's states, if computed already.
+        final: with "path", the end ``[B, C, F, H, W]`` of the reparameterised chain, if computed already.
+        costs: ``[B, K]``, what each step of each chain costs, without gradient; for "score".
 
     Raises:
         ConfigError: ``num_generations``, ``head_std`` or the number of draws is too small.
@@ -162,7 +197,7 @@ def smoothed(
     """
     draws = torch.cat([head_noise, -head_noise]) if antithetic else head_noise
     if chain == "path":
-        final = _reparameterised(policy, trajectory, last_k, transitions)
+        final = final if final is not None else reparameterised(policy, trajectory, last_k, transitions).final
     else:
         steps = transitions if transitions is not None else policy_transitions(policy, trajectory)
         final = steps[-1][0]
@@ -175,7 +210,7 @@ def smoothed(
     loss = -_mean_over_valid(last, means)
     if chain == "path":
         return loss
-    return loss + _score_loss(trajectory, steps, means, scale, num_generations, epsilon)
+    return loss + _score_loss(trajectory, steps, means, scale, num_generations, epsilon, costs)
 
 
 def _head_slope(rewards: Tensor, draws: Tensor, head_std: float, antithetic: bool) -> Tensor:
@@ -201,6 +236,7 @@ def hybrid(
     scale_rewards: ScaleRewards = "none",
     epsilon: float | None = None,
     transitions: Transitions | None = None,
+    costs: Tensor | None = None,
 ) -> Tensor:
     """Score terms for steps < K with the sampled chains' advantages, and backpropagation of R through step K.
 
@@ -214,6 +250,7 @@ def hybrid(
         scale_rewards: see :func:`~latent_rewards.lro.advantages.reward_scale`; divides both terms.
         epsilon: clips the probability ratio of each step < K; None does not.
         transitions: the policy's transitions at the trajectory's states, if computed already.
+        costs: ``[B, K]``, what each step of each chain costs, without gradient; None is nothing.
 
     Raises:
         ConfigError: ``num_generations`` is too small.
@@ -224,7 +261,7 @@ def hybrid(
     constant = rewards.detach()
     scale = reward_scale(constant, num_generations, scale_rewards)
     return -_mean_over_valid(rewards / scale, constant) + _score_loss(
-        trajectory, steps, constant, scale, num_generations, epsilon
+        trajectory, steps, constant, scale, num_generations, epsilon, costs
     )
 
 
@@ -237,10 +274,9 @@ def pathwise(
     num_generations: int = 1,
     scale_rewards: ScaleRewards = "none",
     transitions: Transitions | None = None,
+    final: Tensor | None = None,
 ) -> Tensor:
     """Backpropagation of R through the last ``last_k`` steps (DRaFT-K; Clark et al. 2023).
-
-    Sampled states keep their values: ``x_{k+1} + (mean_k - stopgrad mean_k)`` is the reparameterised step.
 
     Args:
         policy: the policy that is trained.
@@ -250,31 +286,14 @@ def pathwise(
         num_generations: samples per prompt; matters to ``scale_rewards`` only.
         scale_rewards: see :func:`~latent_rewards.lro.advantages.reward_scale`.
         transitions: the policy's transitions at the trajectory's states; only the tail's first is used.
+        final: the end ``[B, C, F, H, W]`` of the reparameterised chain, if computed already; the rest is then not used.
 
     Raises:
         ConfigError: ``last_k`` is below 1.
     """
-    rewards = reward(_reparameterised(policy, trajectory, last_k, transitions))
+    rewards = reward(final if final is not None else reparameterised(policy, trajectory, last_k, transitions).final)
     scale = reward_scale(rewards, num_generations, scale_rewards)
     return -_mean_over_valid(rewards / scale, rewards.detach())
-
-
-def _reparameterised(
-    policy: Policy, trajectory: Trajectory, last_k: int | None, transitions: Transitions | None
-) -> Tensor:
-    """Return the final latents, with a gradient through the last ``last_k`` steps."""
-    if last_k is not None and last_k < 1:
-        raise ConfigError(f"last_k must be at least 1, or None for all steps; got {last_k}")
-    first = max(0, trajectory.num_steps - (last_k or trajectory.num_steps))
-    latents = trajectory.states[first].detach()
-    for step in range(first, trajectory.num_steps):
-        if step == first and transitions is not None:
-            mean = transitions[step][0]
-        else:
-            mean = policy.transition(latents, step, trajectory.num_steps, trajectory.condition)[0]
-        last = step + 1 == trajectory.num_steps
-        latents = mean if last else trajectory.states[step + 1].detach() + (mean - mean.detach())
-    return latents
 
 
 def _score_loss(
@@ -284,10 +303,13 @@ def _score_loss(
     scale: Tensor,
     num_generations: int,
     epsilon: float | None,
+    costs: Tensor | None,
 ) -> Tensor:
     if trajectory.num_steps == 1:
         return rewards.new_zeros(())
-    advantages = leave_one_out(rewards, num_generations) / scale
+    advantages = advantages_with_costs(leave_one_out(rewards, num_generations) / scale, costs, num_generations)
+    if costs is not None:
+        advantages = advantages[:, :-1]
     log_ratios = chain_log_ratios(trajectory, transitions)
     return -_mean_over_valid(clipped_objective(log_ratios, advantages, epsilon), rewards)
 

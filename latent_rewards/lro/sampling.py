@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latent_rewards.contracts import Condition, Policy, Prompt, check_prompts, prompt_text
 from latent_rewards.training.randomness import generator, sample_index, sample_noise
@@ -122,3 +122,9 @@ class SampleSource:
             noise=self.noise(stage, step, sample_ids, num_steps),
             num_steps=num_steps,
         )
+
+
+def noise_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype of a policy's noise: float64 for a policy with parameters in it, else float32."""
+    double = any(p.dtype == torch.float64 for p in module.parameters())
+    return torch.float64 if double else torch.float32

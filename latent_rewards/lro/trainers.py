@@ -1,14 +1,14 @@
 """Latent reward optimisation: fine-tune a few-step policy on the scores of a proxy that is kept honest.
 
 One update: draw prompts, a step count and noise; roll the policy out without gradient; estimate the gradient of the
-reward (:mod:`latent_rewards.lro.estimators`); add ``beta`` times the per-state KL to the reference and the anchor's
-loss; step. Every ``refresh_every`` updates the oracle scores fresh samples and the proxy learns from them; every
-``holdout_every`` updates a metric that is never optimised is evaluated, and the best policy by it is what remains.
+reward (:mod:`latent_rewards.lro.estimators`); add ``beta`` times the KL to the reference (:mod:`latent_rewards.lro.kl`)
+and the anchor's loss; step. Every ``refresh_every`` updates the oracle scores fresh samples and the proxy learns from
+them; every ``holdout_every`` updates a metric that is never optimised is evaluated, and the best policy by it is what
+remains.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,12 @@ from latent_rewards.lro import estimators
 from latent_rewards.lro.checks import check_finite, check_on_policy, describe
 from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LROConfig, StartedWith
 from latent_rewards.lro.guard import Guard, RefreshSchedule
+from latent_rewards.lro.kl import Charge, KLPenalty
+from latent_rewards.lro.reference import default_reference
 from latent_rewards.lro.refresh import Refresher, check_fingerprints, query
-from latent_rewards.lro.sampling import Batch, SampleSource
+from latent_rewards.lro.sampling import Batch, SampleSource, noise_dtype
 from latent_rewards.lro.scoring import Proxy, ProxyReward
-from latent_rewards.rollout import Trajectory, Transitions, policy_transitions, rollout, trajectory_kl
+from latent_rewards.rollout import Chain, Trajectory, detached_chain, rollout
 from latent_rewards.training.loop import HasStateDict, NonFiniteError, TrainingLoop, set_learning_rate
 
 Callback = Callable[[int, dict[str, float]], None]
@@ -68,7 +70,8 @@ class LatentRewardTrainer:
         oracle: true metrics for refresh and gap; without one the proxy stays frozen.
         dataset: what the proxy was trained on, replayed at each refresh.
         holdout: an oracle that is never optimised; decides early stop and which policy remains.
-        reference: policy the KL is measured to; None copies ``policy`` and freezes the copy if ``beta`` is positive.
+        reference: policy the KL is measured to. None, if ``beta`` is positive: the policy with its peft adapters off
+            where they are all that is trained, else a frozen copy of it.
         anchor: a loss that holds the policy near what it was distilled from.
         callbacks: called with the step and its log after each update.
 
@@ -122,7 +125,10 @@ class LatentRewardTrainer:
         self._warn(proxy)
         self.reference = reference
         if reference is None and config.beta > 0:
-            self.reference = copy.deepcopy(policy)
+            self.reference = default_reference(policy)
+        self.penalty = (
+            None if self.reference is None else KLPenalty(config, policy, self.reference, proxy, self.estimator)
+        )
         self.loop = self._make_loop(module, len(listed))
         self.samples = SampleSource(
             policy,
@@ -130,7 +136,7 @@ class LatentRewardTrainer:
             step_counts=config.step_counts,
             seed=config.seed,
             device=self.loop.device,
-            dtype=_noise_dtype(module),
+            dtype=noise_dtype(module),
         )
 
     def train(self) -> TrainResult:
@@ -166,6 +172,8 @@ class LatentRewardTrainer:
             stateful["refresher"] = self.refresher
         if self.anchor is not None:
             stateful["anchor"] = self.anchor
+        if self.penalty is not None:
+            stateful |= self.penalty.stateful()
         loop = TrainingLoop(
             self.config.loop_config(),
             name="lro",
@@ -217,6 +225,8 @@ class LatentRewardTrainer:
             parts["grad_norm"] = self._descend(loss, batch)
             if self.anchor is not None:
                 self.anchor.after_step()
+        if self.penalty is not None:
+            self.penalty.after_update(step, self.loop.ranks)
         logs = {**parts, **logs}
         for callback in self.callbacks:
             callback(step, logs)
@@ -231,19 +241,15 @@ class LatentRewardTrainer:
         config = self.config
         logs: dict[str, float] = {}
         with self.loop.accelerator.autocast():
-            steps = None
-            if not config.is_path(self.estimator) or self.reference is not None:
-                steps = policy_transitions(self.policy, trajectory)
-            if steps is not None and iteration == 0:
-                check_on_policy(step, trajectory, steps, config.head_std)
+            chain, charge = self._chain(trajectory), None
+            if chain is not None and iteration == 0:
+                check_on_policy(step, trajectory, chain.transitions, config.head_std)
+            if chain is not None and self.penalty is not None:
+                charge = Charge(self.penalty, step, iteration, batch, trajectory, chain)
             reward = self._reward_function(step, batch, logs)
-            loss = self._estimate(step, iteration, batch, trajectory, steps, reward)
-            if self.reference is not None:
-                nats = trajectory_kl(self.policy, self.reference, trajectory, config.head_std, steps).sum(dim=1)
-                check_finite("kl", nats, step, batch)
-                kl = nats.mean() / trajectory.final[0].numel()
-                loss = loss + config.beta * kl
-                logs["kl"] = float(kl.detach())
+            loss = self._estimate(step, iteration, batch, trajectory, reward, self._shared(chain, charge))
+            if charge is not None:
+                loss = loss + charge.loss(logs)
             if self.anchor is not None and step % config.anchor_every == 0:
                 noise = self.samples.noise(f"lro/anchor/{iteration}", step, batch.sample_ids, batch.num_steps)
                 anchor = self.anchor.loss(self.policy, batch.condition, noise)
@@ -257,10 +263,29 @@ class LatentRewardTrainer:
         iteration: int,
         batch: Batch,
         trajectory: Trajectory,
-        transitions: Transitions | None,
         reward: estimators.RewardFunction,
+        shared: dict[str, Any],
     ) -> Tensor:
         raise NotImplementedError
+
+    def _chain(self, trajectory: Trajectory) -> Chain | None:
+        """Return the policy's steps with gradient, where the estimator or the KL has a use for all of them."""
+        if self.penalty is not None:
+            return self.penalty.chain(trajectory)
+        if self.config.is_path(self.estimator):
+            return None
+        return detached_chain(self.policy, trajectory)
+
+    def _shared(self, chain: Chain | None, charge: Charge | None) -> dict[str, Any]:
+        """Return what every estimator is given: settings, and what was computed already."""
+        given: dict[str, Any] = {
+            "num_generations": self.config.num_generations,
+            "scale_rewards": self.config.scale_rewards,
+            "transitions": None if chain is None else chain.transitions,
+        }
+        if charge is not None:
+            given |= charge.shared()
+        return given
 
     def _epsilon(self) -> float | None:
         return self.config.epsilon if self.config.num_iterations > 1 else None
@@ -322,17 +347,11 @@ class ReinforceTrainer(LatentRewardTrainer):
         iteration: int,
         batch: Batch,
         trajectory: Trajectory,
-        transitions: Transitions | None,
         reward: estimators.RewardFunction,
+        shared: dict[str, Any],
     ) -> Tensor:
         config = self.config
-        shared: dict[str, Any] = {
-            "head_std": config.head_std,
-            "num_generations": config.num_generations,
-            "scale_rewards": config.scale_rewards,
-            "epsilon": self._epsilon(),
-            "transitions": transitions,
-        }
+        shared = shared | {"head_std": config.head_std, "epsilon": self._epsilon()}
         if self.estimator == "reinforce":
             head = self.samples.noise("lro/head", step, batch.sample_ids, 1)[0] if config.score_last_step else None
             return estimators.reinforce(self.policy, trajectory, reward, head_noise=head, **shared)
@@ -364,17 +383,11 @@ class DifferentiableRewardTrainer(LatentRewardTrainer):
         iteration: int,
         batch: Batch,
         trajectory: Trajectory,
-        transitions: Transitions | None,
         reward: estimators.RewardFunction,
+        shared: dict[str, Any],
     ) -> Tensor:
-        config = self.config
-        shared: dict[str, Any] = {
-            "num_generations": config.num_generations,
-            "scale_rewards": config.scale_rewards,
-            "transitions": transitions,
-        }
         if self.estimator == "pathwise":
-            return estimators.pathwise(self.policy, trajectory, reward, last_k=config.last_k, **shared)
+            return estimators.pathwise(self.policy, trajectory, reward, last_k=self.config.last_k, **shared)
         return estimators.hybrid(self.policy, trajectory, reward, epsilon=self._epsilon(), **shared)
 
 
@@ -382,8 +395,3 @@ def _as_module(policy: Policy) -> nn.Module:
     if not isinstance(policy, nn.Module):
         raise ConfigError(f"the policy must be an nn.Module; got {type(policy).__name__}")
     return policy
-
-
-def _noise_dtype(module: nn.Module) -> torch.dtype:
-    double = any(p.dtype == torch.float64 for p in module.parameters())
-    return torch.float64 if double else torch.float32

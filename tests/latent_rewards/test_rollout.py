@@ -13,6 +13,8 @@ from latent_rewards.rollout import (
     gaussian_kl,
     gaussian_log_prob,
     gaussian_log_ratio,
+    path_chain,
+    path_kl,
     policy_transitions,
     rollout,
     trajectory_kl,
@@ -116,6 +118,30 @@ def test_trajectory_kl_is_per_state_and_measures_the_last_step_in_head_units():
     (gradient,) = torch.autograd.grad(kl[:, 1].sum(), policy.gain)
     torch.testing.assert_close(gradient, (0.5 * x1.square().sum() / head**2), rtol=1e-12, atol=0)
     assert reference.gain.grad is None
+
+
+def test_the_kl_of_a_path_has_the_same_values_and_a_gradient_through_the_states():
+    policy, reference, head = Linear(1.5), Linear(1.0), 0.2
+    reference.requires_grad_(False)
+    stack = noise(3, 2, 1, 1, 1, 3)
+    with torch.no_grad():
+        trajectory = rollout(policy, range(2), stack, 3)
+    x = [state.flatten(1) for state in trajectory.states[:3]]
+    kl = path_kl(path_chain(policy, trajectory), reference, trajectory, head)
+    torch.testing.assert_close(kl, trajectory_kl(policy, reference, trajectory, head), rtol=1e-12, atol=0)
+    # KL_k = (gain - 1)^2 x_k^2 / (2 s_k^2) with dx_1/dgain = x_0 and dx_2/dgain = x_1 + gain x_0.
+    slopes = [0 * x[0], x[0], x[1] + 1.5 * x[0]]
+    exact = [(0.5 * x[k] ** 2 + 0.25 * x[k] * slopes[k]).sum() / s**2 for k, s in enumerate((SIGMA, SIGMA, head))]
+    for k in range(3):
+        (gradient,) = torch.autograd.grad(kl[:, k].sum(), policy.gain, retain_graph=True)
+        torch.testing.assert_close(gradient, exact[k], rtol=1e-12, atol=0)
+    # Through the last two steps only: x_1 is a constant.
+    chain = path_chain(policy, trajectory, last_k=2)
+    (gradient,) = torch.autograd.grad(path_kl(chain, reference, trajectory, head)[:, 2].sum(), policy.gain)
+    expected = (0.5 * x[2] ** 2 + 0.25 * x[2] * x[1]).sum() / head**2
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0)
+    assert [state.requires_grad for state in chain.states] == [False, False, True]
+    assert torch.equal(chain.final, trajectory.final)
 
 
 def test_per_state_kl_is_unbiased_for_the_kl_of_the_chains():

@@ -90,3 +90,29 @@ def exact_proxy() -> type[ExactProxy]:
 @pytest.fixture
 def rows() -> type[Rows]:
     return Rows
+
+
+@pytest.fixture
+def gradient_estimates():
+    """A function that trains at a rate that moves nothing and returns each optimiser step's gradient, by parameter."""
+
+    def collect(made) -> dict[str, Tensor]:
+        seen: dict[str, list[Tensor]] = {name: [] for name, p in made.policy.named_parameters() if p.requires_grad}
+        for name in seen:
+            parameter = made.policy.get_parameter(name)
+            parameter.register_post_accumulate_grad_hook(lambda p, kept=seen[name]: kept.append(p.grad.clone()))
+        made.train()
+        return {name: torch.stack(values) for name, values in seen.items()}
+
+    return collect
+
+
+@pytest.fixture
+def assert_mean():
+    """A function that checks that values ``[n, ...]`` have a mean within 4.5 standard errors of the exact one."""
+
+    def check(values: Tensor, exact: Tensor | float) -> None:
+        error, allowed = (values.mean(0) - exact).abs(), 4.5 * values.std(0) / len(values) ** 0.5
+        assert (error <= allowed + 1e-12).all(), (values.mean(0), exact, allowed)
+
+    return check

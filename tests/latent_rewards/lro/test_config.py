@@ -27,6 +27,14 @@ from latent_rewards.training.settings import SettingsError, read_section
         ("learning_rate_floor", 1.1),
         ("beta", -1.0),
         ("beta", float("nan")),
+        ("kl", "both"),
+        ("kl_target", 0.0),
+        ("kl_target", -0.1),
+        ("kl_target", float("nan")),
+        ("kl_gate", "strange"),
+        ("ref_model_sync_steps", 0),
+        ("ref_model_mixup_alpha", 0.0),
+        ("ref_model_mixup_alpha", 1.1),
         ("pessimism", -0.5),
         ("refresh_queries", 7),
         ("max_queries", -1),
@@ -46,6 +54,14 @@ def test_a_value_out_of_range_is_refused_by_name(setting, value):
 def test_defaults_and_edges_are_accepted():
     assert LROConfig(step_counts=(1, 4)).step_counts == [1, 4]
     LROConfig(num_draws=7, antithetic=False, beta=0.0, max_queries=0, patience=None, reward_cap=None)
+
+
+@pytest.mark.parametrize("setting", [{"kl_target": 0.1}, {"kl_gate": "uncertain"}, {"sync_ref_model": True}])
+def test_what_needs_a_price_is_refused_without_one(setting):
+    LROConfig(**setting)
+    with pytest.raises(ConfigError, match=f"{next(iter(setting))}=.*beta=0"):
+        LROConfig(beta=0.0, **setting)
+    LROConfig(beta=0.0, kl="return", ref_model_mixup_alpha=1.0)
 
 
 def test_each_trainer_has_its_estimators():
@@ -90,6 +106,19 @@ def test_a_run_from_before_a_setting_existed_had_its_default():
     StartedWith(LROConfig(), 3).load_state_dict(old)
     with pytest.raises(ConfigError, match=r"acquisition='random'.*'top'"):
         StartedWith(LROConfig(acquisition="top"), 3).load_state_dict(old)
+    changes = {
+        "kl": "return",
+        "kl_target": 0.1,
+        "kl_gate": "uncertain",
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 4,
+        "ref_model_mixup_alpha": 0.5,
+    }
+    old = {name: value for name, value in stored.items() if name not in changes}
+    StartedWith(LROConfig(), 3).load_state_dict(old)
+    for name, value in changes.items():
+        with pytest.raises(ConfigError, match=f"{name}=.*{value!r}"):
+            StartedWith(LROConfig(**{name: value}), 3).load_state_dict(old)
 
 
 def test_a_yaml_section_is_read_strictly():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.lro.advantages import leave_one_out
 from latent_rewards.lro.estimators import (
+    advantages_with_costs,
     chain_log_ratios,
     clipped_objective,
     hybrid,
@@ -298,6 +299,56 @@ def test_clipping_stops_the_gradient_of_ratios_that_went_too_far():
     (gradient,) = torch.autograd.grad(objective.sum(), log_ratios)
     expected[[0, 3]] = 0
     torch.testing.assert_close(gradient.flatten(), expected, rtol=1e-12, atol=0)
+    # Two steps of one sample, each with its own advantage.
+    by_step = clipped_objective(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, -1.0]]), 0.2)
+    torch.testing.assert_close(by_step, torch.tensor([1.2 - e(0.5)]))
+
+
+def test_a_step_pays_for_the_steps_after_it_less_what_its_siblings_pay():
+    costs = torch.tensor([[9.0, 1.0, 2.0], [9.0, 3.0, 1.0], [9.0, 0.0, 6.0]], dtype=torch.float64)
+    advantages = torch.tensor([10.0, 20.0, 30.0], dtype=torch.float64)
+    # To go after step 0: 3, 4, 6; after step 1: 2, 1, 6; after the last: nothing.
+    expected = torch.tensor([[12, 11.5, 10], [20.5, 23, 20], [27.5, 25.5, 30]], dtype=torch.float64)
+    torch.testing.assert_close(advantages_with_costs(advantages, costs, 3), expected, rtol=1e-12, atol=0)
+    assert advantages_with_costs(advantages, None, 3) is advantages
+    assert torch.equal(advantages_with_costs(advantages, costs[:, :1], 1), advantages[:, None])
+    with pytest.raises(ConfigError, match="num_generations"):
+        advantages_with_costs(advantages, costs, 1)
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.2])
+def test_costs_enter_every_score_term_at_the_ratio_of_its_step(epsilon):
+    policy = Chain(4, GAIN, torch.zeros(1))
+    trajectory = sampled(policy, 3)
+    with torch.no_grad():
+        policy.gain += 0.1  # a later iteration of the same rollout
+    costs = noise(4, 3, seed=7).abs()
+    head = noise(2, *trajectory.final.shape, seed=8)
+    shared = {"num_generations": 4, "epsilon": epsilon}
+
+    def losses(costs):
+        return torch.stack(
+            [
+                reinforce(policy, trajectory, identity, head_std=HEAD, head_noise=head[0], costs=costs, **shared),
+                smoothed(policy, trajectory, identity, head_std=HEAD, head_noise=head, costs=costs, **shared),
+                hybrid(policy, trajectory, identity, costs=costs, **shared),
+            ]
+        )
+
+    steps = policy_transitions(policy, trajectory)
+    ratios = chain_log_ratios(trajectory, steps)
+    means = identity(trajectory.final + HEAD * head.mean(0))
+    for found, without, rewards in zip(
+        losses(costs), losses(None), [identity(trajectory.final + HEAD * head[0]), means, identity(steps[-1][0])],
+        strict=True,
+    ):  # fmt: skip
+        advantages = leave_one_out(rewards.detach(), 4)
+        both = clipped_objective(ratios, advantages_with_costs(advantages, costs, 4)[:, :-1], epsilon)
+        extra = -(both - clipped_objective(ratios, advantages, epsilon)).mean()
+        torch.testing.assert_close(found - without, extra, rtol=1e-9, atol=1e-12)
+        mine, theirs = (torch.autograd.grad(x, policy.gain, retain_graph=True)[0] for x in (found - without, extra))
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(losses(costs), losses(None))
 
 
 def test_ratios_are_taken_to_the_policy_that_sampled():
@@ -322,3 +373,16 @@ def test_what_cannot_be_estimated_is_refused():
         pathwise(policy, trajectory, identity, last_k=0)
     with pytest.raises(ConfigError, match="head_std"):
         reinforce(policy, trajectory, identity, head_std=0.0, head_noise=trajectory.final, num_generations=2)
+
+
+def test_costs_reach_the_score_terms_whether_or_not_the_last_step_has_a_head():
+    """Without a reward the head's advantage is zero, so a head changes nothing; the first step pays for the second."""
+    policy, trajectory = two_steps(40)
+    costs = noise(40, 2, seed=8)
+    gradients = []
+    for head in (noise(*trajectory.final.shape, seed=9), None):
+        settings = {"head_std": HEAD, "head_noise": head, "num_generations": 4, "costs": costs}
+        loss = reinforce(policy, trajectory, lambda latents: torch.zeros(40, dtype=torch.float64), **settings)
+        gradients.append(estimates(loss, policy.gain))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-14)
+    assert float(gradients[1].abs().min()) > 0

@@ -50,6 +50,7 @@ def tuned(toys, trainer, **settings):
         "holdout": [entry["score"] for entry in result.holdout_curve],
         "asked": [oracle.asked, holdout.asked],
         "queries": result.num_queries,
+        "betas": [entry.get("beta", 0.0) for entry in result.history],
     }
 
 if __name__ == "__main__":
@@ -61,6 +62,10 @@ if __name__ == "__main__":
 CASES = {
     "gradient": ("gradient", {}),
     "reinforce": ("reinforce", {"num_draws": 4}),
+    "adaptive": (
+        "gradient",
+        {"kl": "return", "kl_target": 0.01, "kl_gate": "uncertain", "sync_ref_model": True, "ref_model_sync_steps": 2},
+    ),
     "chosen": ("gradient", {"acquisition": "uncertain", "acquisition_pool": 2}),
 }
 TOYS = Path(__file__).with_name("conftest.py")
@@ -81,10 +86,11 @@ def test_two_processes_end_where_one_ends_and_each_asks_half(launched, name):
     trainer, settings = CASES[name]
     alone, ranks = launched
     whole, parts = alone(runpy.run_path(str(TOYS)), trainer, **settings), [rank[name] for rank in ranks]
-    for key in ("policy", "proxy", "true", "holdout", "queries"):
+    for key in ("policy", "proxy", "true", "holdout", "queries", "betas"):
         assert parts[0][key] == parts[1][key]
         for mine, theirs in zip(flat(parts[0][key]), flat(whole[key]), strict=True):
             assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6, nan_ok=True)
+    assert len(set(whole["betas"])) == (5 if name == "adaptive" else 1)
     assert whole["asked"] == [18, 20]
     assert [sum(asked) for asked in zip(*(part["asked"] for part in parts), strict=True)] == [18, 20]
     assert min(min(part["asked"]) for part in parts) >= 8
