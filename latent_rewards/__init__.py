@@ -30,7 +30,14 @@ _HOME = {
     "latent_rewards.dataset": ("RewardDataset",),
     "latent_rewards.proxies": ("Preferences", "ProxyConfig", "RewardProxy", "train_proxy"),
     "latent_rewards.rewards": ("Constraint", "Tchebycheff", "WeightedSum"),
-    "latent_rewards.lro": ("DifferentiableRewardTrainer", "LROConfig", "ReinforceTrainer", "TrainResult"),
+    "latent_rewards.lro": (
+        "DifferentiableRewardTrainer",
+        "LROConfig",
+        "Lagrangian",
+        "ReinforceTrainer",
+        "TrainResult",
+        "relative_floors",
+    ),
     "latent_rewards.report": ("Report",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -3,6 +3,7 @@
 from latent_rewards.lro.advantages import group_normalized, leave_one_out, normalize_then_sum
 from latent_rewards.lro.checks import OffPolicyError
 from latent_rewards.lro.config import LROConfig
+from latent_rewards.lro.constraints import Lagrangian, relative_floors
 from latent_rewards.lro.estimators import hybrid, pathwise, reinforce, smoothed
 from latent_rewards.lro.guard import Guard, RefreshSchedule
 from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer, TrainResult
@@ -11,6 +12,7 @@ __all__ = [
     "DifferentiableRewardTrainer",
     "Guard",
     "LROConfig",
+    "Lagrangian",
     "OffPolicyError",
     "RefreshSchedule",
     "ReinforceTrainer",
@@ -21,5 +23,6 @@ __all__ = [
     "normalize_then_sum",
     "pathwise",
     "reinforce",
+    "relative_floors",
     "smoothed",
 ]

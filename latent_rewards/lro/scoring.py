@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from latent_rewards.contracts import ConfigError, Reward
+from latent_rewards.training.ranks import Ranks
 
 
 class Proxy(Protocol):
@@ -22,6 +23,27 @@ class Proxy(Protocol):
 
     def scores(self, latents: Tensor, prompts: Sequence[str], pessimism: float = 0.0) -> dict[str, Tensor]:
         """Return ``{name: [B]}``: mean minus ``pessimism`` standard deviations, differentiable in the latents."""
+        ...
+
+
+@runtime_checkable
+class AdaptiveReward(Protocol):
+    """A Reward that learns while training, such as :class:`~latent_rewards.lro.constraints.Lagrangian`."""
+
+    def after_update(self, means: Mapping[str, float], /) -> dict[str, float]:
+        """Learn from the mean score of each reward over an update's samples; return what to log."""
+        ...
+
+    def after_refresh(self, proxy: Mapping[str, float], true: Mapping[str, float], /) -> None:
+        """Learn from the means of scores and true rewards of the same fresh samples, after the proxy has learnt."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to continue."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> Any:  # noqa: ANN401 - as torch's modules
+        """Restore what :meth:`state_dict` returned."""
         ...
 
 
@@ -77,8 +99,8 @@ class ProxyReward:
                 parts.append(self.proxy.scores(latents[start:stop], prompts[start:stop], pessimism=pessimism))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def __call__(self, latents: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the reward ``[N]`` and the pessimistic, capped scores ``{name: [N]}`` it was made of."""
+    def scores(self, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the pessimistic, capped scores ``{name: [N]}``."""
         scores = self.by_name(latents, prompts, self.pessimism)
         if self.falling and self.pessimism:
             optimistic = self.by_name(latents, prompts, -self.pessimism)
@@ -88,4 +110,17 @@ class ProxyReward:
                 name: value.clamp(min=self.cap) if name in self.falling else value.clamp(max=self.cap)
                 for name, value in scores.items()
             }
+        return scores
+
+    def __call__(self, latents: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the reward ``[N]`` and the pessimistic, capped scores ``{name: [N]}`` it was made of."""
+        scores = self.scores(latents, prompts)
         return self.reward(scores), scores
+
+    def after_update(self, logs: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
+        """Let a reward that learns see the means ``rewards/<name>/mean`` of all ranks; return what it logs."""
+        if not isinstance(self.reward, AdaptiveReward):
+            return {}
+        mine = {name: logs[f"rewards/{name}/mean"] for name in self.proxy.reward_names}
+        shares = ranks.gather(mine)
+        return self.reward.after_update({name: sum(share[name] for share in shares) / len(shares) for name in mine})

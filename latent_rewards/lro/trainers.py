@@ -25,7 +25,7 @@ from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LRO
 from latent_rewards.lro.guard import Guard, RefreshSchedule
 from latent_rewards.lro.refresh import Refresher, check_fingerprints, query
 from latent_rewards.lro.sampling import Batch, SampleSource
-from latent_rewards.lro.scoring import Proxy, ProxyReward
+from latent_rewards.lro.scoring import AdaptiveReward, Proxy, ProxyReward
 from latent_rewards.rollout import Trajectory, Transitions, policy_transitions, rollout, trajectory_kl
 from latent_rewards.training.loop import HasStateDict, NonFiniteError, TrainingLoop, set_learning_rate
 
@@ -166,6 +166,8 @@ class LatentRewardTrainer:
             stateful["refresher"] = self.refresher
         if self.anchor is not None:
             stateful["anchor"] = self.anchor
+        if isinstance(self.scoring.reward, AdaptiveReward):
+            stateful["reward"] = self.scoring.reward
         loop = TrainingLoop(
             self.config.loop_config(),
             name="lro",
@@ -217,7 +219,7 @@ class LatentRewardTrainer:
             parts["grad_norm"] = self._descend(loss, batch)
             if self.anchor is not None:
                 self.anchor.after_step()
-        logs = {**parts, **logs}
+        logs = {**parts, **self.scoring.after_update(parts, self.loop.ranks), **logs}
         for callback in self.callbacks:
             callback(step, logs)
         return logs
