@@ -6,7 +6,8 @@ from latent_rewards.lro.config import LROConfig
 from latent_rewards.lro.constraints import Lagrangian, relative_floors
 from latent_rewards.lro.estimators import hybrid, pathwise, reinforce, smoothed
 from latent_rewards.lro.guard import Guard, RefreshSchedule
-from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer, TrainResult
+from latent_rewards.lro.result import TrainResult
+from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer
 
 __all__ = [
     "DifferentiableRewardTrainer",

@@ -42,6 +42,10 @@ class LROConfig:
         last_k: steps the gradient of ``pathwise`` and of the "path" chain goes through; None is all of them, fewer
             saves memory and is biased.
         scale_rewards: ``"none"``, or divide rewards by the standard deviation of their ``"group"`` or ``"batch"``.
+        multi_objective_aggregation: with several rewards, ``"sum_then_normalize"`` sums them and then takes advantages;
+            ``"normalize_then_sum"`` first divides each by the standard deviation of its own group, so that a reward of
+            small range does not vanish behind one of large range (GDPO, 2601.05242, which adds
+            ``scale_rewards="batch"``). It takes a WeightedSum that does not normalise itself.
         beta: price of the KL to the reference in nats per latent dimension (mean over event dimensions, summed over
             steps); 0 needs no reference.
         pessimism: how many of the proxy's own standard deviations a reward is scored below its mean (above, if its
@@ -90,6 +94,7 @@ class LROConfig:
     chain: Literal["score", "path"] = "path"
     last_k: int | None = None
     scale_rewards: ScaleRewards = "none"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     beta: float = 0.05
     pessimism: float = 0.5
     reward_cap: float | None = None
@@ -151,6 +156,7 @@ class LROConfig:
             "estimator": (None, *SCORE_ESTIMATORS, *GRADIENT_ESTIMATORS),
             "chain": ("score", "path"),
             "scale_rewards": ("none", "group", "batch"),
+            "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
             "acquisition": ("random", "uncertain", "top", "diverse", "mixed"),
             "mixed_precision": ("no", "bf16"),
         }
@@ -179,7 +185,8 @@ class LROConfig:
             )
         path = self.is_path(estimator)
         needs_group = estimator == "reinforce" or (not path and max(self.step_counts) > 1)
-        if (needs_group or self.scale_rewards == "group") and self.num_generations < 2:
+        needs_group = needs_group or self.scale_rewards == "group" or self.normalize_groups is not None
+        if needs_group and self.num_generations < 2:
             raise ConfigError(f"num_generations must be at least 2 for the group baseline of {estimator!r}; got 1")
         if path and self.num_iterations > 1:
             raise ConfigError(
@@ -190,6 +197,11 @@ class LROConfig:
     def is_path(self, estimator: str) -> bool:
         """Return whether an estimator goes through the chain by backpropagation, and so has no score terms."""
         return estimator == "pathwise" or (estimator == "smoothed" and self.chain == "path")
+
+    @property
+    def normalize_groups(self) -> int | None:
+        """Samples of the groups in which each reward is normalised; None where the sum alone is."""
+        return self.num_generations if self.multi_objective_aggregation == "normalize_then_sum" else None
 
     def refresh_settings(self) -> dict[str, Any]:
         """Return the part of these settings that :class:`~latent_rewards.lro.refresh.Refresher` takes."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from latent_rewards.contracts import ConfigError, Reward
+from latent_rewards.lro.advantages import normalize_each
+from latent_rewards.rewards import WeightedSum
 from latent_rewards.training.ranks import Ranks
 
 
@@ -72,13 +74,21 @@ class ProxyReward:
         pessimism: standard deviations.
         cap: clamp of every score; None does not clamp.
         micro_batch: samples per proxy call.
+        normalize_groups: samples of the groups in which each reward is normalised; None leaves rewards as they are.
 
     Raises:
-        ConfigError: no ``reward`` for a proxy of several.
+        ConfigError: no ``reward`` for a proxy of several, or one that cannot be normalised reward by reward.
     """
 
     def __init__(
-        self, proxy: Proxy, reward: Reward | None, *, pessimism: float, cap: float | None, micro_batch: int
+        self,
+        proxy: Proxy,
+        reward: Reward | None,
+        *,
+        pessimism: float,
+        cap: float | None,
+        micro_batch: int,
+        normalize_groups: int | None = None,
     ) -> None:
         names = tuple(proxy.reward_names)
         if reward is None and len(names) != 1:
@@ -86,6 +96,13 @@ class ProxyReward:
             raise ConfigError(
                 f"the proxy has {len(names)} rewards; say how to combine them: WeightedSum({{{example}}})"
             )
+        plain = isinstance(reward, WeightedSum) and reward.normalize is None
+        if normalize_groups is not None and not plain:
+            raise ConfigError(
+                "multi_objective_aggregation='normalize_then_sum' needs reward=WeightedSum(weights) with "
+                f"normalize=None, which it takes apart; got {reward!r}"
+            )
+        self.normalize_groups = normalize_groups
         self.proxy, self.pessimism, self.cap, self.micro_batch = proxy, pessimism, cap, micro_batch
         self.reward: Reward = reward if reward is not None else (lambda values: values[names[0]])
         self.falling = {name for name, weight in getattr(reward, "weights", {}).items() if weight < 0}
@@ -116,6 +133,18 @@ class ProxyReward:
         """Return the reward ``[N]`` and the pessimistic, capped scores ``{name: [N]}`` it was made of."""
         scores = self.scores(latents, prompts)
         return self.reward(scores), scores
+
+    def normalized(self, total: Tensor, scores: Mapping[str, Tensor], repeats: int) -> Tensor:
+        """Return what advantages are taken of, ``[N]``: the reward, or the sum of rewards normalised by group.
+
+        Args:
+            total: the reward ``[N]``.
+            scores: what it was made of, ``{name: [N]}``; ``[i]`` belongs to sample ``i % (N / repeats)``.
+            repeats: draws per sample.
+        """
+        if self.normalize_groups is None or not isinstance(self.reward, WeightedSum):
+            return total
+        return self.reward(normalize_each(scores, self.reward.weights, self.normalize_groups, repeats))
 
     def after_update(self, logs: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
         """Let a reward that learns see the means ``rewards/<name>/mean`` of all ranks; return what it logs."""

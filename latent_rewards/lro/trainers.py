@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -24,36 +23,13 @@ from latent_rewards.lro.checks import check_finite, check_on_policy, describe
 from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LROConfig, StartedWith
 from latent_rewards.lro.guard import Guard, RefreshSchedule
 from latent_rewards.lro.refresh import Refresher, check_fingerprints, query
+from latent_rewards.lro.result import TrainResult
 from latent_rewards.lro.sampling import Batch, SampleSource
 from latent_rewards.lro.scoring import AdaptiveReward, Proxy, ProxyReward
 from latent_rewards.rollout import Trajectory, Transitions, policy_transitions, rollout, trajectory_kl
 from latent_rewards.training.loop import HasStateDict, NonFiniteError, TrainingLoop, set_learning_rate
 
 Callback = Callable[[int, dict[str, float]], None]
-
-
-@dataclass
-class TrainResult:
-    """What a run did.
-
-    Attributes:
-        history: what was logged, one dict per update, with ``"step"``.
-        best_step: updates done when the holdout was best, which is where the policy is now; None without a holdout.
-        num_queries: true queries of the refreshes.
-        stopped_early: the holdout stopped the run.
-        proxy_curve: ``(step, mean reward)`` the policy was optimised for, per update.
-        true_curve: per refresh, on fresh samples as the policy draws them and before the proxy learns from them,
-            ``{"step", "proxy": {name: mean}, "true": {name: mean}, "mae": {name: mean absolute error}}``.
-        holdout_curve: per evaluation, ``{"step", "score", "values": {name: mean}}``.
-    """
-
-    history: list[dict[str, Any]]
-    best_step: int | None
-    num_queries: int
-    stopped_early: bool
-    proxy_curve: list[tuple[int, float]]
-    true_curve: list[dict[str, Any]]
-    holdout_curve: list[dict[str, Any]]
 
 
 class LatentRewardTrainer:
@@ -106,7 +82,12 @@ class LatentRewardTrainer:
             policy.timesteps(count)
         module = _as_module(policy)
         self.scoring = ProxyReward(
-            proxy, reward, pessimism=config.pessimism, cap=config.reward_cap, micro_batch=config.micro_batch
+            proxy,
+            reward,
+            pessimism=config.pessimism,
+            cap=config.reward_cap,
+            micro_batch=config.micro_batch,
+            normalize_groups=config.normalize_groups,
         )
         self.guard = Guard(
             module,
@@ -279,7 +260,7 @@ class LatentRewardTrainer:
             logs["reward"] = float(per_sample.mean())
             logs["reward_std"] = float(per_sample.std(correction=min(1, len(per_sample) - 1)))
             logs.update({f"rewards/{name}/mean": float(score.detach().mean()) for name, score in scores.items()})
-            return total
+            return self.scoring.normalized(total, scores, repeats)
 
         return reward
 
