@@ -38,6 +38,7 @@ _HOME = {
         "TrainResult",
         "relative_floors",
     ),
+    "latent_rewards.fronts": ("hypervolume", "non_dominated"),
     "latent_rewards.report": ("Report",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
