@@ -1,9 +1,9 @@
 """Floors for means of rewards, enforced by Lagrange multipliers: raise one reward while another keeps its level.
 
 Maximise ``E[objective]`` subject to ``E[reward_i] >= floor_i``: the policy climbs
-``objective + sum_i multiplier_i (reward_i - floor_i)`` while each multiplier, the price of its floor, rises as long as
-the floor is missed and falls back to 0 once it is exceeded (dual ascent; Arrow, Hurwicz and Uzawa 1958). Unlike a fixed
-penalty this ends at the floor itself, whatever the units are.
+``objective + sum_i multiplier_i (reward_i - floor_i) / unit_i`` while each multiplier, the price of its floor, rises as
+long as the floor is missed and falls back to 0 once it is exceeded (dual ascent; Arrow, Hurwicz and Uzawa 1958). Unlike
+a fixed penalty this ends at the floor itself, whatever the units are.
 """
 
 from __future__ import annotations
@@ -46,26 +46,28 @@ def relative_floors(dataset: RewardDataset, shares: Mapping[str, float]) -> dict
 class Lagrangian:
     """An objective whose guarded rewards keep their floors in the mean, at prices that are learnt while training.
 
-    A trainer moves the prices once per update. With ``violation = floor - mean`` of the samples of an update,
-    ``integral <- max(0, integral + learning_rate violation)`` and
-    ``multiplier = max(0, integral + damping violation)``, which is PI control (Stooke, Achiam and Abbeel 2020,
-    2007.03964). The mean is the proxy's, plus what it was wrong by at the last refresh: so at a refresh it is the true
-    one, and it is the true floor that is kept. Without an oracle it is the proxy's alone.
+    A trainer moves the prices once per update. With ``v = (floor - mean) / unit`` of an update's samples,
+    ``integral <- max(0, integral + learning_rate v)`` and ``multiplier = max(0, integral + damping v)``, which is PI
+    control (Stooke, Achiam and Abbeel 2020, 2007.03964). The mean is the proxy's, plus what it was wrong by at the last
+    refresh: so at a refresh it is the true one, and it is the true floor that is kept. Without an oracle it is the
+    proxy's alone.
 
-    Logged are ``multiplier/<name>``, as an update used it, and ``violation/<name>``, as that update's samples had it:
-    positive below the floor. All this is part of a checkpoint, and the same in every rank of a launch.
+    Logged are ``multiplier/<name>``, as an update used it, and ``violation/<name>``, floor minus mean of that update's
+    samples: positive below the floor. All this is part of a checkpoint, and the same in every rank of a launch.
 
     Args:
         objective: what is raised.
         floors: reward name -> the least its mean should be; see :func:`relative_floors`.
-        learning_rate: by how much a multiplier rises per update and unit of violation, positive. Too much makes
+        units: reward name -> what counts as one of it, positive, such as its standard deviation over the student's
+            samples; 1 where none is given. A multiplier is the price of one unit.
+        learning_rate: by how much a multiplier rises per update for one unit of violation, positive. Too much makes
             multiplier and policy swing around each other.
         damping: answers the violation at once and so stills those swings without moving where they end; 0 is plain
             dual ascent.
         maximum: multipliers stop there, for floors that cannot be reached; None lets them grow.
 
     Raises:
-        ConfigError: no floors, one that is not finite, or a setting outside its range.
+        ConfigError: no floors, one that is not finite, a unit of no floor, or a setting outside its range.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Lagrangian:
         objective: WeightedSum | Tchebycheff | Constraint,
         floors: Mapping[str, float],
         *,
+        units: Mapping[str, float] | None = None,
         learning_rate: float = 1.0,
         damping: float = 0.0,
         maximum: float | None = None,
@@ -85,6 +88,12 @@ class Lagrangian:
             raise ConfigError(f"maximum must be positive, or None for no bound; got {maximum}")
         self.objective, self.floors = objective, check_numbers(floors, "floor")
         self.learning_rate, self.damping, self.maximum = float(learning_rate), float(damping), maximum
+        self.units = {name: float((units or {}).get(name, 1.0)) for name in self.floors}
+        for name, unit in {**(units or {}), **self.units}.items():
+            if name not in self.floors:
+                raise ConfigError(f"units: {unknown_name('floor', name, self.floors)}")
+            if not 0 < unit < math.inf:
+                raise ConfigError(f"the unit of {name!r} must be positive and finite; got {unit}")
         self.multipliers = dict.fromkeys(self.floors, 0.0)
         self._integrals = dict.fromkeys(self.floors, 0.0)
         self._corrections = dict.fromkeys(self.floors, 0.0)
@@ -102,7 +111,7 @@ class Lagrangian:
         """
         total = self.objective(rewards)
         rows, _ = neutral(select_rewards(rewards, self.floors))
-        prices = rows.new_tensor(list(self.multipliers.values()))[:, None]
+        prices = rows.new_tensor([self.multipliers[name] / self.units[name] for name in self.floors])[:, None]
         floors = rows.new_tensor(list(self.floors.values()))[:, None]
         return total + (prices * (rows - floors)).sum(dim=0)
 
@@ -122,8 +131,9 @@ class Lagrangian:
             violation = floor - (means[name] + self._corrections[name])
             logs |= {f"multiplier/{name}": self.multipliers[name], f"violation/{name}": violation}
             if not math.isnan(violation):
-                self._integrals[name] = self._bounded(self._integrals[name] + self.learning_rate * violation)
-                self.multipliers[name] = self._bounded(self._integrals[name] + self.damping * violation)
+                missed = violation / self.units[name]
+                self._integrals[name] = self._bounded(self._integrals[name] + self.learning_rate * missed)
+                self.multipliers[name] = self._bounded(self._integrals[name] + self.damping * missed)
         return logs
 
     def after_refresh(self, proxy: Mapping[str, float], true: Mapping[str, float]) -> None:
@@ -137,7 +147,7 @@ class Lagrangian:
         return max(0.0, value if self.maximum is None else min(value, self.maximum))
 
     def _settings(self) -> dict[str, Any]:
-        names = ("floors", "learning_rate", "damping", "maximum")
+        names = ("floors", "units", "learning_rate", "damping", "maximum")
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:

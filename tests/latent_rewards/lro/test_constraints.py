@@ -141,6 +141,11 @@ def test_one_update_has_exact_values():
     bounded.after_update({"room": 0.0})
     assert bounded.multipliers["room"] == 1.5
     assert reward.weights == {"room": 0.0, "quality": 1.0}
+    scaled = lagrangian(floor=5.0, learning_rate=0.5, damping=2.0, units={"room": 10.0})  # the first case times 10
+    assert scaled.after_update({"room": 1.0}) == {"multiplier/room": 0.0, "violation/room": 4.0}
+    assert scaled.multipliers["room"] == pytest.approx(1.0, abs=1e-15)
+    total = scaled({"quality": tensor(1, 1, 1), "room": tensor(5, 7.5, NAN)})
+    torch.testing.assert_close(total, tensor(1, 1.25, 1.125), rtol=1e-12, atol=0)
     with pytest.raises(DataError, match="'room'"):
         reward.after_update({"quality": 1.0})
 
@@ -181,6 +186,8 @@ def test_mistakes_are_named():
         ({"damping": -1.0}, "damping must be"),
         ({"maximum": 0.0}, "maximum must be positive"),
         ({"floor": NAN}, "floor of 'room' must be finite"),
+        ({"units": {"room": 0.0}}, "unit of 'room' must be positive"),
+        ({"units": {"rom": 1.0}}, "units: unknown floor 'rom'.*'room'"),
     ):
         with pytest.raises(ConfigError, match=message):
             lagrangian(**settings)
