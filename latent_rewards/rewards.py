@@ -51,7 +51,7 @@ def neutral(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exclude(total: Tensor, applies: Tensor) -> Tensor:
-    """Return ``total`` ``[B]`` with NaN where nothing applies."""
+    """Return ``total`` with NaN where nothing applies."""
     return torch.where(applies, total, torch.full_like(total, math.nan))
 
 
@@ -87,6 +87,19 @@ class WeightedSum:
         Raises:
             DataError: a weighted reward is missing.
         """
+        rows, applies = self._terms(rewards)
+        return exclude(rows.sum(dim=0), applies)
+
+    def terms(self, rewards: Mapping[str, Tensor]) -> Tensor:
+        """Return the terms of the sum ``[R, B]``, in the order of the weights; NaN where every reward is NaN.
+
+        Raises:
+            DataError: a weighted reward is missing.
+        """
+        rows, applies = self._terms(rewards)
+        return exclude(rows, applies.expand_as(rows))
+
+    def _terms(self, rewards: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         rows = select_rewards(rewards, self.weights)
         if self.normalize == "zscore":
             rows = _zscore(rows)
@@ -94,7 +107,7 @@ class WeightedSum:
             rows = torch.stack([_centred_ranks(row) for row in rows])
         rows, applies = neutral(rows)
         weights = torch.tensor(list(self.weights.values()), dtype=rows.dtype, device=rows.device)
-        return exclude((weights[:, None] * rows).sum(dim=0), applies)
+        return weights[:, None] * rows, applies
 
     def __repr__(self) -> str:
         """Return the constructor call."""

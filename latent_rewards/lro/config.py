@@ -46,6 +46,10 @@ class LROConfig:
             ``"normalize_then_sum"`` first divides each by the standard deviation of its own group, so that a reward of
             small range does not vanish behind one of large range (GDPO, 2601.05242, which adds
             ``scale_rewards="batch"``). It takes a WeightedSum that does not normalise itself.
+        gradient_aggregation: ``"upgrad"``, ``"mgda"`` or ``"pcgrad"`` estimate one gradient for each term of a
+            WeightedSum and combine them so that none pays for another (see :mod:`latent_rewards.lro.gradients`; extra
+            ``multi``). KL and anchor are added to the result. It takes as many backward passes more as there are
+            rewards, and logs ``conflict``. None follows the gradient of the sum.
         beta: price of the KL to the reference in nats per latent dimension (mean over event dimensions, summed over
             steps); 0 needs no reference.
         pessimism: how many of the proxy's own standard deviations a reward is scored below its mean (above, if its
@@ -95,6 +99,7 @@ class LROConfig:
     last_k: int | None = None
     scale_rewards: ScaleRewards = "none"
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    gradient_aggregation: Literal["upgrad", "mgda", "pcgrad"] | None = None
     beta: float = 0.05
     pessimism: float = 0.5
     reward_cap: float | None = None
@@ -157,6 +162,7 @@ class LROConfig:
             "chain": ("score", "path"),
             "scale_rewards": ("none", "group", "batch"),
             "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+            "gradient_aggregation": (None, "upgrad", "mgda", "pcgrad"),
             "acquisition": ("random", "uncertain", "top", "diverse", "mixed"),
             "mixed_precision": ("no", "bf16"),
         }

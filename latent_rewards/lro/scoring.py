@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,13 @@ class ProxyReward:
         if self.normalize_groups is None or not isinstance(self.reward, WeightedSum):
             return total
         return self.reward(normalize_each(scores, self.reward.weights, self.normalize_groups, repeats))
+
+    def terms(self, scores: Mapping[str, Tensor], repeats: int) -> Tensor:
+        """Return the terms ``[R, N]`` whose sum :meth:`normalized` returns; the reward must be a WeightedSum."""
+        reward = cast(WeightedSum, self.reward)
+        if self.normalize_groups is not None:
+            scores = normalize_each(scores, reward.weights, self.normalize_groups, repeats)
+        return reward.terms(scores)
 
     def after_update(self, logs: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
         """Let a reward that learns see the means ``rewards/<name>/mean`` of all ranks; return what it logs."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from latent_rewards.dataset import RewardDataset
 from latent_rewards.lro import estimators
 from latent_rewards.lro.checks import check_finite, check_on_policy, describe
 from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LROConfig, StartedWith
+from latent_rewards.lro.gradients import GradientAggregation
 from latent_rewards.lro.guard import Guard, RefreshSchedule
 from latent_rewards.lro.refresh import Refresher, check_fingerprints, query
 from latent_rewards.lro.result import TrainResult
@@ -89,6 +91,10 @@ class LatentRewardTrainer:
             micro_batch=config.micro_batch,
             normalize_groups=config.normalize_groups,
         )
+        self.aggregation = None
+        if config.gradient_aggregation is not None:
+            trained = [p for p in module.parameters() if p.requires_grad]
+            self.aggregation = GradientAggregation(config.gradient_aggregation, reward, trained, config.seed)
         self.guard = Guard(
             module,
             RefreshSchedule(config.refresh_every, config.refresh_queries, config.max_queries),
@@ -220,7 +226,12 @@ class LatentRewardTrainer:
             if steps is not None and iteration == 0:
                 check_on_policy(step, trajectory, steps, config.head_std)
             reward = self._reward_function(step, batch, logs)
-            loss = self._estimate(step, iteration, batch, trajectory, steps, reward)
+            estimate = partial(self._estimate, step, iteration, batch, trajectory, steps)
+            if self.aggregation is None:
+                loss = estimate(reward)
+            else:
+                loss, told = self.aggregation(step, estimate, partial(reward, apart=True), self.loop.ranks)
+                logs |= told
             if self.reference is not None:
                 nats = trajectory_kl(self.policy, self.reference, trajectory, config.head_std, steps).sum(dim=1)
                 check_finite("kl", nats, step, batch)
@@ -248,10 +259,13 @@ class LatentRewardTrainer:
     def _epsilon(self) -> float | None:
         return self.config.epsilon if self.config.num_iterations > 1 else None
 
-    def _reward_function(self, step: int, batch: Batch, logs: dict[str, float]) -> estimators.RewardFunction:
-        """Return the reward of latents ``[N, ...]``, ``latents[i]`` belonging to sample i % B; it fills ``logs``."""
+    def _reward_function(self, step: int, batch: Batch, logs: dict[str, float]) -> Callable[..., Tensor]:
+        """Return the reward of latents ``[N, ...]``, ``latents[i]`` belonging to sample i % B; it fills ``logs``.
 
-        def reward(latents: Tensor) -> Tensor:
+        With ``apart`` it returns the reward's terms ``[R, N]``.
+        """
+
+        def reward(latents: Tensor, *, apart: bool = False) -> Tensor:
             repeats = len(latents) // len(batch.prompts)
             with torch.autocast(latents.device.type, enabled=False):
                 total, scores = self.scoring(latents, batch.prompts * repeats)
@@ -260,7 +274,7 @@ class LatentRewardTrainer:
             logs["reward"] = float(per_sample.mean())
             logs["reward_std"] = float(per_sample.std(correction=min(1, len(per_sample) - 1)))
             logs.update({f"rewards/{name}/mean": float(score.detach().mean()) for name, score in scores.items()})
-            return self.scoring.normalized(total, scores, repeats)
+            return self.scoring.terms(scores, repeats) if apart else self.scoring.normalized(total, scores, repeats)
 
         return reward
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from latent_rewards.contracts import ConfigError
 from latent_rewards.lro.advantages import normalize_then_sum
 from latent_rewards.lro.config import LROConfig
+from latent_rewards.lro.gradients import GradientAggregation, smallest_cosine
 from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer
 from latent_rewards.rewards import Tchebycheff, WeightedSum
+from latent_rewards.training.loop import NonFiniteError
+from latent_rewards.training.ranks import ALONE, Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:no oracle", "ignore:one reward and no holdout")
 
@@ -123,3 +127,130 @@ def test_ranks_tune_through_their_slope(linear_policy):
     DifferentiableRewardTrainer(policy, Two(), ["a"], settings, reward=reward).train()
     near, far = policy.shift.detach().flatten().tolist()
     assert near > 0.2 and far > 0.2  # towards both points, whatever their units
+
+
+ALL = [
+    (ReinforceTrainer, {"estimator": "reinforce"}), (ReinforceTrainer, {"chain": "score"}),
+    (ReinforceTrainer, {"chain": "path"}), (DifferentiableRewardTrainer, {"estimator": "pathwise"}),
+    (DifferentiableRewardTrainer, {"estimator": "hybrid"}),
+]  # fmt: skip
+
+
+def combined(names, rows):
+    """The gradient of the loss that two or more linear losses with these gradients become."""
+    x = nn.Parameter(torch.zeros(len(rows[0]), dtype=torch.float64))
+    reward = WeightedSum(dict.fromkeys("abc"[: len(rows)], 1.0))
+    found = []
+    for name in names:
+        loss, logs = GradientAggregation(name, reward, [x], seed=0)(
+            0, lambda one: one(x).sum(), lambda latents: torch.tensor(rows, dtype=torch.float64) * latents, ALONE
+        )
+        found.append(torch.autograd.grad(loss, x)[0])
+    return found, logs["conflict"]
+
+
+def test_two_gradients_of_known_combinations():
+    (up, shortest, cut), conflict = combined(["upgrad", "mgda", "pcgrad"], [[1.0, 0.0], [-1.0, 1.0]])
+    expected = torch.tensor([0.5, 1.5], dtype=torch.float64)  # each loses its part against the other
+    torch.testing.assert_close(cut, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(up, expected, rtol=0, atol=1e-3)  # torchjd regularises its quadratic programme
+    torch.testing.assert_close(shortest, torch.tensor([0.2, 0.4], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert conflict == pytest.approx(-(0.5**0.5), rel=1e-12)
+    for found in (up, shortest, cut):
+        assert (torch.tensor([[1.0, 0.0], [-1.0, 1.0]], dtype=torch.float64) @ found).min() > 0
+    (up, cut), conflict = combined(["upgrad", "pcgrad"], [[1.0, 0.5], [0.0, 1.0], [0.0, 0.0]])
+    torch.testing.assert_close(up, torch.tensor([1.0, 1.5], dtype=torch.float64), rtol=0, atol=1e-3)
+    torch.testing.assert_close(cut, torch.tensor([1.0, 1.5], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    assert conflict == 0.0
+    assert smallest_cosine(torch.tensor([[4.0, 1.0], [1.0, 1.0]])) == 0.5
+
+
+@pytest.mark.parametrize("name", ["upgrad", "mgda", "pcgrad"])
+@pytest.mark.parametrize(("trainer", "settings"), ALL)
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_the_trainers_gradient_is_torchjds(linear_policy, trainer, settings, name, aggregation):
+    from torchjd.aggregation import MGDA, PCGrad, UPGrad
+
+    aggregators = {"upgrad": UPGrad(torch.ones(2, dtype=torch.float64)), "mgda": MGDA(), "pcgrad": PCGrad()}
+
+    def gradient(weights, how, logs=None):
+        policy = linear_policy(dim=2, gain=0.5)
+        chosen = config(step_counts=[2], multi_objective_aggregation=aggregation, gradient_aggregation=how, **settings)
+        proxy = Two(near=(1.0, 0.0), far=(-1.0, 0.5))
+        return gradients(trainer(policy, proxy, ["a"], chosen, reward=WeightedSum(weights)), policy, logs)
+
+    weights, logs = {"near": 1.0, "far": 0.05}, {}
+    rows = torch.stack([gradient({**dict.fromkeys(weights, 0.0), n: w}, None) for n, w in weights.items()])
+    torch.testing.assert_close(gradient(weights, None), rows.sum(0), rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(gradient(weights, name, logs), aggregators[name](rows), rtol=1e-6, atol=1e-10)
+    cosine = torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=0)
+    assert logs["conflict"] == pytest.approx(float(cosine), rel=1e-6)
+
+
+def test_kl_and_anchor_are_added_as_usual(linear_policy):
+    class Pull:
+        def loss(self, policy, condition, noise):
+            return 3.0 * policy.shift.sum()
+
+        def after_step(self):
+            pass
+
+        state_dict = load_state_dict = None
+
+    def gradient(**extra):
+        policy, reference = linear_policy(dim=2, gain=0.5), linear_policy(dim=2, gain=0.2)
+        beta = 0.1 if extra else 0.0
+        settings = config(gradient_aggregation="pcgrad", beta=beta)
+        trainer = DifferentiableRewardTrainer(
+            policy, Two(), ["a"], settings, reward=WeightedSum(WEIGHTS), reference=reference if extra else None, **extra
+        )
+        logs: dict = {}
+        return gradients(trainer, policy, logs), logs
+
+    plain, _ = gradient()
+    both, logs = gradient(anchor=Pull())
+    assert logs["kl"] > 0 and logs["anchor"] == 0.0
+    torch.testing.assert_close((both - plain)[1:].mean(), torch.tensor(3.0, dtype=torch.float64), rtol=0.1, atol=0)
+    assert (both - plain)[0].abs() > 1e-3
+
+
+def test_ranks_compare_averaged_gradients(monkeypatch):
+    x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    averaged = []
+    monkeypatch.setattr(Ranks, "average", lambda self, tensors: averaged.extend(tensors))
+    aggregation = GradientAggregation("pcgrad", WeightedSum({"a": 1.0, "b": 1.0}), [x], seed=0)
+    rows = torch.tensor([[1.0, 0.0], [-1.0, 1.0]], dtype=torch.float64)
+    aggregation(0, lambda one: one(x).sum(), lambda latents: rows * latents, ALONE)
+    assert torch.equal(torch.stack(averaged), rows)
+
+
+def test_the_global_generator_is_left_alone():
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    combined(["pcgrad"], [[1.0, 0.0], [-1.0, 1.0]])
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(linear_policy):
+    class Broken(Two):
+        def scores(self, latents, prompts, pessimism=0.0):
+            scores = super().scores(latents, prompts)
+            return {**scores, "far": scores["far"] + (latents.flatten(1).sum(1) * 0).sqrt()}
+
+    policy = linear_policy(dim=2, gain=0.5)
+    settings = config(gradient_aggregation="upgrad")  # whose solver would fail in its own words
+    with pytest.raises(NonFiniteError, match="parameters kept"):
+        DifferentiableRewardTrainer(policy, Broken(), ["a"], settings, reward=WeightedSum(WEIGHTS)).train()
+    assert float(policy.gain.detach()) == 0.5
+
+
+def test_what_gradient_aggregation_needs_is_said(linear_policy, exact_proxy, monkeypatch):
+    settings = config(gradient_aggregation="upgrad")
+    for reward in (WeightedSum({"near": 1.0}), Tchebycheff(WEIGHTS, WEIGHTS)):
+        with pytest.raises(ConfigError, match="at least two rewards"):
+            ReinforceTrainer(linear_policy(dim=2), Two(), ["a"], settings, reward=reward)
+    with pytest.raises(ConfigError, match="gradient_aggregation"):
+        config(gradient_aggregation="nash")
+    monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
+    with pytest.raises(ConfigError, match=r"pip install 'latent-rewards\[multi\]'"):
+        ReinforceTrainer(linear_policy(dim=2), Two(), ["a"], settings, reward=WeightedSum(WEIGHTS))
