@@ -6,6 +6,7 @@ from latent_rewards.lro.config import LROConfig
 from latent_rewards.lro.constraints import Lagrangian, relative_floors
 from latent_rewards.lro.estimators import hybrid, pathwise, reinforce, smoothed
 from latent_rewards.lro.guard import Guard, RefreshSchedule
+from latent_rewards.lro.pareto import PreferredReward, WeightConditioned
 from latent_rewards.lro.result import TrainResult
 from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer
 
@@ -15,9 +16,11 @@ __all__ = [
     "LROConfig",
     "Lagrangian",
     "OffPolicyError",
+    "PreferredReward",
     "RefreshSchedule",
     "ReinforceTrainer",
     "TrainResult",
+    "WeightConditioned",
     "group_normalized",
     "hybrid",
     "leave_one_out",

@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from latent_rewards.contracts import ConfigError, Reward
+from latent_rewards.contracts import Condition, ConfigError, Reward
 from latent_rewards.lro.advantages import normalize_each
 from latent_rewards.rewards import WeightedSum
 from latent_rewards.training.ranks import Ranks
@@ -46,6 +46,15 @@ class AdaptiveReward(Protocol):
 
     def load_state_dict(self, state: Any, /) -> Any:  # noqa: ANN401 - as torch's modules
         """Restore what :meth:`state_dict` returned."""
+        ...
+
+
+@runtime_checkable
+class ConditionedReward(Protocol):
+    """A Reward that differs between samples, such as :class:`~latent_rewards.lro.pareto.PreferredReward`."""
+
+    def given(self, condition: Condition, repeats: int, /) -> Reward:
+        """Return the Reward of ``repeats`` draws for each sample with this condition."""
         ...
 
 
@@ -129,10 +138,19 @@ class ProxyReward:
             }
         return scores
 
-    def __call__(self, latents: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the reward ``[N]`` and the pessimistic, capped scores ``{name: [N]}`` it was made of."""
+    def __call__(
+        self, latents: Tensor, prompts: Sequence[str], condition: Condition | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the reward ``[N]`` and the pessimistic, capped scores ``{name: [N]}`` it was made of.
+
+        A reward that differs between samples takes it from their ``condition``, of B samples: ``[i]`` belongs to
+        sample ``i % B``.
+        """
         scores = self.scores(latents, prompts)
-        return self.reward(scores), scores
+        reward = self.reward
+        if condition is not None and isinstance(reward, ConditionedReward):
+            reward = reward.given(condition, len(latents) // len(condition))
+        return reward(scores), scores
 
     def normalized(self, total: Tensor, scores: Mapping[str, Tensor], repeats: int) -> Tensor:
         """Return what advantages are taken of, ``[N]``: the reward, or the sum of rewards normalised by group.

@@ -268,7 +268,7 @@ class LatentRewardTrainer:
         def reward(latents: Tensor, *, apart: bool = False) -> Tensor:
             repeats = len(latents) // len(batch.prompts)
             with torch.autocast(latents.device.type, enabled=False):
-                total, scores = self.scoring(latents, batch.prompts * repeats)
+                total, scores = self.scoring(latents, batch.prompts * repeats, batch.condition)
             per_sample = total.detach().view(repeats, -1).mean(dim=0)
             check_finite("reward", per_sample, step, batch)
             logs["reward"] = float(per_sample.mean())

@@ -231,14 +231,20 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(linear_policy):
+def test_a_gradient_that_is_not_finite_is_left_to_the_loop(linear_policy):
+    x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    rows = torch.tensor([[1.0, 0.0], [float("nan"), 1.0]], dtype=torch.float64)
+    aggregation = GradientAggregation("upgrad", WeightedSum({"a": 1.0, "b": 1.0}), [x], seed=0)
+    loss, logs = aggregation(0, lambda one: one(x).sum(), lambda latents: rows * latents, ALONE)
+    assert not torch.isfinite(torch.autograd.grad(loss, x)[0]).all() and logs == {}
+
     class Broken(Two):
         def scores(self, latents, prompts, pessimism=0.0):
             scores = super().scores(latents, prompts)
             return {**scores, "far": scores["far"] + (latents.flatten(1).sum(1) * 0).sqrt()}
 
     policy = linear_policy(dim=2, gain=0.5)
-    settings = config(gradient_aggregation="upgrad")  # whose solver would fail in its own words
+    settings = config(gradient_aggregation="upgrad")
     with pytest.raises(NonFiniteError, match="parameters kept"):
         DifferentiableRewardTrainer(policy, Broken(), ["a"], settings, reward=WeightedSum(WEIGHTS)).train()
     assert float(policy.gain.detach()) == 0.5
