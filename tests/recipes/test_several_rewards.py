@@ -7,7 +7,7 @@ import pytest
 
 import distillation as ds
 import latent_rewards as lr
-from recipes import constrained, multi_reward
+from recipes import constrained, multi_reward, pareto
 
 TEACHER = Path(__file__).parents[2] / "recipes" / "moving_digits" / "weights" / "teacher"
 TINY = ["--queries", "32", "--updates", "3"]
@@ -53,6 +53,21 @@ def test_multi_reward(student, tiny, tmp_path, capsys):
     multi_reward.main(["--student", student, "--output", str(tmp_path / "out"), *TINY])
     assert "quality.sharpness: true mean" in capsys.readouterr().out
     ds.FewStepStudent.from_pretrained(tmp_path / "out")
+
+
+def test_pareto(student, tiny, tmp_path, capsys):
+    metrics = ["--metric", "digits.legibility", "--metric", "quality.sharpness"]
+    sizes = ["--points", "2", "--scored", "8", "--rank", "1"]
+    pareto.main(["--student", student, "--output", str(tmp_path / "out"), *metrics, *sizes, *TINY])
+    assert "hypervolume over the student" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Pareto front" in page and "before tuning" in page
+    policy = lr.WeightConditioned.from_pretrained(ds.FewStepStudent.from_pretrained(student), tmp_path / "out")
+    assert policy.reward_names == ("digits.legibility", "quality.sharpness")
+    assert any(bool((addition.up != 0).any()) for addition in policy.additions)
+    with pytest.raises(SystemExit):
+        pareto.main(["--metric", "digits.legibility"])
+    assert "two metrics" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("recipe", [constrained, multi_reward])

@@ -130,10 +130,10 @@ def test_a_group_shares_weights_which_are_a_function_of_seed_update_and_group(co
     parts = [source.update_batch(7, 4, 3, Ranks(rank, 2)).condition.preferences for rank in (0, 1)]
     assert torch.equal(torch.cat(parts), drawn)
     assert not torch.equal(source.update_batch(8, 4, 3).condition.preferences, drawn)
-    held = [batch.condition.preferences for batch in source.evaluation_batches("x", 0, 300, 128)]
+    held = [batch.condition.preferences for batch in source.evaluation_batches("x", 0, 2000, 512)]
     left = torch.cat(held)[:, 0]
-    assert abs(float(left.mean()) - 0.5) < 4.5 * (1 / 12 / 300) ** 0.5  # uniform on [0, 1]
-    assert abs(float((left < 0.1).double().mean()) - 0.1) < 4.5 * (0.09 / 300) ** 0.5
+    assert abs(float(left.mean()) - 0.5) < 4.5 * (1 / 12 / 2000) ** 0.5  # uniform on [0, 1]
+    assert abs(float((left < 0.1).double().mean()) - 0.1) < 4.5 * (0.09 / 2000) ** 0.5
 
 
 def test_each_sample_is_rewarded_with_its_own_weights(conditioned):
