@@ -34,10 +34,15 @@ _HOME = {
         "DecodedReward",
         "DifferentiableRewardTrainer",
         "LROConfig",
+        "Lagrangian",
+        "PreferredReward",
         "ReinforceTrainer",
         "TrainResult",
         "TrueReward",
+        "WeightConditioned",
+        "relative_floors",
     ),
+    "latent_rewards.fronts": ("hypervolume", "non_dominated"),
     "latent_rewards.report": ("Report",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

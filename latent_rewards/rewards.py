@@ -8,7 +8,7 @@ whole, which the advantages exclude.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -17,7 +17,12 @@ from torch import Tensor
 from latent_rewards.contracts import ConfigError, DataError, unknown_name
 
 
-def _checked(values: Mapping[str, float], what: str) -> dict[str, float]:
+def check_numbers(values: Mapping[str, float], what: str) -> dict[str, float]:
+    """Return one finite number per reward as floats.
+
+    Raises:
+        ConfigError: there is none, or one is not finite; ``what`` is what the message calls them.
+    """
     if not values:
         raise ConfigError(f"the {what}s are empty; name at least one reward, such as {{'legibility': 1.0}}")
     for name, value in values.items():
@@ -26,21 +31,27 @@ def _checked(values: Mapping[str, float], what: str) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
 
 
-def _select(rewards: Mapping[str, Tensor], names: Mapping[str, float]) -> Tensor:
+def select_rewards(rewards: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    """Return the named rewards as rows ``[R, B]``.
+
+    Raises:
+        DataError: one is missing.
+    """
     for name in names:
         if name not in rewards:
             raise DataError(unknown_name("reward", name, rewards))
     return torch.stack([rewards[name] for name in names])
 
 
-def _neutral(rows: Tensor) -> tuple[Tensor, Tensor]:
+def neutral(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``rows`` ``[R, B]`` with NaN replaced by the row's mean, and which samples have any reward ``[B]``."""
     valid = ~torch.isnan(rows)
     mean = rows.detach().nanmean(dim=1, keepdim=True).nan_to_num(nan=0.0)
     return torch.where(valid, rows, mean), valid.any(dim=0)
 
 
-def _exclude(total: Tensor, applies: Tensor) -> Tensor:
+def exclude(total: Tensor, applies: Tensor) -> Tensor:
+    """Return ``total`` with NaN where nothing applies."""
     return torch.where(applies, total, torch.full_like(total, math.nan))
 
 
@@ -51,18 +62,23 @@ class WeightedSum:
     that weights compare rewards of different ranges. Both statistics are constants to the gradient: a batch's z-scores
     sum to zero whatever the latents are. A reward that is constant over the batch contributes zero.
 
+    ``normalize="rank"`` replaces each reward by its rank over the batch, from -1/2 (lowest) to 1/2 (highest), ties
+    averaged: only the order counts, so no outlier and no scale does. Ranks are steps, whose slope is 0; a gradient
+    estimator is given one constant slope per reward instead, that of the line through ranks and values (values fitted
+    on ranks). The gradient then is the reward's own, in units of its spread over the batch.
+
     Args:
         weights: reward name -> weight; negative for a reward that should fall.
-        normalize: None or ``"zscore"``.
+        normalize: None, ``"zscore"`` or ``"rank"``.
 
     Raises:
         ConfigError: no weights, one that is not finite, or an unknown ``normalize``.
     """
 
-    def __init__(self, weights: Mapping[str, float], normalize: Literal["zscore"] | None = None) -> None:
-        if normalize not in (None, "zscore"):
-            raise ConfigError(f"normalize must be None or 'zscore'; got {normalize!r}")
-        self.weights = _checked(weights, "weight")
+    def __init__(self, weights: Mapping[str, float], normalize: Literal["zscore", "rank"] | None = None) -> None:
+        if normalize not in (None, "zscore", "rank"):
+            raise ConfigError(f"normalize must be None, 'zscore' or 'rank'; got {normalize!r}")
+        self.weights = check_numbers(weights, "weight")
         self.normalize = normalize
 
     def __call__(self, rewards: Mapping[str, Tensor]) -> Tensor:
@@ -71,12 +87,27 @@ class WeightedSum:
         Raises:
             DataError: a weighted reward is missing.
         """
-        rows = _select(rewards, self.weights)
+        rows, applies = self._terms(rewards)
+        return exclude(rows.sum(dim=0), applies)
+
+    def terms(self, rewards: Mapping[str, Tensor]) -> Tensor:
+        """Return the terms of the sum ``[R, B]``, in the order of the weights; NaN where every reward is NaN.
+
+        Raises:
+            DataError: a weighted reward is missing.
+        """
+        rows, applies = self._terms(rewards)
+        return exclude(rows, applies.expand_as(rows))
+
+    def _terms(self, rewards: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        rows = select_rewards(rewards, self.weights)
         if self.normalize == "zscore":
             rows = _zscore(rows)
-        rows, applies = _neutral(rows)
+        elif self.normalize == "rank":
+            rows = torch.stack([_centred_ranks(row) for row in rows])
+        rows, applies = neutral(rows)
         weights = torch.tensor(list(self.weights.values()), dtype=rows.dtype, device=rows.device)
-        return _exclude((weights[:, None] * rows).sum(dim=0), applies)
+        return weights[:, None] * rows, applies
 
     def __repr__(self) -> str:
         """Return the constructor call."""
@@ -94,6 +125,20 @@ def _zscore(rows: Tensor) -> Tensor:
     return (rows - mean) * scale
 
 
+def _centred_ranks(row: Tensor) -> Tensor:
+    """Return the ranks of ``row`` ``[B]`` in [-1/2, 1/2], NaN where it is NaN; they carry a straight-through slope."""
+    known = ~torch.isnan(row)
+    with torch.no_grad():
+        _, place, ties = row[known].unique(return_inverse=True, return_counts=True)
+        ranks = (ties.cumsum(0) - 0.5 * (ties - 1))[place].to(row.dtype)
+        centred = (ranks - 0.5 * (len(ranks) + 1)) / max(1, len(ranks) - 1)
+        spread = (centred * row[known]).sum()
+        slope = torch.where(spread > 0, centred.square().sum() / spread, torch.zeros_like(spread))
+    result = torch.full_like(row, math.nan)
+    result[known] = centred + slope * (row[known] - row[known].detach())
+    return result
+
+
 class Tchebycheff:
     """The worst weighted shortfall from a target: ``-max_i weight_i (target_i - reward_i)`` (Bowman 1976).
 
@@ -109,13 +154,13 @@ class Tchebycheff:
     """
 
     def __init__(self, weights: Mapping[str, float], targets: Mapping[str, float]) -> None:
-        self.weights = _checked(weights, "weight")
+        self.weights = check_numbers(weights, "weight")
         for name, weight in self.weights.items():
             if weight <= 0:
                 raise ConfigError(f"the weight of {name!r} must be positive; got {weight}")
         if set(targets) != set(self.weights):
             raise ConfigError(f"targets must name {sorted(self.weights)}; they name {sorted(targets)}")
-        self.targets = {name: _checked(targets, "target")[name] for name in self.weights}
+        self.targets = {name: check_numbers(targets, "target")[name] for name in self.weights}
 
     def __call__(self, rewards: Mapping[str, Tensor]) -> Tensor:
         """Return ``[B]``, at most 0 once no target is exceeded; NaN where every reward is NaN.
@@ -123,10 +168,10 @@ class Tchebycheff:
         Raises:
             DataError: a weighted reward is missing.
         """
-        rows, applies = _neutral(_select(rewards, self.weights))
+        rows, applies = neutral(select_rewards(rewards, self.weights))
         weights = rows.new_tensor(list(self.weights.values()))[:, None]
         targets = rows.new_tensor(list(self.targets.values()))[:, None]
-        return _exclude(-(weights * (targets - rows)).amax(dim=0), applies)
+        return exclude(-(weights * (targets - rows)).amax(dim=0), applies)
 
 
 class Constraint:
@@ -144,7 +189,7 @@ class Constraint:
     def __init__(self, objective: WeightedSum, floors: Mapping[str, float], penalty: float = 10.0) -> None:
         if not penalty > 0:
             raise ConfigError(f"penalty must be positive; got {penalty}")
-        self.objective, self.floors, self.penalty = objective, _checked(floors, "floor"), penalty
+        self.objective, self.floors, self.penalty = objective, check_numbers(floors, "floor"), penalty
 
     @property
     def weights(self) -> dict[str, float]:
@@ -157,7 +202,7 @@ class Constraint:
         Raises:
             DataError: a reward is missing.
         """
-        rows = _select(rewards, self.floors)
+        rows = select_rewards(rewards, self.floors)
         floors = rows.new_tensor(list(self.floors.values()))[:, None]
         shortfall = torch.where(torch.isnan(rows), torch.zeros_like(rows), (floors - rows).clamp(min=0))
         return self.objective(rewards) - self.penalty * shortfall.sum(dim=0)

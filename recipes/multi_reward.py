@@ -9,6 +9,7 @@ weights compare wishes and not units. A negative weight asks for less of a metri
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import distillation as ds
 import latent_rewards as lr
@@ -24,7 +25,7 @@ def weighted_metric(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not name=weight with a number as weight") from error
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and tune."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="runs/demo/student", help="folder of a student (default: %(default)s)")
@@ -38,7 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--queries", type=int, default=1024, help="true scores before tuning (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=100, help="updates of the student (default: %(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     weights = dict(options.metric or [("digits.legibility", 1.0), ("quality.sharpness", 0.3)])
 
     student = ds.FewStepStudent.from_pretrained(options.student)

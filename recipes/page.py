@@ -17,6 +17,13 @@ PACKAGES = ("latent-rewards", "torch", "diffusers", "transformers", "accelerate"
 REPORT = "report.html"
 CEILINGS = ("real clips", "VAE reconstruction")
 
+SEVERAL_REWARDS = (
+    ("multiplier/", "prices of the floors", "multiplier", "What one unit of a guarded reward was worth."),
+    ("violation/", "violations of the floors", "floor minus mean", "Above 0 the floor was missed."),
+    ("conflict", "conflict of the rewards", "smallest cosine", "Of any two rewards' gradients; -1 is against."),
+)
+"""Prefix of what is logged, title, axis and caption of its chart."""
+
 INTRODUCTION = """A teacher that needs 50 steps was distilled into a student of 1 to 4 steps by variational score \
 distillation (VSD) and consistency distillation (CD). A small proxy then learned to predict a black-box metric from \
 latents, and the student was tuned on the proxy (LRO), which was refreshed with true scores as the student changed."""
@@ -53,7 +60,7 @@ def write_report(
         unranked=CEILINGS,
     )
     for name, result in tuning.items():
-        _add_tuning(report, name, result)
+        add_tuning(report, name, result)
     _add_proxy(report, proxy_report)
     for stage, history in distillation.items():
         _add_losses(report, stage, history)
@@ -63,8 +70,14 @@ def write_report(
     return report.save(folder / REPORT)
 
 
-def _add_tuning(report: Report, name: str, result: Mapping[str, Any]) -> None:
-    """Draw proxy, true and held-out metrics against updates, and the first two against KL."""
+def add_tuning(report: Report, name: str, result: Mapping[str, Any]) -> None:
+    """Draw proxy, true and held-out metrics against updates, the first two against KL, and what several rewards do.
+
+    Args:
+        report: the page.
+        name: of the trainer.
+        result: what its ``TrainResult`` held.
+    """
     history = result["history"]
     series: dict[str, Any] = {}
     against_kl: dict[str, Any] = {}
@@ -92,6 +105,12 @@ def _add_tuning(report: Report, name: str, result: Mapping[str, Any]) -> None:
     )
     if against_kl:
         report.add_curves(f"LRO, {name}: against KL", against_kl, "KL, nats per latent dimension", "metric")
+    for logged, title, label, caption in SEVERAL_REWARDS:
+        kept = [key for key in dict.fromkeys(key for entry in history for key in entry) if key.startswith(logged)]
+        points = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in kept}
+        curves = {key: ([step for step, _ in line], [value for _, value in line]) for key, line in points.items()}
+        if curves:
+            report.add_curves(f"LRO, {name}: {title}", curves, "updates", label, caption)
 
 
 def _add_proxy(report: Report, proxy_report: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ reward is excluded: it enters no baseline and its own advantage is 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -95,6 +95,35 @@ def normalize_then_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, floa
             raise DataError(unknown_name("reward", name, rewards))
     parts = [weight * group_normalized(rewards[name], num_generations) for name, weight in weights.items()]
     return torch.stack(parts).sum(dim=0)
+
+
+def normalize_each(
+    rewards: Mapping[str, Tensor], names: Iterable[str], num_generations: int, repeats: int = 1
+) -> dict[str, Tensor]:
+    """Return each named reward minus the mean of its group, divided by its standard deviation.
+
+    Both are constants to the gradient. The weighted sum of these is :func:`normalize_then_sum`; its leave-one-out
+    advantages are G/(G - 1) times itself, for groups of G. A reward that is constant in a group is 0 there.
+
+    Args:
+        rewards: reward name -> ``[repeats * B]``; ``[i]`` belongs to sample ``i % B``. NaN is excluded.
+        names: the rewards wanted.
+        num_generations: samples per group, at least 2.
+        repeats: draws per sample; mean and standard deviation are those of the samples' means over draws.
+
+    Raises:
+        ConfigError: fewer than 2 generations.
+        DataError: a reward is missing, or B is not a multiple of ``num_generations``.
+    """
+    scaled = {}
+    for name in names:
+        if name not in rewards:
+            raise DataError(unknown_name("reward", name, rewards))
+        draws = rewards[name].view(repeats, -1)
+        rows = _groups(draws.detach().nanmean(dim=0), num_generations)
+        mean, std = (part.expand_as(rows).reshape(-1) for part in _mean_and_std(rows))
+        scaled[name] = torch.where(std > 0, (draws - mean) / std, 0 * draws).view(-1)
+    return scaled
 
 
 def reward_scale(rewards: Tensor, num_generations: int, scale_rewards: ScaleRewards) -> Tensor:

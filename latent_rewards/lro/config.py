@@ -44,6 +44,14 @@ class LROConfig:
         last_k: steps the gradient of ``pathwise`` and of the "path" chain goes through; None is all of them, fewer
             saves memory and is biased.
         scale_rewards: ``"none"``, or divide rewards by the standard deviation of their ``"group"`` or ``"batch"``.
+        multi_objective_aggregation: with several rewards, ``"sum_then_normalize"`` sums them and then takes advantages;
+            ``"normalize_then_sum"`` first divides each by the standard deviation of its own group, so that a reward of
+            small range does not vanish behind one of large range (GDPO, 2601.05242, which adds
+            ``scale_rewards="batch"``). It takes a WeightedSum that does not normalise itself.
+        gradient_aggregation: ``"upgrad"``, ``"mgda"`` or ``"pcgrad"`` estimate one gradient for each term of a
+            WeightedSum and combine them so that none pays for another (see :mod:`latent_rewards.lro.gradients`; extra
+            ``multi``). KL and anchor are added to the result. It takes as many backward passes more as there are
+            rewards, and logs ``conflict``. None follows the gradient of the sum.
         beta: price of the KL to the reference in nats per latent dimension (mean over event dimensions, summed over
             steps); 0 needs no reference. With a ``kl_target``, where it starts.
         kl: "per_state" adds the KL of each step at the states that were sampled, as constants; its gradient ignores
@@ -113,6 +121,8 @@ class LROConfig:
     chain: Literal["score", "path"] = "path"
     last_k: int | None = None
     scale_rewards: ScaleRewards = "none"
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    gradient_aggregation: Literal["upgrad", "mgda", "pcgrad"] | None = None
     beta: float = 0.05
     kl: Literal["per_state", "return"] = "per_state"
     kl_target: float | None = None
@@ -195,6 +205,8 @@ class LROConfig:
             "estimator": (None, *SCORE_ESTIMATORS, *GRADIENT_ESTIMATORS),
             "chain": ("score", "path"),
             "scale_rewards": ("none", "group", "batch"),
+            "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+            "gradient_aggregation": (None, "upgrad", "mgda", "pcgrad"),
             "kl": ("per_state", "return"),
             "kl_gate": ("none", "uncertain"),
             "acquisition": ("random", "uncertain", "top", "diverse", "mixed"),
@@ -230,8 +242,14 @@ class LROConfig:
             )
         path = self.is_path(estimator)
         needs_group = estimator == "reinforce" or (not path and max(self.step_counts) > 1)
-        if (needs_group or self.scale_rewards == "group") and self.num_generations < 2:
+        needs_group = needs_group or self.scale_rewards == "group" or self.normalize_groups is not None
+        if needs_group and self.num_generations < 2:
             raise ConfigError(f"num_generations must be at least 2 for the group baseline of {estimator!r}; got 1")
+        if self.gradient_aggregation and self.kl == "return" and not path:
+            raise ConfigError(
+                f"kl='return' enters the score terms of {estimator!r} once, and gradient_aggregation takes those once "
+                "for each reward; use kl='per_state', or an estimator that goes through the chain"
+            )
         if path and self.num_iterations > 1:
             raise ConfigError(
                 f"num_iterations must be 1 for {estimator!r}: without log-probs a reused rollout is biased"
@@ -241,6 +259,20 @@ class LROConfig:
     def is_path(self, estimator: str) -> bool:
         """Return whether an estimator goes through the chain by backpropagation, and so has no score terms."""
         return estimator == "pathwise" or (estimator == "smoothed" and self.chain == "path")
+
+    @property
+    def normalize_groups(self) -> int | None:
+        """Samples of the groups in which each reward is normalised; None where the sum alone is."""
+        return self.num_generations if self.multi_objective_aggregation == "normalize_then_sum" else None
+
+    def scoring_settings(self) -> dict[str, Any]:
+        """Return the part of these settings that :class:`~latent_rewards.lro.scoring.ProxyReward` takes."""
+        return {
+            "pessimism": self.pessimism,
+            "cap": self.reward_cap,
+            "micro_batch": self.micro_batch,
+            "normalize_groups": self.normalize_groups,
+        }
 
     def refresh_settings(self) -> dict[str, Any]:
         """Return the part of these settings that :class:`~latent_rewards.lro.refresh.Refresher` takes."""

@@ -21,7 +21,7 @@ from latent_rewards.contracts import ConfigError, DataError, FingerprintMismatch
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.lro.guard import Guard
 from latent_rewards.lro.sampling import Batch
-from latent_rewards.lro.scoring import Proxy, ProxyReward
+from latent_rewards.lro.scoring import AdaptiveReward, Proxy, ProxyReward
 from latent_rewards.training.loop import HasStateDict
 from latent_rewards.training.randomness import derive_seed
 from latent_rewards.training.ranks import Ranks, current_ranks
@@ -165,6 +165,7 @@ class Refresher:
         fresh = self._dataset(latents, prompts, true)
         learnt = self._learn(fresh, step, self._extras(num_random))
         self._append(fresh)
+        self._tell_reward(latents[drawn], prompts[drawn], {name: values[drawn] for name, values in true.items()})
         return {**logs, **{f"proxy/{key}": value for key, value in (learnt or {}).items()}}
 
     def _pool(self, samples: Iterable[tuple[Batch, Tensor]]) -> tuple[Tensor, list[str]]:
@@ -218,6 +219,23 @@ class Refresher:
         learnt, state = self._ranks.once(lambda: (learn(), _on_cpu(proxy.state_dict())))
         proxy.load_state_dict(state)
         return learnt
+
+    def _tell_reward(self, latents: Tensor, prompts: list[str], true: Mapping[str, Tensor]) -> None:
+        """Show a reward that learns what the refreshed proxy makes of the samples, as updates will, and the truth."""
+        if not isinstance(self.scoring.reward, AdaptiveReward):
+            return
+        device = next(self.guard.policy.parameters()).device
+
+        def score() -> dict[str, Tensor]:
+            with torch.no_grad():
+                return _on_cpu(self.scoring.scores(latents.to(device), prompts))
+
+        scores = self._ranks.once(score)
+        applies = {name: ~torch.isnan(values) for name, values in true.items()}
+        self.scoring.reward.after_refresh(
+            {name: float(values[applies[name]].double().mean()) for name, values in scores.items()},
+            {name: float(values[applies[name]].double().mean()) for name, values in true.items()},
+        )
 
     def _extras(self, num_random: int | None) -> dict[str, Any]:
         extras: dict[str, Any] = {} if num_random is None else {"num_random": num_random}

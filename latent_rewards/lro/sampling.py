@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,15 @@ class Batch:
     sample_ids: list[int]
     noise: Tensor
     num_steps: int
+
+
+@runtime_checkable
+class VaryingPolicy(Protocol):
+    """A policy of which part of the condition is drawn, like the weights of :mod:`latent_rewards.lro.pareto`."""
+
+    def vary(self, condition: Any, /, *, seed: int, stage: str, step: int, groups: Sequence[int]) -> Condition:  # noqa: ANN401 - its own
+        """Return the condition with that part drawn: a function of (seed, stage, step, group) for each sample."""
+        ...
 
 
 class SampleSource:
@@ -73,6 +83,7 @@ class SampleSource:
             self._condition = policy.encode(distinct).to(device)
         self._shape = policy.latent_shape(self._condition)
         self.step_counts, self.seed, self.device, self.dtype = list(step_counts), seed, device, dtype
+        self._varying = policy if isinstance(policy, VaryingPolicy) else None
         self._pass: tuple[int, list[int]] = (-1, [])
 
     def update_batch(self, step: int, num_prompts: int, num_generations: int, ranks: Ranks = ALONE) -> Batch:
@@ -85,7 +96,7 @@ class SampleSource:
         indices = [self._streamed(step * num_prompts + group) for group in groups for _ in range(num_generations)]
         ids = [group * num_generations + i for group in groups for i in range(num_generations)]
         count = self.step_counts[sample_index(self.seed, "lro/step-count", step, len(self.step_counts))]
-        return self._batch("lro/rollout", step, indices, ids, count)
+        return self._batch("lro/rollout", step, indices, ids, count, [i // num_generations for i in ids])
 
     def evaluation_batches(
         self, stage: str, step: int, num_samples: int, micro_batch: int, ranks: Ranks = ALONE
@@ -99,7 +110,7 @@ class SampleSource:
             ids = list(range(position, num_samples, len(self.step_counts)))[ranks.index :: ranks.count]
             for start in range(0, len(ids), micro_batch):
                 part = ids[start : start + micro_batch]
-                yield self._batch(stage, step, [order[i % len(order)] for i in part], part, count)
+                yield self._batch(stage, step, [order[i % len(order)] for i in part], part, count, part)
 
     def noise(self, stage: str, step: int, sample_ids: Sequence[int], count: int) -> Tensor:
         """Return noise ``[count, B, C, F, H, W]``, a function of each sample's id."""
@@ -113,10 +124,15 @@ class SampleSource:
             self._pass = (epoch, order.tolist())
         return self._pass[1][offset]
 
-    def _batch(self, stage: str, step: int, prompts: list[int], sample_ids: list[int], num_steps: int) -> Batch:
+    def _batch(
+        self, stage: str, step: int, prompts: list[int], sample_ids: list[int], num_steps: int, groups: list[int]
+    ) -> Batch:
         rows = torch.tensor([self._rows[i] for i in prompts], device=self.device)
+        condition = self._condition.index_select(rows)
+        if self._varying is not None:
+            condition = self._varying.vary(condition, seed=self.seed, stage=stage, step=step, groups=groups)
         return Batch(
-            condition=self._condition.index_select(rows),
+            condition=condition,
             prompts=[prompt_text(self.prompts[i]) for i in prompts],
             sample_ids=sample_ids,
             noise=self.noise(stage, step, sample_ids, num_steps),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from latent_rewards.contracts import ConfigError, Reward
+from latent_rewards.contracts import Condition, ConfigError, Reward
+from latent_rewards.lro.advantages import normalize_each
+from latent_rewards.rewards import WeightedSum
+from latent_rewards.training.ranks import Ranks
 
 
 class Proxy(Protocol):
@@ -22,6 +25,36 @@ class Proxy(Protocol):
 
     def scores(self, latents: Tensor, prompts: Sequence[str], *, pessimism: float = 0.0) -> dict[str, Tensor]:
         """Return ``{name: [B]}``: mean minus ``pessimism`` standard deviations, differentiable in the latents."""
+        ...
+
+
+@runtime_checkable
+class AdaptiveReward(Protocol):
+    """A Reward that learns while training, such as :class:`~latent_rewards.lro.constraints.Lagrangian`."""
+
+    def after_update(self, means: Mapping[str, float], /) -> dict[str, float]:
+        """Learn from the mean score of each reward over an update's samples; return what to log."""
+        ...
+
+    def after_refresh(self, proxy: Mapping[str, float], true: Mapping[str, float], /) -> None:
+        """Learn from the means of scores and true rewards of the same fresh samples, after the proxy has learnt."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything needed to continue."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> Any:  # noqa: ANN401 - as torch's modules
+        """Restore what :meth:`state_dict` returned."""
+        ...
+
+
+@runtime_checkable
+class ConditionedReward(Protocol):
+    """A Reward that differs between samples, such as :class:`~latent_rewards.lro.pareto.PreferredReward`."""
+
+    def given(self, condition: Condition, repeats: int, /) -> Reward:
+        """Return the Reward of ``repeats`` draws for each sample with this condition."""
         ...
 
 
@@ -50,13 +83,21 @@ class ProxyReward:
         pessimism: standard deviations.
         cap: clamp of every score; None does not clamp.
         micro_batch: samples per proxy call.
+        normalize_groups: samples of the groups in which each reward is normalised; None leaves rewards as they are.
 
     Raises:
-        ConfigError: no ``reward`` for a proxy of several.
+        ConfigError: no ``reward`` for a proxy of several, or one that cannot be normalised reward by reward.
     """
 
     def __init__(
-        self, proxy: Proxy, reward: Reward | None, *, pessimism: float, cap: float | None, micro_batch: int
+        self,
+        proxy: Proxy,
+        reward: Reward | None,
+        *,
+        pessimism: float,
+        cap: float | None,
+        micro_batch: int,
+        normalize_groups: int | None = None,
     ) -> None:
         names = tuple(proxy.reward_names)
         if reward is None and len(names) != 1:
@@ -64,6 +105,13 @@ class ProxyReward:
             raise ConfigError(
                 f"the proxy has {len(names)} rewards; say how to combine them: WeightedSum({{{example}}})"
             )
+        plain = isinstance(reward, WeightedSum) and reward.normalize is None
+        if normalize_groups is not None and not plain:
+            raise ConfigError(
+                "multi_objective_aggregation='normalize_then_sum' needs reward=WeightedSum(weights) with "
+                f"normalize=None, which it takes apart; got {reward!r}"
+            )
+        self.normalize_groups = normalize_groups
         self.proxy, self.pessimism, self.cap, self.micro_batch = proxy, pessimism, cap, micro_batch
         self.reward: Reward = reward if reward is not None else (lambda values: values[names[0]])
         self.falling = {name for name, weight in getattr(reward, "weights", {}).items() if weight < 0}
@@ -77,8 +125,8 @@ class ProxyReward:
                 parts.append(self.proxy.scores(latents[start:stop], prompts[start:stop], pessimism=pessimism))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def __call__(self, latents: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the reward ``[N]`` and the pessimistic, capped scores ``{name: [N]}`` it was made of."""
+    def scores(self, latents: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the pessimistic, capped scores ``{name: [N]}``."""
         scores = self.by_name(latents, prompts, self.pessimism)
         if self.falling and self.pessimism:
             optimistic = self.by_name(latents, prompts, -self.pessimism)
@@ -88,4 +136,45 @@ class ProxyReward:
                 name: value.clamp(min=self.cap) if name in self.falling else value.clamp(max=self.cap)
                 for name, value in scores.items()
             }
-        return self.reward(scores), scores
+        return scores
+
+    def __call__(
+        self, latents: Tensor, prompts: Sequence[str], condition: Condition | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the reward ``[N]`` and the pessimistic, capped scores ``{name: [N]}`` it was made of.
+
+        A reward that differs between samples takes it from their ``condition``, of B samples: ``[i]`` belongs to
+        sample ``i % B``.
+        """
+        scores = self.scores(latents, prompts)
+        reward = self.reward
+        if condition is not None and isinstance(reward, ConditionedReward):
+            reward = reward.given(condition, len(latents) // len(condition))
+        return reward(scores), scores
+
+    def normalized(self, total: Tensor, scores: Mapping[str, Tensor], repeats: int) -> Tensor:
+        """Return what advantages are taken of, ``[N]``: the reward, or the sum of rewards normalised by group.
+
+        Args:
+            total: the reward ``[N]``.
+            scores: what it was made of, ``{name: [N]}``; ``[i]`` belongs to sample ``i % (N / repeats)``.
+            repeats: draws per sample.
+        """
+        if self.normalize_groups is None or not isinstance(self.reward, WeightedSum):
+            return total
+        return self.reward(normalize_each(scores, self.reward.weights, self.normalize_groups, repeats))
+
+    def terms(self, scores: Mapping[str, Tensor], repeats: int) -> Tensor:
+        """Return the terms ``[R, N]`` whose sum :meth:`normalized` returns; the reward must be a WeightedSum."""
+        reward = cast(WeightedSum, self.reward)
+        if self.normalize_groups is not None:
+            scores = normalize_each(scores, reward.weights, self.normalize_groups, repeats)
+        return reward.terms(scores)
+
+    def after_update(self, logs: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
+        """Let a reward that learns see the means ``rewards/<name>/mean`` of all ranks; return what it logs."""
+        if not isinstance(self.reward, AdaptiveReward):
+            return {}
+        mine = {name: logs[f"rewards/{name}/mean"] for name in self.proxy.reward_names}
+        shares = ranks.gather(mine)
+        return self.reward.after_update({name: sum(share[name] for share in shares) / len(shares) for name in mine})

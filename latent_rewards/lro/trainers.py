@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,40 +22,18 @@ from latent_rewards.dataset import RewardDataset
 from latent_rewards.lro import estimators
 from latent_rewards.lro.checks import check_finite, check_on_policy, describe
 from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LROConfig, StartedWith
+from latent_rewards.lro.gradients import GradientAggregation
 from latent_rewards.lro.guard import Guard, RefreshSchedule
 from latent_rewards.lro.kl import Charge, KLPenalty
 from latent_rewards.lro.reference import default_reference
 from latent_rewards.lro.refresh import Refresher, check_fingerprints, query
+from latent_rewards.lro.result import TrainResult
 from latent_rewards.lro.sampling import Batch, SampleSource, noise_dtype
-from latent_rewards.lro.scoring import Proxy, ProxyReward
+from latent_rewards.lro.scoring import AdaptiveReward, Proxy, ProxyReward
 from latent_rewards.rollout import Chain, Trajectory, detached_chain, rollout
 from latent_rewards.training.loop import HasStateDict, NonFiniteError, TrainingLoop, set_learning_rate
 
 Callback = Callable[[int, dict[str, float]], None]
-
-
-@dataclass
-class TrainResult:
-    """What a run did.
-
-    Attributes:
-        history: what was logged, one dict per update, with ``"step"``.
-        best_step: updates done when the holdout was best, which is where the policy is now; None without a holdout.
-        num_queries: true queries of the refreshes.
-        stopped_early: the holdout stopped the run.
-        proxy_curve: ``(step, mean reward)`` the policy was optimised for, per update.
-        true_curve: per refresh, on fresh samples as the policy draws them and before the proxy learns from them,
-            ``{"step", "proxy": {name: mean}, "true": {name: mean}, "mae": {name: mean absolute error}}``.
-        holdout_curve: per evaluation, ``{"step", "score", "values": {name: mean}}``.
-    """
-
-    history: list[dict[str, Any]]
-    best_step: int | None
-    num_queries: int
-    stopped_early: bool
-    proxy_curve: list[tuple[int, float]]
-    true_curve: list[dict[str, Any]]
-    holdout_curve: list[dict[str, Any]]
 
 
 class LatentRewardTrainer:
@@ -108,9 +86,11 @@ class LatentRewardTrainer:
         for count in config.step_counts:
             policy.timesteps(count)
         module = _as_module(policy)
-        self.scoring = ProxyReward(
-            proxy, reward, pessimism=config.pessimism, cap=config.reward_cap, micro_batch=config.micro_batch
-        )
+        self.scoring = ProxyReward(proxy, reward, **config.scoring_settings())
+        self.aggregation = None
+        if config.gradient_aggregation is not None:
+            trained = [p for p in module.parameters() if p.requires_grad]
+            self.aggregation = GradientAggregation(config.gradient_aggregation, reward, trained, config.seed)
         self.guard = Guard(
             module,
             RefreshSchedule(config.refresh_every, config.refresh_queries, config.max_queries),
@@ -174,6 +154,8 @@ class LatentRewardTrainer:
             stateful["anchor"] = self.anchor
         if self.penalty is not None:
             stateful |= self.penalty.stateful()
+        if isinstance(self.scoring.reward, AdaptiveReward):
+            stateful["reward"] = self.scoring.reward
         loop = TrainingLoop(
             self.config.loop_config(),
             name="lro",
@@ -227,7 +209,7 @@ class LatentRewardTrainer:
                 self.anchor.after_step()
         if self.penalty is not None:
             self.penalty.after_update(step, self.loop.ranks)
-        logs = {**parts, **logs}
+        logs = {**parts, **self.scoring.after_update(parts, self.loop.ranks), **logs}
         for callback in self.callbacks:
             callback(step, logs)
         return logs
@@ -247,7 +229,13 @@ class LatentRewardTrainer:
             if chain is not None and self.penalty is not None:
                 charge = Charge(self.penalty, step, iteration, batch, trajectory, chain)
             reward = self._reward_function(step, batch, logs)
-            loss = self._estimate(step, iteration, batch, trajectory, reward, self._shared(chain, charge))
+            shared = self._shared(chain, charge)
+            estimate = partial(self._estimate, step, iteration, batch, trajectory, shared=shared)
+            if self.aggregation is None:
+                loss = estimate(reward)
+            else:
+                loss, told = self.aggregation(step, estimate, partial(reward, apart=True), self.loop.ranks)
+                logs |= told
             if charge is not None:
                 loss = loss + charge.loss(logs)
             if self.anchor is not None and step % config.anchor_every == 0:
@@ -290,19 +278,22 @@ class LatentRewardTrainer:
     def _epsilon(self) -> float | None:
         return self.config.epsilon if self.config.num_iterations > 1 else None
 
-    def _reward_function(self, step: int, batch: Batch, logs: dict[str, float]) -> estimators.RewardFunction:
-        """Return the reward of latents ``[N, ...]``, ``latents[i]`` belonging to sample i % B; it fills ``logs``."""
+    def _reward_function(self, step: int, batch: Batch, logs: dict[str, float]) -> Callable[..., Tensor]:
+        """Return the reward of latents ``[N, ...]``, ``latents[i]`` belonging to sample i % B; it fills ``logs``.
 
-        def reward(latents: Tensor) -> Tensor:
+        With ``apart`` it returns the reward's terms ``[R, N]``.
+        """
+
+        def reward(latents: Tensor, *, apart: bool = False) -> Tensor:
             repeats = len(latents) // len(batch.prompts)
             with torch.autocast(latents.device.type, enabled=False):
-                total, scores = self.scoring(latents, batch.prompts * repeats)
+                total, scores = self.scoring(latents, batch.prompts * repeats, batch.condition)
             per_sample = total.detach().view(repeats, -1).mean(dim=0)
             check_finite("reward", per_sample, step, batch)
             logs["reward"] = float(per_sample.mean())
             logs["reward_std"] = float(per_sample.std(correction=min(1, len(per_sample) - 1)))
             logs.update({f"rewards/{name}/mean": float(score.detach().mean()) for name, score in scores.items()})
-            return total
+            return self.scoring.terms(scores, repeats) if apart else self.scoring.normalized(total, scores, repeats)
 
         return reward
 

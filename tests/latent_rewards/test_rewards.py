@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.stats
 import torch
 
 from latent_rewards.contracts import ConfigError, DataError
@@ -44,7 +45,32 @@ def test_a_constant_reward_contributes_nothing():
     torch.testing.assert_close(total, tensor(-1, 1) / math.sqrt(2), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("normalize", [None, "zscore"])
+def test_ranks_are_centred_and_ties_averaged():
+    row = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(3).round()
+    total = WeightedSum({"a": 2.0}, normalize="rank")({"a": row})
+    expected = 2 * (torch.from_numpy(scipy.stats.rankdata(row.numpy())) - 10.5) / 19
+    torch.testing.assert_close(total, expected, rtol=0, atol=1e-12)
+    lowest_to_highest = WeightedSum({"a": 1.0}, normalize="rank")({"a": tensor(3, -1e9, 7)})
+    torch.testing.assert_close(lowest_to_highest, tensor(0, -0.5, 0.5), rtol=0, atol=0)
+    for constant in (tensor(4, 4, 4), tensor(4)):
+        assert WeightedSum({"a": 1.0}, normalize="rank")({"a": constant}).abs().max() == 0
+
+
+def test_ranks_have_one_constant_slope_which_scales_with_the_reward():
+    def slope(x):
+        x = x.clone().requires_grad_()
+        return torch.autograd.grad(WeightedSum({"a": 1.0}, normalize="rank")({"a": x}).sum(), x)[0]
+
+    torch.testing.assert_close(slope(tensor(5, 1, 3)), tensor(1, 1, 1) / 4, rtol=1e-12, atol=0)  # equal steps: 1/range
+    x = tensor(0.3, -2, 7, 0.1)
+    torch.testing.assert_close(slope(10 * x + 3), slope(x) / 10, rtol=1e-12, atol=0)
+    assert slope(x).unique().numel() == 1 and slope(tensor(2, 2)).abs().max() == 0
+    # Values fitted on ranks: an outlier enters the spread once, not squared.
+    ranks = tensor(1, -3, 3, -1) / 6
+    torch.testing.assert_close(slope(x)[0], ranks.square().sum() / (ranks * x).sum(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("normalize", [None, "zscore", "rank"])
 def test_nan_never_enters_an_average(normalize):
     rewards = {"a": tensor(1, NAN, 3, NAN), "b": tensor(1, 1, 1, NAN)}
     combined = WeightedSum({"a": 1.0, "b": 0.5}, normalize=normalize)
@@ -72,7 +98,7 @@ def test_mistakes_are_named():
     with pytest.raises(DataError, match="legibilty.*legibility"):
         WeightedSum({"legibilty": 1.0})({"legibility": tensor(1)})
     with pytest.raises(ConfigError, match="normalize"):
-        WeightedSum({"a": 1.0}, normalize="rank")
+        WeightedSum({"a": 1.0}, normalize="median")
     with pytest.raises(ConfigError, match="'a' must be finite"):
         WeightedSum({"a": NAN})
     with pytest.raises(ConfigError, match="empty"):

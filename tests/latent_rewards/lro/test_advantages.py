@@ -8,7 +8,13 @@ import torch
 from accelerate import Accelerator
 
 from latent_rewards.contracts import ConfigError, DataError
-from latent_rewards.lro.advantages import group_normalized, leave_one_out, normalize_then_sum, reward_scale
+from latent_rewards.lro.advantages import (
+    group_normalized,
+    leave_one_out,
+    normalize_each,
+    normalize_then_sum,
+    reward_scale,
+)
 
 NAN = math.nan
 
@@ -62,6 +68,26 @@ def test_normalize_then_sum_gives_rewards_of_any_range_the_same_say():
         normalize_then_sum({"small": small}, {"other": 1.0}, 4)
     with pytest.raises(ConfigError, match="empty"):
         normalize_then_sum({"small": small}, {}, 4)
+
+
+def test_the_sum_of_normalised_rewards_is_gdpos_and_its_statistics_constants():
+    rewards = {"a": REWARDS.clone().requires_grad_(), "b": REWARDS.flip(0).exp()}
+    each = normalize_each(rewards, ["a", "b"], 4)
+    total = 2 * each["a"] - 0.5 * each["b"]
+    torch.testing.assert_close(total, normalize_then_sum(rewards, {"a": 2.0, "b": -0.5}, 4), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(leave_one_out(total, 4), 4 / 3 * total, rtol=1e-12, atol=1e-12)
+    (slope,) = torch.autograd.grad(each["a"].sum(), rewards["a"])
+    stds = REWARDS.view(3, 4).std(1, keepdim=True)
+    torch.testing.assert_close(slope, (1 / stds).expand(3, 4).reshape(-1), rtol=1e-12, atol=0)
+    # Several draws per sample share the statistics of the samples' means.
+    draws = torch.stack([REWARDS + 1, REWARDS - 1])
+    several = normalize_each({"a": draws.flatten()}, ["a"], 4, repeats=2)["a"].view(2, 3, 4)
+    torch.testing.assert_close(several.mean(0).view(-1), each["a"].detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(several[0] - several[1], (2 / stds).expand(3, 4), rtol=1e-12, atol=1e-12)
+    constant = normalize_each({"a": tensor(1, NAN, 1, 5, 6, NAN)}, ["a"], 3)["a"]
+    assert constant[[0, 2]].tolist() == [0, 0] and constant.isnan().tolist() == [False, True, False, False, False, True]
+    with pytest.raises(DataError, match="'other'"):
+        normalize_each(rewards, ["other"], 4)
 
 
 def test_reward_scale():

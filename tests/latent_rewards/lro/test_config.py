@@ -126,3 +126,10 @@ def test_a_yaml_section_is_read_strictly():
     assert section == LROConfig(beta=0.01, step_counts=[1, 2], estimator="hybrid")
     with pytest.raises(SettingsError, match="num_generations"):
         read_section("run.yaml", "lro", LROConfig, {"num_generation": 4})
+
+
+def test_the_kl_of_the_return_is_not_taken_once_for_each_reward():
+    chosen = LROConfig(kl="return", gradient_aggregation="upgrad", estimator="reinforce")
+    with pytest.raises(ConfigError, match="once for each reward; use kl='per_state'"):
+        chosen.check_estimator(("reinforce", "smoothed"))
+    LROConfig(kl="return", gradient_aggregation="upgrad", estimator="pathwise").check_estimator(("hybrid", "pathwise"))

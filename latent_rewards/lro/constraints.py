@@ -1,0 +1,176 @@
+"""Floors for means of rewards, enforced by Lagrange multipliers: raise one reward while another keeps its level.
+
+Maximise ``E[objective]`` subject to ``E[reward_i] >= floor_i``: the policy climbs
+``objective + sum_i multiplier_i (reward_i - floor_i) / unit_i`` while each multiplier, the price of its floor, rises as
+long as the floor is missed and falls back to 0 once it is exceeded (dual ascent; Arrow, Hurwicz and Uzawa 1958). Unlike
+a fixed penalty this ends at the floor itself, whatever the units are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from latent_rewards.contracts import ConfigError, DataError, unknown_name
+from latent_rewards.dataset import RewardDataset
+from latent_rewards.rewards import Constraint, Tchebycheff, WeightedSum, check_numbers, neutral, select_rewards
+
+
+def relative_floors(dataset: RewardDataset, shares: Mapping[str, float]) -> dict[str, float]:
+    """Return floors relative to the policy that ``dataset`` was collected from, such as the student before tuning.
+
+    A share of 0.98 puts the floor 2 % below the mean, also where that is negative: ``mean - (1 - share) |mean|``.
+
+    Args:
+        dataset: true rewards of the starting policy's samples; NaN enters no mean.
+        shares: reward name -> finite share; above 1 asks for more than there was.
+
+    Raises:
+        ConfigError: no shares, or one that is not finite.
+        DataError: the dataset lacks a reward, or the reward applies to none of its samples.
+    """
+    floors = {}
+    for name, share in check_numbers(shares, "share").items():
+        if name not in dataset.reward_names:
+            raise DataError(unknown_name("reward", name, dataset.reward_names))
+        mean = float(dataset.rewards[name].double().nanmean())
+        if not math.isfinite(mean):
+            raise DataError(f"reward {name!r} applies to no sample of the dataset; give its floor as a number")
+        floors[name] = mean - (1 - share) * abs(mean)
+    return floors
+
+
+class Lagrangian:
+    """An objective whose guarded rewards keep their floors in the mean, at prices that are learnt while training.
+
+    A trainer moves the prices once per update. With ``v = (floor - mean) / unit`` of an update's samples,
+    ``integral <- max(0, integral + learning_rate v)`` and ``multiplier = max(0, integral + damping v)``, which is PI
+    control (Stooke, Achiam and Abbeel 2020, 2007.03964). The mean is the proxy's, plus what it was wrong by at the last
+    refresh: so at a refresh it is the true one, and it is the true floor that is kept. Without an oracle it is the
+    proxy's alone.
+
+    Logged are ``multiplier/<name>``, as an update used it, and ``violation/<name>``, floor minus mean of that update's
+    samples: positive below the floor. All this is part of a checkpoint, and the same in every rank of a launch.
+
+    Args:
+        objective: what is raised.
+        floors: reward name -> the least its mean should be; see :func:`relative_floors`.
+        units: reward name -> what counts as one of it, positive, such as its standard deviation over the student's
+            samples; 1 where none is given. A multiplier is the price of one unit.
+        learning_rate: by how much a multiplier rises per update for one unit of violation, positive. Too much makes
+            multiplier and policy swing around each other.
+        damping: answers the violation at once and so stills those swings without moving where they end; 0 is plain
+            dual ascent.
+        maximum: multipliers stop there, for floors that cannot be reached; None lets them grow.
+
+    Raises:
+        ConfigError: no floors, one that is not finite, a unit of no floor, or a setting outside its range.
+    """
+
+    def __init__(
+        self,
+        objective: WeightedSum | Tchebycheff | Constraint,
+        floors: Mapping[str, float],
+        *,
+        units: Mapping[str, float] | None = None,
+        learning_rate: float = 1.0,
+        damping: float = 0.0,
+        maximum: float | None = None,
+    ) -> None:
+        if not 0 < learning_rate < math.inf:
+            raise ConfigError(f"learning_rate must be positive and finite; got {learning_rate}")
+        if not 0 <= damping < math.inf:
+            raise ConfigError(f"damping must be finite and not negative; got {damping}")
+        if maximum is not None and not maximum > 0:
+            raise ConfigError(f"maximum must be positive, or None for no bound; got {maximum}")
+        self.objective, self.floors = objective, check_numbers(floors, "floor")
+        self.learning_rate, self.damping, self.maximum = float(learning_rate), float(damping), maximum
+        self.units = {name: float((units or {}).get(name, 1.0)) for name in self.floors}
+        for name, unit in {**(units or {}), **self.units}.items():
+            if name not in self.floors:
+                raise ConfigError(f"units: {unknown_name('floor', name, self.floors)}")
+            if not 0 < unit < math.inf:
+                raise ConfigError(f"the unit of {name!r} must be positive and finite; got {unit}")
+        self.multipliers = dict.fromkeys(self.floors, 0.0)
+        self._integrals = dict.fromkeys(self.floors, 0.0)
+        self._corrections = dict.fromkeys(self.floors, 0.0)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The objective's weights, and 0 for a reward that is only guarded."""
+        return {**dict.fromkeys(self.floors, 0.0), **self.objective.weights}
+
+    def __call__(self, rewards: Mapping[str, Tensor]) -> Tensor:
+        """Return ``[B]``; a NaN in a guarded reward counts as the mean of the others.
+
+        Raises:
+            DataError: a reward is missing.
+        """
+        total = self.objective(rewards)
+        rows, _ = neutral(select_rewards(rewards, self.floors))
+        prices = rows.new_tensor([self.multipliers[name] / self.units[name] for name in self.floors])[:, None]
+        floors = rows.new_tensor(list(self.floors.values()))[:, None]
+        return total + (prices * (rows - floors)).sum(dim=0)
+
+    def after_update(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Move the multipliers by the violations of an update's samples; return what to log.
+
+        Args:
+            means: reward name -> mean of the proxy's scores over all ranks. NaN leaves that multiplier as it is.
+
+        Raises:
+            DataError: the mean of a guarded reward is missing.
+        """
+        logs: dict[str, float] = {}
+        for name, floor in self.floors.items():
+            if name not in means:
+                raise DataError(unknown_name("reward", name, means))
+            violation = floor - (means[name] + self._corrections[name])
+            logs |= {f"multiplier/{name}": self.multipliers[name], f"violation/{name}": violation}
+            if not math.isnan(violation):
+                missed = violation / self.units[name]
+                self._integrals[name] = self._bounded(self._integrals[name] + self.learning_rate * missed)
+                self.multipliers[name] = self._bounded(self._integrals[name] + self.damping * missed)
+        return logs
+
+    def after_refresh(self, proxy: Mapping[str, float], true: Mapping[str, float]) -> None:
+        """Take over how far the refreshed proxy's means are from the true ones, on the same fresh samples."""
+        for name in self.floors:
+            gap = true[name] - proxy[name]
+            if not math.isnan(gap):
+                self._corrections[name] = gap
+
+    def _bounded(self, value: float) -> float:
+        return max(0.0, value if self.maximum is None else min(value, self.maximum))
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("floors", "units", "learning_rate", "damping", "maximum")
+        return {name: getattr(self, name) for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return multipliers and corrections, and the settings they belong to."""
+        state = {"multipliers": self.multipliers, "integrals": self._integrals, "corrections": self._corrections}
+        return {"settings": self._settings(), **{name: dict(values) for name, values in state.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            ConfigError: it belongs to other floors or settings; the message names them.
+        """
+        for name, value in self._settings().items():
+            if state["settings"][name] != value:
+                raise ConfigError(
+                    f"the run in output_dir was started with {name}={state['settings'][name]!r} of its constraint, "
+                    f"this one has {value!r}; use the old value to resume, or another output_dir"
+                )
+        self.multipliers = dict(state["multipliers"])
+        self._integrals, self._corrections = dict(state["integrals"]), dict(state["corrections"])
+
+    def __repr__(self) -> str:
+        """Return the constructor call."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items() if name != "floors")
+        return f"Lagrangian({self.objective!r}, {self.floors}, {settings})"

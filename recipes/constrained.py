@@ -1,0 +1,103 @@
+"""Raise one metric while others keep their level: more legible digits that go on moving.
+
+    python -m recipes.constrained --raise digits.legibility --keep motion.dynamic_degree=0.98
+
+Tuning towards one metric alone often pays with another, motion above all: a still clip is easy to read. Here the other
+metrics have floors, a share of what the student reached before tuning, and each floor has a price that is learnt: it
+rises while true scores say that the floor is missed and falls back once it is kept. The page shows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import distillation as ds
+import latent_rewards as lr
+from latent_rewards.report import Report
+from recipes.moving_digits.benchmark import training_prompts  # also registers digits.*
+from recipes.page import REPORT, add_tuning
+
+
+def kept_metric(text: str) -> tuple[str, float]:
+    """Read ``name=share``."""
+    name, _, share = text.partition("=")
+    try:
+        return name, float(share or 0.98)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not name=share with a number as share") from error
+
+
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", default="runs/demo/student", help="folder of a student (default: %(default)s)")
+    parser.add_argument("--output", default="runs/constrained", help="where the result goes (default: %(default)s)")
+    parser.add_argument(
+        "--raise", dest="raised", default="digits.legibility", help="the metric to raise (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--keep",
+        action="append",
+        type=kept_metric,
+        metavar="NAME=SHARE",
+        help="a metric and the share of its mean to keep; may be repeated (default: motion.dynamic_degree=0.98)",
+    )
+    parser.add_argument("--price-rate", type=float, default=1.0, help="how fast prices move (default: %(default)s)")
+    parser.add_argument("--queries", type=int, default=1024, help="true scores before tuning (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=100, help="updates of the student (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line and tune."""
+    options = read_options(arguments)
+    kept = dict(options.keep or [("motion.dynamic_degree", 0.98)])
+
+    student = ds.FewStepStudent.from_pretrained(options.student)
+    prompts = training_prompts(2048, seed=0)
+    names = [options.raised, *kept]
+    oracle = lr.MetricOracle(student.exporter.codec, names)
+    before = lr.collect_rewards(student, prompts, oracle, num_samples=options.queries, seed=0)
+    proxy = lr.train_proxy(before, encode=lambda texts: student.encode(texts).embeddings)
+
+    # In standard deviations of the student's own samples, so that prices compare wishes and not units.
+    units = {name: float(values[~values.isnan()].std()) for name, values in before.rewards.items()}
+    floors = lr.relative_floors(before, kept)
+    reward = lr.Lagrangian(
+        lr.WeightedSum({options.raised: 1 / units[options.raised]}),
+        floors,
+        units={name: units[name] for name in kept},
+        learning_rate=options.price_rate,
+        damping=5 * options.price_rate,
+    )
+    # No holdout: it would bring back the student of its best evaluation, floors or not.
+    trainer = lr.ReinforceTrainer(
+        student,
+        proxy,
+        prompts,
+        config=lr.LROConfig(num_updates=options.updates, learning_rate=5e-5, refresh_every=10, refresh_queries=128),
+        reward=reward,
+        oracle=oracle,
+        dataset=before,
+    )
+    result = trainer.train()
+
+    after = lr.collect_rewards(student, prompts, oracle, num_samples=options.queries, seed=1)
+    rows = []
+    for name in names:
+        means = [float(dataset.rewards[name].nanmean()) for dataset in (before, after)]
+        rows.append([name, *means, floors.get(name), reward.multipliers.get(name)])
+        print(f"{name}: true mean {means[0]:.4f} -> {means[1]:.4f}, floor {floors.get(name)}")
+    report = Report("Raise one, keep the others").add_table(
+        ["metric", "before", "after", "floor", "price"], rows, f"True means of {options.queries} samples.", decimals=3
+    )
+    add_tuning(report, "reinforce", dataclasses.asdict(result))
+    student.save_pretrained(options.output)
+    print(f"student written to {options.output}, report: {report.save(Path(options.output) / REPORT)}")
+
+
+if __name__ == "__main__":
+    main()
