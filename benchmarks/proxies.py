@@ -135,14 +135,14 @@ class Comparison:
         return {"proxy": float(predicted.mean[HACKED].mean()), "true": float(samples.rewards[HACKED].mean())}
 
 
-def only(dataset: lr.RewardDataset, name: str) -> lr.RewardDataset:
-    """Return the dataset with one of its rewards."""
+def only(dataset: lr.RewardDataset, *names: str) -> lr.RewardDataset:
+    """Return the dataset with some of its rewards."""
     return lr.RewardDataset.from_tensors(
         dataset.latents(),
         dataset.prompts,
-        {name: dataset.rewards[name]},
+        {name: dataset.rewards[name] for name in names},
         latent_space=dataset.latent_space,
-        metric_fingerprints={name: dataset.metric_fingerprints[name]},
+        metric_fingerprints={name: dataset.metric_fingerprints[name] for name in names},
     )
 
 

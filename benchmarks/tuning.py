@@ -17,11 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import distillation as ds
 import latent_rewards as lr
 from benchmarks.proxies import only
 from benchmarks.proxy_samples import NUM_STEPS, ProxyWorld
 from latent_rewards.contracts import Anchor, Oracle
+from latent_rewards.rollout import rollout
 from latent_rewards.training.checkpoint import MANIFEST
 from latent_rewards.training.randomness import sample_noise
 from recipes.moving_digits.benchmark import TUNED, training_prompts
@@ -68,13 +68,20 @@ class TuningWorld:
         samples: student, teacher, codec and pools of scored samples.
         folder: where runs are kept; proxies lie beside the pools.
         config: of the proxies; None takes the defaults with the trunk "pixels".
+        rewards: names of the metrics that are tuned or guarded.
     """
 
-    def __init__(self, samples: ProxyWorld, folder: Path, config: lr.ProxyConfig | None = None) -> None:
-        self.samples, self.folder, self.device = samples, folder, samples.device
+    def __init__(
+        self,
+        samples: ProxyWorld,
+        folder: Path,
+        config: lr.ProxyConfig | None = None,
+        rewards: Sequence[str] = (TUNED,),
+    ) -> None:
+        self.samples, self.folder, self.device, self.rewards = samples, folder, samples.device, tuple(rewards)
         self.student, self.codec = samples.student, samples.codec
         self.config = config or lr.ProxyConfig(trunk="pixels", progress=False)
-        self.oracle = lr.MetricOracle(self.codec, [TUNED], chunk_size=AT_ONCE)
+        self.oracle = lr.MetricOracle(self.codec, self.rewards, chunk_size=AT_ONCE)
         self.holdout = lr.MetricOracle(self.codec, [HOLDOUT], chunk_size=AT_ONCE)
 
     def prompts(self, seed: int) -> list[str]:
@@ -82,13 +89,14 @@ class TuningWorld:
         return training_prompts(NUM_PROMPTS, seed=seed)
 
     def dataset(self, seed: int, labels: int) -> lr.RewardDataset:
-        """Return the first ``labels`` samples of a seed's pool with their true score."""
-        return only(self.samples.pool(seed).select(range(labels)), TUNED)
+        """Return the first ``labels`` samples of a seed's pool with their true scores."""
+        return only(self.samples.pool(seed).select(range(labels)), *self.rewards)
 
     def proxy(self, seed: int, labels: int, ensemble_size: int | None = None) -> lr.RewardProxy:
         """Return a proxy fitted on :meth:`dataset`, which is kept."""
         size = ensemble_size or self.config.ensemble_size
-        folder = self.samples.folder / f"proxy-seed{seed}-{labels}-{size}"
+        rewards = "".join(f"-{name}" for name in self.rewards if name != TUNED)
+        folder = self.samples.folder / f"proxy-seed{seed}-{labels}-{size}{rewards}"
         if not (folder / MANIFEST).is_file():
             settings = {**vars(self.config), "seed": seed, "device": self.device, "ensemble_size": size}
             config = lr.ProxyConfig(**settings)
@@ -100,32 +108,44 @@ class TuningWorld:
     def trainer(
         self,
         method: Method,
-        policy: ds.FewStepStudent,
+        policy: Any,  # noqa: ANN401 - any Policy
         config: lr.LROConfig,
         *,
         proxy: lr.RewardProxy | None = None,
         anchor: Anchor | None = None,
+        reward: Any = None,  # noqa: ANN401 - a Reward
         callbacks: Sequence[Callable[[int, dict[str, float]], None]] = (),
     ) -> lr.ReinforceTrainer | lr.DifferentiableRewardTrainer:
-        """Return the trainer of a method; ``proxy`` is copied, None takes that of the method's labels."""
+        """Return the trainer of a method.
+
+        Args:
+            method: how it tunes.
+            policy: what it tunes.
+            config: settings; their seed is that of prompts and proxy.
+            proxy: is copied; None takes that of the method's labels.
+            anchor: holds the policy.
+            reward: of several rewards.
+            callbacks: called after each update.
+        """
         oracle: Oracle | None = None
         dataset = None
-        reward: Any
+        scorer: Any
         if method.source == "true":
-            reward = lr.TrueReward(self.oracle)
+            scorer = lr.TrueReward(self.oracle)
         elif method.source == "decoded":
-            reward = lr.DecodedReward(self.codec, {TUNED: differentiable_legibility}, chunk_size=24)
+            scorer = lr.DecodedReward(self.codec, {TUNED: differentiable_legibility}, chunk_size=24)
         else:
-            reward = copy.deepcopy(self.proxy(config.seed, method.labels) if proxy is None else proxy)
+            scorer = copy.deepcopy(self.proxy(config.seed, method.labels) if proxy is None else proxy)
             if method.source == "refreshed":
                 oracle, dataset = self.oracle, self.dataset(config.seed, method.labels)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="no oracle|one reward and no holdout")  # it is what is compared
             return method.trainer(
                 policy,
-                reward,
+                scorer,
                 self.prompts(config.seed),
                 config=config,
+                reward=reward,
                 oracle=oracle,
                 dataset=dataset,
                 anchor=anchor,
@@ -133,20 +153,24 @@ class TuningWorld:
             )
 
     @torch.no_grad()
-    def sample(self, policy: ds.FewStepStudent, prompts: Sequence[str], stage: str) -> Tensor:
+    def sample(self, policy: Any, prompts: Sequence[str], stage: str) -> Tensor:  # noqa: ANN401 - any policy
         """Return latents ``[N, C, F, H, W]`` of a policy, a function of the stage and of the place in the list."""
-        parts = []
+        parts, shape = [], self.student.latent_shape()
         for start in range(0, len(prompts), AT_ONCE):
             rows = range(start, min(start + AT_ONCE, len(prompts)))
-            shape = policy.latent_shape()
             stack = [sample_noise(0, f"{stage}/{k}", 0, rows, shape, device=self.device) for k in range(NUM_STEPS)]
             condition = policy.encode([prompts[i] for i in rows]).to(self.device)
-            parts.append(policy.sample(condition, torch.stack(stack), NUM_STEPS))
+            parts.append(rollout(policy, condition, torch.stack(stack), NUM_STEPS).final)
         return torch.cat(parts)
 
-    def true_score(self, policy: ds.FewStepStudent, prompts: Sequence[str], stage: str) -> float:
-        """Return the mean true score of a policy's samples; these do not count as queries."""
-        return float(self.oracle(self.sample(policy, prompts, stage), list(prompts))[TUNED].mean())
+    def true_scores(self, policy: Any, prompts: Sequence[str], stage: str) -> dict[str, float]:  # noqa: ANN401
+        """Return the mean true scores of a policy's samples; these do not count as queries."""
+        scores = self.oracle(self.sample(policy, prompts, stage), list(prompts))
+        return {name: float(values.mean()) for name, values in scores.items()}
+
+    def true_score(self, policy: Any, prompts: Sequence[str], stage: str) -> float:  # noqa: ANN401 - any policy
+        """Return the mean of ``digits.legibility``; see :meth:`true_scores`."""
+        return self.true_scores(policy, prompts, stage)[TUNED]
 
     def heldout_prompts(self, count: int) -> list[str]:
         """Return ``count`` prompts of held-out combinations of attributes, each as often as any other."""

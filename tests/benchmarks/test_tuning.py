@@ -9,7 +9,7 @@ import torch
 
 import distillation as ds
 import latent_rewards as lr
-from benchmarks import estimators, overoptimisation, sample_efficiency
+from benchmarks import constraints, estimators, overoptimisation, sample_efficiency
 from benchmarks.proxy_samples import Amounts, ProxyWorld
 from benchmarks.tuning import Curve, TuningWorld, differentiable_legibility
 from latent_rewards.contracts import ConfigError
@@ -181,3 +181,38 @@ def test_gradients_of_every_estimator_are_compared(world):
     assert exact["slope"] == exact["cosine"] == 1 and exact["seconds"] > 0
     assert all(value["spread"] >= 0 for value in told.values()) and len(told) == 8
     assert told["reinforce, head 0.1"]["spread"] > exact["spread"]
+
+
+def test_floor_and_front_are_measured_beside_what_they_are_compared_with(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(constraints, "LABELS", 40)
+    monkeypatch.setattr(constraints, "WEIGHTS", (0.0, 1.0))
+    pair = TuningWorld(world.samples, tmp_path / "runs", QUICK, rewards=(constraints.TUNED, constraints.GUARDED))
+    trade = constraints.Trade(pair, constraints.Sizes(updates=2, judged=4, refresh_every=2))
+    constraints.run(trade, tmp_path / "results", constraints.PARTS, [0])
+    results = [json.loads(file.read_text()) for file in (tmp_path / "results").glob("*-seed0.json")]
+    assert {told["part"]: len(told["points"]) for told in results} == {"free": 1, "floor": 1, "sweep": 2, "front": 2}
+    assert len({told["student"][constraints.TUNED] for told in results}) == 1
+    summary = constraints.summarise(results)
+    assert set(summary["numbers"]) == {"free_change", "violation", "gain_kept", "front", "sweep"}
+    assert "- gain_kept: " in constraints.table(summary)
+
+
+def test_what_a_floor_leaves_of_a_gain_and_how_far_it_is_missed():
+    def part(name, *points):
+        pairs = [{constraints.TUNED: a, constraints.GUARDED: b} for a, b in points]
+        student = {constraints.TUNED: 0.6, constraints.GUARDED: 0.5}
+        return {"part": name, "seed": 0, "student": student, "points": pairs, "share": 0.98}
+
+    parts = [part("free", (0.8, 0.4)), part("floor", (0.79, 0.4851))]
+    parts += [part("front", (0.7, 0.6), (0.8, 0.5)), part("sweep", (0.75, 0.55))]
+    told = constraints.told(parts)
+    assert told == pytest.approx(
+        {
+            "free_change": -0.2,
+            "gain_kept": 0.95,
+            "violation": 0.01,
+            "front": 0.2 * 0.2 + 0.1 * 0.1,
+            "sweep": 0.25 * 0.15,
+        }
+    )
+    assert constraints.told([part("floor", (0.7, 0.51))]) == {"violation": 0.0}

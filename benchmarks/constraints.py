@@ -1,0 +1,254 @@
+"""Two rewards: a floor, and a front; ``python -m benchmarks.constraints --student runs/demo/student``.
+
+``digits.legibility`` is raised while ``motion.dynamic_degree`` should not fall below the untuned student's, less 2 %:
+once without a floor, once with a floor whose price is learnt (:class:`latent_rewards.Lagrangian`). And both are raised,
+once by one student that is told how much each counts (:class:`latent_rewards.WeightConditioned`), and once by a sweep
+of students, one for each weighting, with as many updates in all and nearly as many true scores. What is told is true
+means on samples of prompts whose combinations of attributes nothing was trained on.
+
+Each (part, seed) is one file below ``results/constraints/``; a killed run goes on. ``--summary`` makes a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import latent_rewards as lr
+from benchmarks.provenance import provenance
+from benchmarks.proxy_samples import Amounts, ProxyWorld
+from benchmarks.tuning import NUM_STEPS, Method, TuningWorld
+from latent_rewards.contracts import ConfigError, unknown_name
+from recipes.moving_digits.benchmark import TUNED
+
+RESULTS = Path(__file__).parent / "results" / "constraints"
+GUARDED = "motion.dynamic_degree"
+SEEDS = (0, 1, 2)
+LABELS = 512
+SHARE = 0.98
+"""Of the student's mean of the guarded reward, the floor."""
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Of the tuned reward along the front; the guarded one has the rest."""
+MARGIN = 0.1
+"""The corner that hypervolumes are measured from lies so much below the student in both rewards."""
+RATES = {"free": 1.5e-4, "floor": 1.5e-4, "sweep": 1.5e-4, "front": 1e-3}
+PARTS = tuple(RATES)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done.
+
+    Attributes:
+        updates: of each part in all.
+        judged: samples of held-out prompts for each mean.
+        refresh_every: updates between refreshes.
+    """
+
+    updates: int = 100
+    judged: int = 400
+    refresh_every: int = 4
+
+
+class Trade:
+    """Tunes a student on two rewards.
+
+    Args:
+        world: with both rewards.
+        sizes: see :class:`Sizes`.
+    """
+
+    def __init__(self, world: TuningWorld, sizes: Sizes) -> None:
+        self.world, self.sizes = world, sizes
+
+    def measure(self, part: str, seed: int) -> dict[str, Any]:
+        """Return the points of a part, each with the true means of both rewards."""
+        begun = time.perf_counter()
+        dataset = self.world.dataset(seed, LABELS)
+        units = {name: float(values.std()) for name, values in dataset.rewards.items()}
+        floors = lr.relative_floors(dataset, {GUARDED: SHARE})
+        points = {
+            "free": lambda: [self._tuned(part, seed, lr.WeightedSum({TUNED: 1 / units[TUNED]}))],
+            "floor": lambda: [self._tuned(part, seed, self._lagrangian(floors, units))],
+            "sweep": lambda: self._sweep(seed, units),
+            "front": lambda: self._front(seed, units),
+        }[part]()
+        return {
+            "part": part,
+            "seed": seed,
+            "student": self._means(self.world.student),
+            "points": points,
+            "share": SHARE,
+            "seconds": time.perf_counter() - begun,
+            "device": "cpu" if self.world.device == "cpu" else torch.cuda.get_device_name(),
+            **provenance(),
+        }
+
+    @staticmethod
+    def _lagrangian(floors: Mapping[str, float], units: Mapping[str, float]) -> lr.Lagrangian:
+        guarded = {name: units[name] for name in floors}
+        return lr.Lagrangian(
+            lr.WeightedSum({TUNED: 1 / units[TUNED]}), floors, units=guarded, learning_rate=1.0, damping=5.0
+        )
+
+    def _sweep(self, seed: int, units: Mapping[str, float]) -> list[dict[str, float]]:
+        """Tune a student for each weighting, with a share of the updates each."""
+        points = []
+        for weight in WEIGHTS:
+            reward = lr.WeightedSum({TUNED: weight / units[TUNED], GUARDED: (1 - weight) / units[GUARDED]})
+            points.append({"weight": weight, **self._tuned(f"sweep-{weight:g}", seed, reward, len(WEIGHTS))})
+        return points
+
+    def _front(self, seed: int, units: Mapping[str, float]) -> list[dict[str, float]]:
+        """Tune one student for all weightings."""
+        policy = lr.WeightConditioned(copy.deepcopy(self.world.student), (TUNED, GUARDED), rank=8, seed=seed)
+        policy.to(self.world.device)
+        self._train("front", seed, policy, lr.PreferredReward({TUNED: units[TUNED], GUARDED: units[GUARDED]}))
+        return [
+            {"weight": weight, **self._means(policy.at({TUNED: weight, GUARDED: 1 - weight}))} for weight in WEIGHTS
+        ]
+
+    def _tuned(self, name: str, seed: int, reward: Any, parts: int = 1) -> dict[str, float]:  # noqa: ANN401 - a Reward
+        policy = copy.deepcopy(self.world.student)
+        self._train(name, seed, policy, reward, parts)
+        return self._means(policy)
+
+    def _train(self, name: str, seed: int, policy: Any, reward: Any, parts: int = 1) -> None:  # noqa: ANN401
+        method = Method("LRO, gradient", "refreshed", LABELS, {"estimator": "pathwise"})
+        config = lr.LROConfig(
+            estimator="pathwise",
+            num_updates=self.sizes.updates // parts,
+            learning_rate=RATES[name.partition("-")[0]],
+            prompts_per_update=6,
+            num_generations=4,
+            step_counts=[NUM_STEPS],
+            head_std=0.3,
+            reward_cap=1.0,
+            refresh_every=self.sizes.refresh_every,
+            refresh_queries=64,
+            refresh_steps=16,
+            seed=seed,
+            output_dir=str(self.world.folder / f"{name}-{self.sizes.updates}-seed{seed}" / "lro"),
+            checkpoint_every=20,
+            device=self.world.device,
+            progress=False,
+        )
+        self.world.trainer(method, policy, config, reward=reward).train()
+
+    def _means(self, policy: Any) -> dict[str, float]:  # noqa: ANN401 - any policy
+        return self.world.true_scores(policy, self.world.heldout_prompts(self.sizes.judged), "constraints")
+
+
+def told(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return what one seed's parts say; a part that is missing leaves its numbers out.
+
+    Returns:
+        ``gain_kept``: what the floor leaves of the gain in the tuned reward; ``violation``: by what share of itself the
+        floor is missed, 0 if it is not; ``free_change``: relative change of the guarded reward without a floor;
+        ``front`` and ``sweep``: hypervolumes.
+    """
+    parts = {result["part"]: result for result in results}
+    start = next(iter(parts.values()))["student"]
+    values: dict[str, float] = {}
+    if "free" in parts:
+        values["free_change"] = parts["free"]["points"][0][GUARDED] / start[GUARDED] - 1
+    if "floor" in parts:
+        floor = parts["floor"]["share"] * start[GUARDED]
+        values["violation"] = max(0.0, 1 - parts["floor"]["points"][0][GUARDED] / floor)
+        if "free" in parts:
+            gains = {part: parts[part]["points"][0][TUNED] - start[TUNED] for part in ("floor", "free")}
+            values["gain_kept"] = gains["floor"] / gains["free"]
+    corner = [start[name] - MARGIN for name in (TUNED, GUARDED)]
+    for part in ("front", "sweep"):
+        if part in parts:
+            points = [[point[TUNED], point[GUARDED]] for point in parts[part]["points"]]
+            values[part] = lr.hypervolume(points, corner)
+    return values
+
+
+def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return :func:`told` over seeds as mean and standard deviation, and every point."""
+    seeds = sorted({result["seed"] for result in results})
+    per_seed = [told([result for result in results if result["seed"] == seed]) for seed in seeds]
+    numbers = {}
+    for key in sorted({key for values in per_seed for key in values}):
+        known = [values[key] for values in per_seed if key in values]
+        spread = statistics.stdev(known) if len(known) > 1 else 0.0
+        numbers[key] = {"mean": statistics.fmean(known), "std": spread, "seeds": len(known)}
+    kept = ("part", "seed", "student", "points", "seconds")
+    return {"numbers": numbers, "results": [{key: result[key] for key in kept} for result in results]}
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Return Markdown of a summary."""
+    lines = [f"| part | seed | weight | {TUNED} | {GUARDED} |", "|---" * 5 + "|"]
+    for result in summary["results"]:
+        rows = [{"weight": "student", **result["student"]}, *result["points"]]
+        for point in rows:
+            weight = point.get("weight", "")
+            lines.append(
+                f"| {result['part']} | {result['seed']} | {weight} | {point[TUNED]:.3f} | {point[GUARDED]:.3f} |"
+            )
+    lines.append("")
+    lines += [
+        f"- {key}: {value['mean']:.4f} ± {value['std']:.4f} ({value['seeds']} seeds)"
+        for key, value in summary["numbers"].items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Read the command line, measure, aggregate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", type=Path, help="folder that student.save_pretrained wrote")
+    parser.add_argument("--teacher", default="recipes/moving_digits/weights/teacher", help="pipeline folder")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), help=f"default: {' '.join(PARTS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="default: 0 1 2")
+    parser.add_argument("--samples", type=Path, default=Path("runs/proxies/samples"), help="pools of scored samples")
+    parser.add_argument("--runs", type=Path, default=Path("runs/constraints"), help="where runs are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are written")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--summary", action="store_true", help="only aggregate the results that are there")
+    options = parser.parse_args()
+    for name in options.parts:
+        if name not in PARTS:
+            raise ConfigError(unknown_name("part", name, PARTS))
+    options.results.mkdir(parents=True, exist_ok=True)
+    if not options.summary:
+        if options.student is None:
+            raise ConfigError("no student; pass --student FOLDER, a folder that student.save_pretrained wrote")
+        samples = ProxyWorld(options.student, options.teacher, options.samples, Amounts(), options.device)
+        trade = Trade(TuningWorld(samples, options.runs, rewards=(TUNED, GUARDED)), Sizes())
+        run(trade, options.results, options.parts, options.seeds)
+    results = [json.loads(file.read_text()) for file in sorted(options.results.glob("*-seed*.json"))]
+    summary = summarise(results)
+    (options.results / "summary.json").write_text(json.dumps({**summary, **provenance()}, indent=1))
+    (options.results / "summary.md").write_text(markdown := table(summary))
+    print(markdown)
+
+
+def run(trade: Trade, folder: Path, parts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Measure what ``folder`` does not hold yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        for part in parts:
+            path = folder / f"{part}-seed{seed}.json"
+            if not path.is_file():
+                measured = trade.measure(part, seed)
+                partial = path.with_suffix(".part")
+                partial.write_text(json.dumps(measured, indent=1))
+                partial.replace(path)
+                print(f"{path.stem}: {measured['points']}, {measured['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
