@@ -59,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     student = ds.FewStepStudent.from_pretrained(options.student)
     prompts = training_prompts(2048, seed=0)
     names = [options.raised, *kept]
-    oracle = lr.MetricOracle(student.exporter.codec, names)
+    codec = student.exporter.codec
+    oracle = lr.MetricOracle(codec, names)
     before = lr.collect_rewards(student, prompts, oracle, num_samples=options.queries, seed=0)
-    proxy = lr.train_proxy(before, encode=lambda texts: student.encode(texts).embeddings)
+    proxy = lr.train_proxy(before, encode=lambda texts: student.encode(texts).embeddings, codec=codec)
 
     # In standard deviations of the student's own samples, so that prices compare wishes and not units.
     units = {name: float(values[~values.isnan()].std()) for name, values in before.rewards.items()}

@@ -44,9 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     student = ds.FewStepStudent.from_pretrained(options.student)
     prompts = training_prompts(2048, seed=0)
-    oracle = lr.MetricOracle(student.exporter.codec, list(weights))
+    codec = student.exporter.codec
+    oracle = lr.MetricOracle(codec, list(weights))
     dataset = lr.collect_rewards(student, prompts, oracle, num_samples=options.queries, seed=0)
-    proxy = lr.train_proxy(dataset, encode=lambda texts: student.encode(texts).embeddings)
+    proxy = lr.train_proxy(dataset, encode=lambda texts: student.encode(texts).embeddings, codec=codec)
 
     trainer = lr.ReinforceTrainer(
         student,
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reward=lr.WeightedSum(weights, normalize="zscore"),
         oracle=oracle,
         dataset=dataset,
-        holdout=lr.MetricOracle(student.exporter.codec, ["digits.legibility_holdout"]),
+        holdout=lr.MetricOracle(codec, ["digits.legibility_holdout"]),
     )
     result = trainer.train()
     first, last = result.true_curve[0]["true"], result.true_curve[-1]["true"]

@@ -29,7 +29,8 @@ def student(tmp_path_factory):
 @pytest.fixture
 def tiny(monkeypatch):
     """Cut what the recipes leave to defaults."""
-    proxy = lr.ProxyConfig(ensemble_size=2, num_updates=4, width=8, progress=False, device="cpu")
+    small = {"ensemble_size": 2, "num_updates": 4, "decoder_updates": 4, "width": 8}
+    proxy = lr.ProxyConfig(trunk="pixels", progress=False, device="cpu", **small)
     sizes = {"prompts_per_update": 2, "num_generations": 2, "num_draws": 2, "refresh_steps": 2, "holdout_samples": 4}
     config = lr.LROConfig
     monkeypatch.setattr(lr, "train_proxy", partial(lr.train_proxy, config=proxy))
