@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from benchmarks.tuning import Curve, TuningWorld, differentiable_legibility
 from latent_rewards.contracts import ConfigError
 from latent_rewards.lro.scoring import ProxyReward
 from recipes.moving_digits import metrics as _register  # noqa: F401 - registers digits.*
+from recipes.moving_digits.evaluation_set import noise_clips
 from recipes.moving_digits.world import draw_specs, parse_prompt, render, write_prompt
 
 TEACHER = "recipes/moving_digits/weights/teacher"
@@ -141,6 +143,7 @@ def test_curves_are_drawn(tmp_path):
 
 
 def test_every_variant_climbs_and_is_judged(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.moving_digits.benchmark.noise_clips", partial(noise_clips, count=8))
     few = {"prompts_per_update": 2, "num_generations": 2}
     for name, variant in overoptimisation.VARIANTS.items():
         settings = {**variant.method.settings, **few}
