@@ -70,6 +70,7 @@ def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers hav
         help="of a reward of a proxy that has several, compared in standard deviations; may be repeated (default: 1 "
         "each)",
     )
+    command.add_argument("--html", metavar="FILE", help="also write a page with the run's curves")
     command.add_argument("--kind", help="of the policy's folder, where it does not say so itself")
     command.set_defaults(run=tune_command)
     rooms.add_parser("tune", help="tune a policy on a proxy")
@@ -99,6 +100,10 @@ def tune_command(options: argparse.Namespace) -> int:
     """Tune, print what became of the metrics, and write policy, proxy and result."""
     from latent_rewards.training.checkpoint import CheckpointError
 
+    for module in ("jinja2", "matplotlib") if options.html else ():
+        from latent_rewards.metrics.metric import require
+
+        require(module, extra="report")
     try:
         trainer = make_trainer(options)
     except CheckpointError as error:
@@ -110,6 +115,12 @@ def tune_command(options: argparse.Namespace) -> int:
     proxy: Any = trainer.scoring.proxy
     proxy.save_pretrained(output / "proxy")
     (output / "result.json").write_text(json.dumps(dataclasses.asdict(result), indent=1))
+    if options.html:
+        from latent_rewards.tuning_page import tuning_page
+
+        name = f"{trainer.estimator} towards {', '.join(proxy.reward_names)}"
+        title = f"Tuning of {options.policy}"
+        tuning_page(options.html, title, name, dataclasses.asdict(result), dataclasses.asdict(trainer.config))
     for line in told(result):
         print(line)
     print(f"policy in {output / 'policy'}")

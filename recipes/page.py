@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from latent_rewards.report import Report
+from latent_rewards.tuning_page import add_tuning, smooth
 from recipes.prompted import Benchmark
 
 PACKAGES = ("latent-rewards", "torch", "diffusers", "transformers", "accelerate", "scikit-learn")
 REPORT = "report.html"
 CEILINGS = ("real clips", "VAE reconstruction")
 
-SEVERAL_REWARDS = (
-    ("multiplier/", "prices of the floors", "multiplier", "What one unit of a guarded reward was worth."),
-    ("violation/", "violations of the floors", "floor minus mean", "Above 0 the floor was missed."),
-    ("conflict", "conflict of the rewards", "smallest cosine", "Of any two rewards' gradients; -1 is against."),
-)
-"""Prefix of what is logged, title, axis and caption of its chart."""
 
 INTRODUCTION = """A teacher that needs 50 steps was distilled into a student of 1 to 4 steps by variational score \
 distillation (VSD) and consistency distillation (CD). A small proxy then learned to predict a black-box metric from \
@@ -70,49 +64,6 @@ def write_report(
     return report.save(folder / REPORT)
 
 
-def add_tuning(report: Report, name: str, result: Mapping[str, Any]) -> None:
-    """Draw proxy, true and held-out metrics against updates, the first two against KL, and what several rewards do.
-
-    Args:
-        report: the page.
-        name: of the trainer.
-        result: what its ``TrainResult`` held.
-    """
-    history = result["history"]
-    series: dict[str, Any] = {}
-    against_kl: dict[str, Any] = {}
-    kl = {entry["step"]: entry.get("kl", math.nan) for entry in history}
-    for metric in result["true_curve"][0]["true"] if result["true_curve"] else []:
-        steps = [point["step"] for point in result["true_curve"]]
-        for kind in ("proxy", "true"):
-            values = [point[kind][metric] for point in result["true_curve"]]
-            series[f"{kind} {metric}"] = (steps, values)
-            reached = sorted((kl.get(step, math.nan), value) for step, value in zip(steps, values, strict=True))
-            against_kl[f"{kind} {metric}"] = tuple(zip(*reached, strict=True))
-    for metric in result["holdout_curve"][0]["values"] if result["holdout_curve"] else []:
-        points = [(point["step"], point["values"][metric]) for point in result["holdout_curve"]]
-        series[f"held-out {metric}"] = tuple(zip(*points, strict=True))
-    steps = [entry["step"] for entry in history]
-    series["reward (pessimistic proxy)"] = (steps, _smooth([entry["reward"] for entry in history]))
-    best = f" The student of update {result['best_step']} was kept." if result["best_step"] is not None else ""
-    report.add_curves(
-        f"LRO, {name}: metrics while tuning",
-        series,
-        "updates",
-        "metric",
-        f"Proxy and true values on the same fresh samples, before each refresh; {result['num_queries']} true queries "
-        f"in all refreshes.{best}",
-    )
-    if against_kl:
-        report.add_curves(f"LRO, {name}: against KL", against_kl, "KL, nats per latent dimension", "metric")
-    for logged, title, label, caption in SEVERAL_REWARDS:
-        kept = [key for key in dict.fromkeys(key for entry in history for key in entry) if key.startswith(logged)]
-        points = {key: [(entry["step"], entry[key]) for entry in history if key in entry] for key in kept}
-        curves = {key: ([step for step, _ in line], [value for _, value in line]) for key, line in points.items()}
-        if curves:
-            report.add_curves(f"LRO, {name}: {title}", curves, "updates", label, caption)
-
-
 def _add_proxy(report: Report, proxy_report: Mapping[str, Any]) -> None:
     headers = ["reward", "Spearman", "ridge's", "R²", "ridge's", "MAE", "90 % coverage", "training", "held out"]
     rows = [
@@ -137,13 +88,6 @@ def _add_losses(report: Report, stage: str, history: Sequence[Mapping[str, Any]]
     series = {}
     for name in names:
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        series[name] = ([step for step, _ in points], _smooth([value for _, value in points]))
+        series[name] = ([step for step, _ in points], smooth([value for _, value in points]))
     if series:
         report.add_curves(f"Distillation, {stage}: losses", series, "updates", "loss (moving average)")
-
-
-def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    smoothed: list[float] = []
-    for value in values:
-        smoothed.append(value if not smoothed else decay * smoothed[-1] + (1 - decay) * value)
-    return smoothed

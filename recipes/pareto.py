@@ -17,8 +17,9 @@ from pathlib import Path
 import distillation as ds
 import latent_rewards as lr
 from latent_rewards.report import Report
+from latent_rewards.tuning_page import add_tuning
 from recipes.moving_digits.benchmark import training_prompts  # also registers digits.*
-from recipes.page import REPORT, add_tuning
+from recipes.page import REPORT
 
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -86,10 +86,13 @@ def tune(root, output, *more):
 def test_a_policy_is_tuned_saved_and_compared_with_what_it_was(stored, tmp_path, capsys):
     out = tmp_path / "tuned"
     chosen = ["--dataset", f"{stored}/rewards", "--weight", "toys.level=1", "--holdout", "toys.glow"]
+    chosen += ["--html", f"{tmp_path}/run.html"]
     assert tune(stored, out, *chosen) == 0
     printed = capsys.readouterr().out
     assert "toys.level: true" in printed and "held-out toys.glow" in printed and "6 updates, 8 true" in printed
     assert f"policy in {out / 'policy'}" in printed
+    page = (tmp_path / "run.html").read_text()
+    assert "pathwise towards toys.level, toys.dark" in page and "prompts_per_update" in page and page.count("<svg") >= 2
     result = json.loads((out / "result.json").read_text())
     assert len(result["history"]) == 6 and result["num_queries"] == 8 and len(result["holdout_curve"]) == 3
     assert set(RewardProxy.from_pretrained(out / "proxy").reward_names) == {"toys.level", "toys.dark"}

@@ -1,7 +1,7 @@
 import math
 
 from latent_rewards.report import Report
-from recipes.page import add_tuning
+from latent_rewards.tuning_page import add_tuning
 
 RESULT = {"true_curve": [], "holdout_curve": [], "best_step": None, "num_queries": 0}
 
