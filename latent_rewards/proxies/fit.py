@@ -372,6 +372,15 @@ def settle(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor
             [level[0] - reader.targets(heldout).cpu() for level in moments],
             [proxy.calibration(level[1].to(device)).cpu() for level in moments],
         )
+    settle_strangeness(proxy, reader, training, heldout, variance)
+
+
+def settle_strangeness(
+    proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor, variance: Tensor | None = None
+) -> None:
+    """Set the out-of-distribution score from ``heldout`` samples and the variance of the members' outputs on them."""
+    if variance is None:
+        variance = reader.ensemble(heldout)[1]
     order = torch.randperm(len(training), generator=generator(proxy.config.seed, "proxy/distance", 0))
     features = reader.map(proxy.distance_features, training[order[:_DISTANCE_ROWS]])
     if len(heldout) > _REFERENCE_ROWS:  # enough for the quantiles the score is made of

@@ -18,7 +18,7 @@ from torch import Tensor
 from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.ensemble import Reader, shuffled_batches, train_member
-from latent_rewards.proxies.fit import fit_linear, settle
+from latent_rewards.proxies.fit import fit_linear, settle, settle_strangeness
 from latent_rewards.proxies.joint import continue_jointly
 from latent_rewards.proxies.objectives import PREFERENCE_OBJECTIVES, regression_loss
 from latent_rewards.proxies.proxy import RewardProxy
@@ -33,6 +33,7 @@ LEARNING_RATE_FACTOR = 0.4
 
 _MIN_FRESH = 8
 _MIN_CALIBRATION = 20
+_STRANGENESS_ROWS = 512
 _LINEAR_ROWS = 4096
 
 
@@ -52,7 +53,10 @@ def update_proxy(
     """Continue training ``proxy``, in place, on fresh samples.
 
     A part of the fresh samples (``holdout_fraction``) is not trained on; if it has at least 20, it renews the
-    calibration and the out-of-distribution score. A linear proxy is solved again on fresh and replayed samples.
+    calibration and the out-of-distribution score. With fewer the calibration stays, and what counts as strange is
+    learnt from a fifth of the samples it was trained on beside them: otherwise the trunk's features, once they have
+    moved, would make everything strange. False alarms are then somewhat more frequent than asked for. A linear proxy is
+    solved again on fresh and replayed samples.
 
     Args:
         proxy: is changed in place; its parameters end frozen.
@@ -120,9 +124,19 @@ def update_proxy(
     elif count:
         _train(proxy, reader, training, old, count, seed)
     logs |= _accuracies(proxy, reader, fresh, heldout, "after")
+    seen = torch.cat([training, old])
     if size >= _MIN_CALIBRATION:
-        settle(proxy, reader, torch.cat([training, old]), heldout)
+        settle(proxy, reader, seen, heldout)
+    elif count:
+        _renew_strangeness(proxy, reader, seen.unique(), heldout, seed)
     return {key: float(value) for key, value in logs.items()}
+
+
+def _renew_strangeness(proxy: RewardProxy, reader: Reader, seen: Tensor, heldout: Tensor, seed: int) -> None:
+    order = torch.randperm(len(seen), generator=generator(seed, "proxy/update/strangeness", 0))
+    rows = seen[order[:_STRANGENESS_ROWS]]
+    fifth = len(rows) // 5
+    settle_strangeness(proxy, reader, rows[fifth:], torch.cat([heldout, rows[:fifth]]))
 
 
 def _train(proxy: RewardProxy, reader: Reader, fresh: Tensor, old: Tensor, count: int, seed: int) -> None:

@@ -88,6 +88,21 @@ def test_a_refresh_renews_the_map_the_intervals_and_the_threshold(world, quick):
     assert abs(float(inside) - 0.8) < 4.5 * math.sqrt(0.16 * (1 / 300 + 1 / 60))
 
 
+def test_after_many_small_refreshes_usual_samples_are_still_usual(world, trained):
+    """Each holds out too few to calibrate on, and moves the features that strangeness is measured in."""
+    proxy, replay = trained(), dataset(*world, 400, 0)
+    usual, strange = dataset(*world, 300, 7, shift=1.0), dataset(*world, 300, 8, shift=6.0)
+    ratios = proxy.calibration.ratios.clone()
+    for step in range(8):
+        fresh = dataset(*world, 60, 20 + step, shift=1.0)
+        proxy.update(fresh, replay=replay, num_updates=24, seed=step)
+        replay = replay.concatenate(fresh)
+    told, other = (proxy.predict(data.latents(), data.prompts).ood["curve"] for data in (usual, strange))
+    assert 0.3 < float(told.mean()) < 0.7 and float((told > 0.95).float().mean()) < 0.15
+    assert float((other > 0.95).float().mean()) > 0.95
+    assert torch.equal(proxy.calibration.ratios, ratios), "nine samples calibrate nothing"
+
+
 def test_a_linear_proxy_is_solved_again(world, quick):
     latents = world[0](120, 0)
     rewards = latents[:, 0].mean(dim=(1, 2, 3))
