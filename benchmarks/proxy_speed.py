@@ -70,7 +70,8 @@ class Side:
             ``seconds`` of each run, and MiB: ``weights`` (the proxy's, or the VAE's), ``work`` (most memory above what
             is held when warm) and ``peak`` (of the interpreter, or of an accelerator's allocator).
         """
-        latents = load_file(Path(self.folder) / "latents.safetensors")["latents"].to(self.device)
+        # What is read is mapped from the file, and would count as work of the side that touches it first.
+        latents = load_file(Path(self.folder) / "latents.safetensors")["latents"].to(self.device, copy=True)
         prompts = [PROMPTS[i % len(PROMPTS)] for i in range(len(latents))]
         score, weights = self._proxy() if self.kind == "proxy" else self._oracle()
         score(latents[:2], prompts[:2])

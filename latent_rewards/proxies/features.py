@@ -30,9 +30,11 @@ def linear_features(latents: Tensor, prompt_features: Tensor | None) -> Tensor:
 
 def latent_statistics(latents: Tensor) -> Tensor:
     """Return ``[B, 3 C]``: each channel's mean, standard deviation, and RMS difference of neighbouring frames."""
-    spread = latents.std(dim=(2, 3, 4), unbiased=False)
+    mean = latents.mean(dim=(2, 3, 4))
+    # Tensor.std adds up one number at a time.
+    spread = (latents - mean[..., None, None, None]).square().mean(dim=(2, 3, 4)).sqrt()
     if latents.shape[2] < 2:
         change = torch.zeros_like(spread)
     else:
         change = latents.diff(dim=2).square().mean(dim=(2, 3, 4)).sqrt()
-    return torch.cat([latents.mean(dim=(2, 3, 4)), spread, change], dim=1)
+    return torch.cat([mean, spread, change], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,9 @@ from latent_rewards.proxies.trunks.shared import PassThrough, SharedTrunk
 from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 
 Network = NetworkMember | SeparateMember
+
+_DRAWN_ON_CPU = 5 * 2**14
+"""Latent numbers that are drawn at once on a CPU: the frames take most of a proxy's memory, and are small then."""
 
 if TYPE_CHECKING:
     from latent_rewards.proxies.proxy import RewardProxy
@@ -109,7 +113,7 @@ def member_inputs(
     if proxy.shared is None:
         return latents, prompt_features, *level
     if isinstance(proxy.shared, TinyDecoder):
-        return look(proxy.shared(latents * proxy.latent_std + proxy.latent_mean)), prompt_features, *level
+        return _seen(proxy, proxy.shared, latents), prompt_features, *level
     tokens = prompt_features
     if tokens is not None and tokens.ndim == 3:
         tokens = (tokens / proxy.prompt_scale + proxy.prompt_mean) * real_tokens(tokens)[..., None]
@@ -117,6 +121,15 @@ def member_inputs(
     if proxy.is_linear:
         features = features.mean(dim=1)[:, :, None, None, None]
     return features, prompt_features, *level
+
+
+def _seen(proxy: RewardProxy, decoder: TinyDecoder, latents: Tensor) -> Tensor:
+    size = len(latents)
+    if latents.device.type == "cpu" and not torch.is_grad_enabled():
+        size = max(1, _DRAWN_ON_CPU // max(1, math.prod(latents.shape[1:])))
+    scale = proxy.latent_mean, proxy.latent_std
+    parts = [look(decoder(part, scale)) for part in latents.split(max(1, size))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def outputs_of(proxy: RewardProxy, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:

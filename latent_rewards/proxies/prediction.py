@@ -18,7 +18,7 @@ from latent_rewards.proxies.text import Prompts
 if TYPE_CHECKING:
     from latent_rewards.proxies.proxy import RewardProxy
 
-_MOST_SAMPLES, _NUMBERS_ON_CPU, _NUMBERS_ELSEWHERE = 128, 2**17, 2**23
+_MOST_SAMPLES, _NUMBERS_ON_CPU, _NUMBERS_ELSEWHERE = 128, 5 * 2**15, 2**23
 """Samples, and latent numbers, that are scored at once: on a CPU few, which stay in its caches and are small."""
 
 
@@ -69,15 +69,15 @@ def predict(
     else:
         check_latents(latents)
     levels = proxy.read_time(t, len(latents))
-    features = proxy.read_prompts(prompts, len(latents))
+    features = proxy.raw_prompts(prompts, len(latents))
     means, stds, scores = [], [], []
-    for rows in torch.arange(len(latents)).split(_at_once(proxy, latents)):
+    for rows in _spans(len(latents), _at_once(proxy, latents)):
         if isinstance(latents, RewardDataset):
-            normalised = proxy.normalise(check_latents(latents.latents(rows)))
+            normalised = proxy.normalise(check_latents(latents.latents(range(rows.start, rows.stop))))
         else:
-            normalised = proxy.normalise(latents[rows.to(latents.device)])
-        read = None if features is None else features[rows.to(features.device)]
-        level = [values[rows.to(values.device)] for values in levels]
+            normalised = proxy.normalise(latents[rows])
+        read = None if features is None else proxy.scale_prompts(features[rows])
+        level = [values[rows] for values in levels]
         inputs = proxy.member_inputs(normalised, read, *level)
         mean, variance, description = combine_and_describe(proxy, normalised, inputs)
         means.append(proxy.correct(mean) * proxy.reward_std + proxy.reward_mean)
@@ -97,6 +97,12 @@ def _at_once(proxy: RewardProxy, latents: Tensor | RewardDataset) -> int:
     shape = latents.latent_shape if isinstance(latents, RewardDataset) else latents.shape[1:]
     numbers = _NUMBERS_ON_CPU if proxy.reward_mean.device.type == "cpu" else _NUMBERS_ELSEWHERE
     return min(_MOST_SAMPLES, max(1, numbers // max(1, math.prod(shape))))
+
+
+def _spans(count: int, most: int) -> list[slice]:
+    """Return slices of at most ``most`` of ``count``, of sizes as equal as can be: what is made for a size is kept."""
+    size = math.ceil(count / math.ceil(count / most)) if count else 1
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _ood(proxy: RewardProxy, features: Tensor, variance: Tensor) -> Tensor:

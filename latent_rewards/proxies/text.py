@@ -38,7 +38,9 @@ def _hasher(num_features: int) -> Any:  # noqa: ANN401 - scikit-learn has no typ
 
 def hash_texts(texts: Sequence[str], num_features: int) -> Tensor:
     """Return float32 ``[N, num_features]`` of unit length; a text without words is zero."""
-    return torch.from_numpy(_hasher(num_features).transform(texts).toarray()).float()
+    distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    hashed = torch.from_numpy(_hasher(num_features).transform(distinct).toarray()).float()
+    return hashed[[distinct[text] for text in texts]]
 
 
 @dataclass(frozen=True)

@@ -39,3 +39,11 @@ def test_latents_are_finite_floats_of_rank_five():
     ):
         with pytest.raises(DataError, match=message):
             check_latents(bad)
+
+
+def test_latents_whose_sum_overflows_are_finite():
+    latents = torch.full((2, 1, 1, 2, 2), 3e38)
+    assert check_latents(latents) is latents
+    latents[1, 0, 0, 0, 0] = -math.inf
+    with pytest.raises(DataError, match=r"latents\[1\] holds NaN or infinity"):
+        check_latents(latents)

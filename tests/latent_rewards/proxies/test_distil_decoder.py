@@ -227,3 +227,19 @@ def test_what_there_is_to_see_is_looked_at_once_for_all_members(quick, monkeypat
     monkeypatch.setattr(members, "look", lambda frames: looked.append(len(frames)) or look(frames))
     proxy.scores(latents[:5], ["clip"] * 5)
     assert looked == [5]
+
+
+def test_on_a_cpu_few_samples_are_drawn_at_once_and_seen_alike(quick, monkeypatch):
+    from latent_rewards.proxies import members
+
+    latents, rewards = draw(120, 0)
+    proxy = train_proxy(latents, rewards, config=quick(trunk="pixels", num_updates=2), codec=MixingCodec())
+    whole, looked, look = proxy.predict(latents[:7]), [], members.look
+    monkeypatch.setattr(members, "look", lambda frames: looked.append(len(frames)) or look(frames))
+    monkeypatch.setattr(members, "_DRAWN_ON_CPU", 3 * latents[0].numel())
+    parts = proxy.predict(latents[:7])
+    assert looked == [3, 3, 1]
+    torch.testing.assert_close(parts.mean["reward"], whole.mean["reward"])
+    torch.testing.assert_close(parts.ood["reward"], whole.ood["reward"])
+    proxy(latents[:7].requires_grad_()).sum().backward()
+    assert looked[3:] == [7], "a gradient keeps all of it anyway"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from latent_rewards.proxies.trunks import pixels
 from latent_rewards.proxies.trunks.pixels import WINDOW, PixelTrunk, centre_of_mass, cut_window, difference, look
 
 
@@ -74,3 +75,15 @@ def test_any_frame_size_is_read_and_gradients_reach_the_pixels():
 @pytest.mark.parametrize(("sides", "smallest"), [((8, 8), 1), ((60, 104), 4)])
 def test_the_smallest_latents_are_those_of_one_stride(sides, smallest):
     assert PixelTrunk((4, 2, *sides), 8, 1, 0).smallest_side == smallest
+
+
+@pytest.mark.parametrize("count", [64, 63, 1])
+def test_the_median_is_torchs(count):
+    values = torch.randn(5, 3, count, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pixels._median(values), values.median(dim=2).values)
+
+
+@pytest.mark.parametrize("side", [(16, 16), (12, 20), (17, 30)])
+def test_parts_are_averaged_as_adaptive_pooling_does(side):
+    frames = torch.rand(2, 3, *side, dtype=torch.float64)
+    torch.testing.assert_close(pixels._pool(frames, 4), torch.nn.functional.adaptive_avg_pool2d(frames, 4).flatten(1))

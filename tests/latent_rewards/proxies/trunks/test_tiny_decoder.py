@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
 from latent_rewards.contracts import DataError
 from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder, drawing_scale
@@ -51,3 +52,24 @@ def test_latents_are_read_by_channel_at_unit_scale():
     first = decoder(latents)
     decoder.fit_scales(moved)
     torch.testing.assert_close(decoder(moved), first, atol=1e-4, rtol=1e-4)
+
+
+def test_convolutions_of_images_draw_what_those_of_clips_would():
+    torch.manual_seed(0)
+    decoder = TinyDecoder(4, stride=1, zoom=2, frames_per_latent=4, dropped=3).double()
+    decoder.latent_mean.normal_()
+    decoder.latent_std.uniform_(0.5, 2)
+    latents = torch.randn(3, 4, 5, 8, 6, dtype=torch.float64, requires_grad=True)
+    x = decoder.stem(decoder.normalise(latents))
+    for block in decoder.blocks:
+        x = x + block(x)
+    images = decoder.output(functional.gelu(x).transpose(1, 2).flatten(0, 1))
+    expected = functional.pixel_shuffle(images, 2).reshape(3, 20, 3, 16, 12)[:, 3:]
+    drawn = decoder(latents)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-12)
+    weights = torch.randn_like(drawn)
+    values = [(frames * weights).sum() for frames in (drawn, expected)]
+    slopes = [torch.autograd.grad(value, latents, retain_graph=True)[0] for value in values]
+    torch.testing.assert_close(*slopes, rtol=0, atol=1e-11)
+    mean, std = torch.randn(4, 1, 1, 1).double(), torch.rand(4, 1, 1, 1).double() + 0.5
+    torch.testing.assert_close(decoder((latents - mean) / std, (mean, std)), drawn, rtol=0, atol=1e-11)
