@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,10 @@ import torch
 
 import latent_rewards as lr
 from benchmarks.provenance import provenance
-from benchmarks.proxy_samples import Amounts, ProxyWorld
-from benchmarks.tuning import NUM_STEPS, Method, TuningWorld
+from benchmarks.tuning import NUM_STEPS, Method, TuningWorld, add_options, keep, open_samples
 from latent_rewards.contracts import ConfigError, unknown_name
 from recipes.moving_digits.benchmark import TUNED
 
-RESULTS = Path(__file__).parent / "results" / "constraints"
 GUARDED = "motion.dynamic_degree"
 SEEDS = (0, 1, 2)
 LABELS = 512
@@ -209,14 +208,9 @@ def table(summary: Mapping[str, Any]) -> str:
 def main() -> None:
     """Read the command line, measure, aggregate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", type=Path, help="folder that student.save_pretrained wrote")
-    parser.add_argument("--teacher", default="recipes/moving_digits/weights/teacher", help="pipeline folder")
+    add_options(parser, "constraints")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), help=f"default: {' '.join(PARTS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="default: 0 1 2")
-    parser.add_argument("--samples", type=Path, default=Path("runs/proxies/samples"), help="pools of scored samples")
-    parser.add_argument("--runs", type=Path, default=Path("runs/constraints"), help="where runs are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are written")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--summary", action="store_true", help="only aggregate the results that are there")
     options = parser.parse_args()
     for name in options.parts:
@@ -224,9 +218,7 @@ def main() -> None:
             raise ConfigError(unknown_name("part", name, PARTS))
     options.results.mkdir(parents=True, exist_ok=True)
     if not options.summary:
-        if options.student is None:
-            raise ConfigError("no student; pass --student FOLDER, a folder that student.save_pretrained wrote")
-        samples = ProxyWorld(options.student, options.teacher, options.samples, Amounts(), options.device)
+        samples = open_samples(options)
         trade = Trade(TuningWorld(samples, options.runs, rewards=(TUNED, GUARDED)), Sizes())
         run(trade, options.results, options.parts, options.seeds)
     results = [json.loads(file.read_text()) for file in sorted(options.results.glob("*-seed*.json"))]
@@ -238,16 +230,10 @@ def main() -> None:
 
 def run(trade: Trade, folder: Path, parts: Sequence[str], seeds: Sequence[int]) -> None:
     """Measure what ``folder`` does not hold yet."""
-    folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         for part in parts:
             path = folder / f"{part}-seed{seed}.json"
-            if not path.is_file():
-                measured = trade.measure(part, seed)
-                partial = path.with_suffix(".part")
-                partial.write_text(json.dumps(measured, indent=1))
-                partial.replace(path)
-                print(f"{path.stem}: {measured['points']}, {measured['seconds']:.0f} s", flush=True)
+            keep(path, partial(trade.measure, part, seed), "points")
 
 
 if __name__ == "__main__":

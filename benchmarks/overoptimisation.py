@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,7 @@ import torch
 import distillation as ds
 import latent_rewards as lr
 from benchmarks.provenance import provenance
-from benchmarks.proxy_samples import Amounts, ProxyWorld
-from benchmarks.tuning import AT_ONCE, HOLDOUT, NUM_STEPS, Curve, Method, TuningWorld
+from benchmarks.tuning import AT_ONCE, HOLDOUT, NUM_STEPS, Curve, Method, TuningWorld, add_options, keep, open_samples
 from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.rollout import rollout, trajectory_kl
 from latent_rewards.training.settings import read_settings
@@ -36,7 +36,6 @@ from recipes.dollar import SECTIONS
 from recipes.moving_digits.benchmark import TUNED, DigitsBenchmark
 from recipes.moving_digits.evaluation import clip_prompts, evaluate, evaluation_noise
 
-RESULTS = Path(__file__).parent / "results" / "overoptimisation"
 CONFIG = "recipes/configs/moving_digits_full.yaml"
 """Whose anchor, and whose weight of it, is taken."""
 SEEDS = (0, 1, 2)
@@ -208,16 +207,10 @@ class Climb:
 
 def run(climb: Climb, folder: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Measure what ``folder`` does not hold yet."""
-    folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         for name in names:
             path = folder / f"{name}-seed{seed}.json"
-            if not path.is_file():
-                told = climb.measure(name, seed)
-                partial = path.with_suffix(".part")
-                partial.write_text(json.dumps(told, indent=1))
-                partial.replace(path)
-                print(f"{path.stem}: {told['curve'][-1]}, {told['seconds']:.0f} s", flush=True)
+            keep(path, partial(climb.measure, name, seed), "queries")
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -303,14 +296,9 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 def main() -> None:
     """Read the command line, measure, aggregate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", type=Path, help="folder that student.save_pretrained wrote")
-    parser.add_argument("--teacher", default="recipes/moving_digits/weights/teacher", help="pipeline folder")
+    add_options(parser, "overoptimisation")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help=f"default: {' '.join(VARIANTS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="default: 0 1 2")
-    parser.add_argument("--samples", type=Path, default=Path("runs/proxies/samples"), help="pools of scored samples")
-    parser.add_argument("--runs", type=Path, default=Path("runs/overoptimisation"), help="where runs are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are written")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--updates", type=int, default=Sizes.updates, help="of the policy")
     parser.add_argument("--learning-rate", type=float, default=Sizes.learning_rate, help="of the policy")
     parser.add_argument("--prompts", type=int, default=Sizes.prompts, help="of the evaluation, four clips each")
@@ -320,9 +308,7 @@ def main() -> None:
         if name not in VARIANTS:
             raise ConfigError(unknown_name("variant", name, VARIANTS))
     if not options.summary:
-        if options.student is None:
-            raise ConfigError("no student; pass --student FOLDER, a folder that student.save_pretrained wrote")
-        samples = ProxyWorld(options.student, options.teacher, options.samples, Amounts(), options.device)
+        samples = open_samples(options)
         sizes = Sizes(updates=options.updates, learning_rate=options.learning_rate, prompts=options.prompts)
         run(Climb(TuningWorld(samples, options.runs), sizes), options.results, options.variants, options.seeds)
     results = [json.loads(file.read_text()) for file in sorted(options.results.glob("*-seed*.json"))]

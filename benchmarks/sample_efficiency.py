@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,9 @@ import torch
 
 import latent_rewards as lr
 from benchmarks.provenance import provenance
-from benchmarks.proxy_samples import Amounts, ProxyWorld
-from benchmarks.tuning import NUM_STEPS, Curve, Method, TuningWorld
+from benchmarks.tuning import NUM_STEPS, Curve, Method, TuningWorld, add_options, keep, open_samples
 from latent_rewards.contracts import ConfigError, unknown_name
 
-RESULTS = Path(__file__).parent / "results" / "sample_efficiency"
 LEARNING_RATES = (5e-5, 1.5e-4, 5e-4)
 SEARCH_SEED = 100
 SEEDS = (0, 1, 2)
@@ -166,17 +165,10 @@ def cell(folder: Path, name: str, learning_rate: float, seed: int) -> Path:
 
 def run(race: Race, folder: Path, names: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> None:
     """Measure the cells that ``folder`` does not hold yet."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         for rate in rates:
             for seed in seeds:
-                path = cell(folder, name, rate, seed)
-                if not path.is_file():
-                    told = race.measure(name, rate, seed)
-                    partial = path.with_suffix(".part")
-                    partial.write_text(json.dumps(told, indent=1))
-                    partial.replace(path)
-                    print(f"{path.stem}: {told['curve'][-1]}, {told['seconds']:.0f} s", flush=True)
+                keep(cell(folder, name, rate, seed), partial(race.measure, name, rate, seed), "heldin")
 
 
 def best_rate(folder: Path, name: str) -> float:
@@ -290,25 +282,18 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
 def main() -> None:
     """Read the command line, measure, aggregate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", type=Path, help="folder that student.save_pretrained wrote")
-    parser.add_argument("--teacher", default="recipes/moving_digits/weights/teacher", help="pipeline folder")
+    add_options(parser, "sample_efficiency")
     parser.add_argument("--stage", choices=("all", "prepare", "search", "final", "summary"), default="all")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--rates", type=float, nargs="+", default=list(LEARNING_RATES), help="of the search")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the final runs, or to prepare")
-    parser.add_argument("--samples", type=Path, default=Path("runs/proxies/samples"), help="pools of scored samples")
-    parser.add_argument("--runs", type=Path, default=Path("runs/sample_efficiency"), help="where runs are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are written")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--share", type=float, default=1.0, help="of the updates to make, for a trial")
     options = parser.parse_args()
     for name in options.methods:
         if name not in METHODS:
             raise ConfigError(unknown_name("method", name, METHODS))
     if options.stage != "summary":
-        if options.student is None:
-            raise ConfigError("no student; pass --student FOLDER, a folder that student.save_pretrained wrote")
-        samples = ProxyWorld(options.student, options.teacher, options.samples, Amounts(), options.device)
+        samples = open_samples(options)
         measure_stages(Race(TuningWorld(samples, options.runs), Sizes(share=options.share)), options)
     if options.stage in ("all", "final", "summary"):
         write_summary(options.results)

@@ -6,6 +6,7 @@ metric itself for every sample of every update, and one backpropagates through d
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import warnings
@@ -19,8 +20,8 @@ from torch import Tensor
 
 import latent_rewards as lr
 from benchmarks.proxies import only
-from benchmarks.proxy_samples import NUM_STEPS, ProxyWorld
-from latent_rewards.contracts import Anchor, Oracle
+from benchmarks.proxy_samples import NUM_STEPS, Amounts, ProxyWorld
+from latent_rewards.contracts import Anchor, ConfigError, Oracle
 from latent_rewards.rollout import rollout
 from latent_rewards.training.checkpoint import MANIFEST
 from latent_rewards.training.randomness import sample_noise
@@ -222,3 +223,37 @@ class Curve:
     def listed(self) -> list[dict[str, float]]:
         """Return the points in order, each with its ``updates``."""
         return [{"updates": step, **self.points[step]} for step in sorted(self.points)]
+
+
+def keep(path: Path, measure: Callable[[], dict[str, Any]], told: str) -> None:
+    """Measure what a file does not hold yet, write it whole, and print the value under ``told``."""
+    if path.is_file():
+        return
+    measured = measure()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(measured, indent=1))
+    partial.replace(path)
+    print(f"{path.stem}: {measured[told]}, {measured['seconds']:.0f} s", flush=True)
+
+
+def add_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add what every benchmark of tuning is told: student, device and folders."""
+    results = Path(__file__).parent / "results" / name
+    parser.add_argument("--student", type=Path, help="folder that student.save_pretrained wrote")
+    parser.add_argument("--teacher", default="recipes/moving_digits/weights/teacher", help="pipeline folder")
+    parser.add_argument("--samples", type=Path, default=Path("runs/proxies/samples"), help="pools of scored samples")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="where runs are kept")
+    parser.add_argument("--results", type=Path, default=results, help="where results are written")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+
+
+def open_samples(options: argparse.Namespace) -> ProxyWorld:
+    """Return the student's samples that the command line names.
+
+    Raises:
+        ConfigError: it names no student.
+    """
+    if options.student is None:
+        raise ConfigError("no student; pass --student FOLDER, a folder that student.save_pretrained wrote")
+    return ProxyWorld(options.student, options.teacher, options.samples, Amounts(), options.device)
