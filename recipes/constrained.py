@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         student,
         proxy,
         prompts,
-        config=lr.LROConfig(num_updates=options.updates, learning_rate=5e-5, refresh_every=10, refresh_queries=128),
+        config=lr.LROConfig(num_updates=options.updates, learning_rate=5e-5),
         reward=reward,
         oracle=oracle,
         dataset=before,

@@ -38,7 +38,7 @@ def main() -> None:
     proxy = lr.train_proxy(dataset)
     print(f"proxy on unseen samples: {proxy.report['custom.boldness']}")
 
-    config = lr.LROConfig(num_updates=options.updates, learning_rate=5e-5, refresh_every=10, refresh_queries=128)
+    config = lr.LROConfig(num_updates=options.updates, learning_rate=5e-5)
     result = lr.ReinforceTrainer(student, proxy, prompts, config=config, oracle=oracle, dataset=dataset).train()
     for point in result.true_curve:
         print(f"update {point['step']}: true {point['true']}, proxy {point['proxy']}")

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         policy,
         proxy,
         prompts,
-        config=lr.LROConfig(num_updates=options.updates, learning_rate=1e-3, refresh_every=10, refresh_queries=128),
+        config=lr.LROConfig(num_updates=options.updates, learning_rate=1e-3),
         reward=lr.PreferredReward({name: units[name] for name in options.metric}),
         oracle=oracle,
         dataset=before,

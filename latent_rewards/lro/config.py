@@ -77,7 +77,8 @@ class LROConfig:
         pessimism: how many of the proxy's own standard deviations a reward is scored below its mean (above, if its
             weight is negative).
         reward_cap: a proxy score beyond which more is not believed; scores are clamped to it. None does not clamp.
-        refresh_every: updates between proxy refreshes; a refresh needs an oracle.
+        refresh_every: updates between proxy refreshes; a refresh needs an oracle. Often with few queries is safer than
+            seldom with many: in ``benchmarks.overoptimisation`` a policy exploits a frozen proxy within ten updates.
         refresh_queries: fresh samples per refresh that the oracle scores, at least 8.
         refresh_steps: proxy updates per refresh.
         acquisition: which fresh samples the oracle scores: "random" takes them as the policy draws them; "uncertain",
@@ -132,9 +133,9 @@ class LROConfig:
     ref_model_mixup_alpha: float = 0.6
     pessimism: float = 0.5
     reward_cap: float | None = None
-    refresh_every: int = 25
-    refresh_queries: int = 256
-    refresh_steps: int = 100
+    refresh_every: int = 5
+    refresh_queries: int = 64
+    refresh_steps: int = 20
     acquisition: Literal["random", "uncertain", "top", "diverse", "mixed"] = "random"
     acquisition_pool: int = 4
     replay_half_life: float | None = None
