@@ -43,6 +43,9 @@ def _commit() -> str | None:
 
 def _nameless(argument: str) -> str:
     """Return an argument without the folders of this machine, which mean nothing on another."""
+    option, equals, value = argument.partition("=")
+    if equals and option.startswith("--"):
+        return f"{option}={_nameless(value)}"
     path = Path(argument)
     if not path.is_absolute():
         return argument

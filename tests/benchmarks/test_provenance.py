@@ -9,9 +9,9 @@ from benchmarks.provenance import provenance
 def test_the_command_has_no_folder_of_this_machine(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     inside, outside = tmp_path / "runs" / "student", Path(tmp_path.parent) / "elsewhere" / "samples"
-    monkeypatch.setattr(sys, "argv", ["x", "--student", str(inside), "--runs", str(outside), "--seeds", "0"])
+    monkeypatch.setattr(sys, "argv", ["x", "--student", str(inside), f"--runs={outside}", "--seeds", "0"])
     told = provenance()
-    assert told["command"].endswith(" --student runs/student --runs samples --seeds 0")
+    assert told["command"].endswith(" --student runs/student --runs=samples --seeds 0")
     assert str(tmp_path.parent) not in told["command"] and told["versions"]["torch"]
 
 
