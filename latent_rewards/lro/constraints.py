@@ -46,14 +46,14 @@ def relative_floors(dataset: RewardDataset, shares: Mapping[str, float]) -> dict
 class Lagrangian:
     """An objective whose guarded rewards keep their floors in the mean, at prices that are learnt while training.
 
-    A trainer moves the prices once per update. With ``v = (floor - mean) / unit`` of an update's samples,
+    A trainer moves the prices once per update. With ``v = (floor - mean) / unit``,
     ``integral <- max(0, integral + learning_rate v)`` and ``multiplier = max(0, integral + damping v)``, which is PI
-    control (Stooke, Achiam and Abbeel 2020, 2007.03964). The mean is the proxy's, plus what it was wrong by at the last
-    refresh: so at a refresh it is the true one, and it is the true floor that is kept. Without an oracle it is the
-    proxy's alone.
+    control (Stooke, Achiam and Abbeel 2020, 2007.03964). The mean is a moving average over updates, since a few prompts
+    say little of all; of each update it takes the proxy's, plus what that was wrong by at the last refresh: so it is
+    the true floor that is kept. Without an oracle it is the proxy's alone.
 
-    Logged are ``multiplier/<name>``, as an update used it, and ``violation/<name>``, floor minus mean of that update's
-    samples: positive below the floor. All this is part of a checkpoint, and the same in every rank of a launch.
+    Logged are ``multiplier/<name>``, as an update used it, and ``violation/<name>``, floor minus mean: positive below
+    the floor. All this is part of a checkpoint, and the same in every rank of a launch.
 
     Args:
         objective: what is raised.
@@ -64,6 +64,7 @@ class Lagrangian:
             multiplier and policy swing around each other.
         damping: answers the violation at once and so stills those swings without moving where they end; 0 is plain
             dual ascent.
+        smoothing: share of the past in the moving average, in [0, 1); 0 takes each update's mean as it is.
         maximum: multipliers stop there, for floors that cannot be reached; None lets them grow.
 
     Raises:
@@ -78,16 +79,20 @@ class Lagrangian:
         units: Mapping[str, float] | None = None,
         learning_rate: float = 1.0,
         damping: float = 0.0,
+        smoothing: float = 0.9,
         maximum: float | None = None,
     ) -> None:
         if not 0 < learning_rate < math.inf:
             raise ConfigError(f"learning_rate must be positive and finite; got {learning_rate}")
         if not 0 <= damping < math.inf:
             raise ConfigError(f"damping must be finite and not negative; got {damping}")
+        if not 0 <= smoothing < 1:
+            raise ConfigError(f"smoothing must lie in [0, 1); got {smoothing}")
         if maximum is not None and not maximum > 0:
             raise ConfigError(f"maximum must be positive, or None for no bound; got {maximum}")
         self.objective, self.floors = objective, check_numbers(floors, "floor")
         self.learning_rate, self.damping, self.maximum = float(learning_rate), float(damping), maximum
+        self.smoothing = float(smoothing)
         self.units = {name: float((units or {}).get(name, 1.0)) for name in self.floors}
         for name, unit in {**(units or {}), **self.units}.items():
             if name not in self.floors:
@@ -97,6 +102,7 @@ class Lagrangian:
         self.multipliers = dict.fromkeys(self.floors, 0.0)
         self._integrals = dict.fromkeys(self.floors, 0.0)
         self._corrections = dict.fromkeys(self.floors, 0.0)
+        self._means: dict[str, float] = {}
 
     @property
     def weights(self) -> dict[str, float]:
@@ -128,7 +134,7 @@ class Lagrangian:
         for name, floor in self.floors.items():
             if name not in means:
                 raise DataError(unknown_name("reward", name, means))
-            violation = floor - (means[name] + self._corrections[name])
+            violation = floor - self._smoothed(name, means[name] + self._corrections[name])
             logs |= {f"multiplier/{name}": self.multipliers[name], f"violation/{name}": violation}
             if not math.isnan(violation):
                 missed = violation / self.units[name]
@@ -143,16 +149,29 @@ class Lagrangian:
             if not math.isnan(gap):
                 self._corrections[name] = gap
 
+    def _smoothed(self, name: str, mean: float) -> float:
+        """Return the moving average with ``mean`` taken in; NaN stays NaN and is not."""
+        if math.isnan(mean):
+            return mean
+        before = self._means.get(name, mean)
+        self._means[name] = self.smoothing * before + (1 - self.smoothing) * mean
+        return self._means[name]
+
     def _bounded(self, value: float) -> float:
         return max(0.0, value if self.maximum is None else min(value, self.maximum))
 
     def _settings(self) -> dict[str, Any]:
-        names = ("floors", "units", "learning_rate", "damping", "maximum")
+        names = ("floors", "units", "learning_rate", "damping", "smoothing", "maximum")
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """Return multipliers and corrections, and the settings they belong to."""
-        state = {"multipliers": self.multipliers, "integrals": self._integrals, "corrections": self._corrections}
+        state = {
+            "multipliers": self.multipliers,
+            "integrals": self._integrals,
+            "corrections": self._corrections,
+            "means": self._means,
+        }
         return {"settings": self._settings(), **{name: dict(values) for name, values in state.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -169,6 +188,7 @@ class Lagrangian:
                 )
         self.multipliers = dict(state["multipliers"])
         self._integrals, self._corrections = dict(state["integrals"]), dict(state["corrections"])
+        self._means = dict(state["means"])
 
     def __repr__(self) -> str:
         """Return the constructor call."""

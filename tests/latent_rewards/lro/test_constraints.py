@@ -73,7 +73,9 @@ def point(linear_policy):
 
 def lagrangian(floor: float = FLOOR, **settings) -> Lagrangian:
     return Lagrangian(
-        WeightedSum({"quality": 1.0}), {"room": floor}, **{"learning_rate": 0.1, "damping": 2.0, **settings}
+        WeightedSum({"quality": 1.0}),
+        {"room": floor},
+        **{"learning_rate": 0.1, "damping": 2.0, "smoothing": 0.0, **settings},
     )
 
 
@@ -150,12 +152,26 @@ def test_one_update_has_exact_values():
         reward.after_update({"quality": 1.0})
 
 
+def test_the_mean_is_a_moving_average_of_what_is_thought_true():
+    reward = lagrangian(floor=0.5, learning_rate=0.5, smoothing=0.75)
+    assert reward.after_update({"room": 0.1})["violation/room"] == pytest.approx(0.4, abs=1e-15)
+    reward.after_refresh({"room": 0.1}, {"room": 0.3})
+    # 3/4 of 0.1 and 1/4 of 0.4 + 0.2
+    assert reward.after_update({"room": 0.4})["violation/room"] == pytest.approx(0.5 - 0.225, abs=1e-15)
+    kept = reward.state_dict()
+    assert math.isnan(reward.after_update({"room": NAN})["violation/room"]) and reward.state_dict() == kept
+    noisy = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reward = lagrangian(floor=0.0, smoothing=0.9)
+    told = torch.tensor([reward.after_update({"room": float(mean)})["violation/room"] for mean in noisy])
+    assert float(told[100:].std()) == pytest.approx((0.1 / 1.9) ** 0.5, rel=0.1)
+
+
 def test_an_interrupted_run_continues_to_the_same_bits(linear_policy, tmp_path):
     def run(folder, num_updates, floor=FLOOR):
         settings = config(
             num_updates=num_updates, output_dir=str(tmp_path / folder), learning_rate_floor=1.0, refresh_every=3
         )
-        policy, reward = point(linear_policy), lagrangian(floor)
+        policy, reward = point(linear_policy), lagrangian(floor, smoothing=0.5)
         result = DifferentiableRewardTrainer(policy, Plane(0.3), ["a"], settings, reward=reward, oracle=truth).train()
         return policy.shift.tolist(), reward.state_dict(), json.dumps(result.__dict__)
 
@@ -185,6 +201,7 @@ def test_mistakes_are_named():
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"damping": -1.0}, "damping must be"),
         ({"maximum": 0.0}, "maximum must be positive"),
+        ({"smoothing": 1.0}, r"smoothing must lie in \[0, 1\)"),
         ({"floor": NAN}, "floor of 'room' must be finite"),
         ({"units": {"room": 0.0}}, "unit of 'room' must be positive"),
         ({"units": {"rom": 1.0}}, "units: unknown floor 'rom'.*'room'"),
