@@ -96,7 +96,7 @@ class Trade:
     def _lagrangian(floors: Mapping[str, float], units: Mapping[str, float]) -> lr.Lagrangian:
         guarded = {name: units[name] for name in floors}
         return lr.Lagrangian(
-            lr.WeightedSum({TUNED: 1 / units[TUNED]}), floors, units=guarded, learning_rate=0.5, damping=3.0
+            lr.WeightedSum({TUNED: 1 / units[TUNED]}), floors, units=guarded, learning_rate=1.0, damping=5.0
         )
 
     def _sweep(self, seed: int, units: Mapping[str, float]) -> list[dict[str, float]]:

@@ -114,8 +114,8 @@ class Moments:
         self.squares += float(gradient @ gradient)
         self.products += float(gradient @ exact.double())
 
-    def told(self, exact: Moments) -> dict[str, float]:
-        """Return spread, cosine, slope and seconds an update; see the module."""
+    def told(self, exact: Moments) -> dict[str, float | None]:
+        """Return spread, cosine (None where the noise leaves no size), slope and seconds an update; see the module."""
         pairs = self.count * (self.count - 1)
         size = (float(self.total @ self.total) - self.squares) / pairs
         exact_size = (float(exact.total @ exact.total) - exact.squares) / pairs
@@ -123,7 +123,7 @@ class Moments:
         variance = self.squares / self.count - size
         return {
             "spread": (max(0.0, variance) / exact_size) ** 0.5,
-            "cosine": along / (size * exact_size) ** 0.5 if size > 0 else float("nan"),
+            "cosine": along / (size * exact_size) ** 0.5 if size > 0 else None,
             "slope": along / exact_size,
             "seconds": self.seconds / self.count,
         }
@@ -189,11 +189,12 @@ def main() -> None:
     print(table(told))
 
 
-def table(told: Mapping[str, Mapping[str, float]]) -> str:
+def table(told: Mapping[str, Mapping[str, float | None]]) -> str:
     """Return a Markdown table."""
     lines = ["| estimator | spread | cosine | slope | seconds |", "|---" * 5 + "|"]
     for name, values in told.items():
-        cells = [f"{values[key]:.3g}" for key in ("spread", "cosine", "slope", "seconds")]
+        numbers = [values[key] for key in ("spread", "cosine", "slope", "seconds")]
+        cells = ["–" if number is None else f"{number:.3g}" for number in numbers]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

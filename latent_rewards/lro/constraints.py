@@ -48,9 +48,9 @@ class Lagrangian:
 
     A trainer moves the prices once per update. With ``v = (floor - mean) / unit``,
     ``integral <- max(0, integral + learning_rate v)`` and ``multiplier = max(0, integral + damping v)``, which is PI
-    control (Stooke, Achiam and Abbeel 2020, 2007.03964). The mean is a moving average over updates, since a few prompts
-    say little of all; of each update it takes the proxy's, plus what that was wrong by at the last refresh: so it is
-    the true floor that is kept. Without an oracle it is the proxy's alone.
+    control (Stooke, Achiam and Abbeel 2020, 2007.03964). The mean is the proxy's, plus what it was wrong by at the last
+    refresh: so at a refresh it is the true one, and it is the true floor that is kept. Without an oracle it is the
+    proxy's alone. ``smoothing`` makes it a moving average over updates.
 
     Logged are ``multiplier/<name>``, as an update used it, and ``violation/<name>``, floor minus mean: positive below
     the floor. All this is part of a checkpoint, and the same in every rank of a launch.
@@ -64,7 +64,8 @@ class Lagrangian:
             multiplier and policy swing around each other.
         damping: answers the violation at once and so stills those swings without moving where they end; 0 is plain
             dual ascent.
-        smoothing: share of the past in the moving average, in [0, 1); 0 takes each update's mean as it is.
+        smoothing: share of the past in the mean, in [0, 1). A few prompts say little of all, but a mean that lags lets
+            a policy that moves fast pass: on moving digits 0.9 missed a floor that 0 nearly kept.
         maximum: multipliers stop there, for floors that cannot be reached; None lets them grow.
 
     Raises:
@@ -79,7 +80,7 @@ class Lagrangian:
         units: Mapping[str, float] | None = None,
         learning_rate: float = 1.0,
         damping: float = 0.0,
-        smoothing: float = 0.9,
+        smoothing: float = 0.0,
         maximum: float | None = None,
     ) -> None:
         if not 0 < learning_rate < math.inf:
