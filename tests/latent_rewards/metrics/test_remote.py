@@ -40,17 +40,22 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.calls[content["prompt"]] += 1
             self.server.requests.append({**content, "key": self.headers.get("X-Key")})
-            self.server.busy += 1
+            self.server.busy, self.counted = self.server.busy + 1, True
             self.server.most_busy = max(self.server.most_busy, self.server.busy)
         try:
             getattr(self, self.path.strip("/"))(content, self.server.calls[content["prompt"]])
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         finally:
-            with self.server.lock:
-                self.server.busy -= 1
+            self.leave()
+
+    def leave(self) -> None:
+        """Count as busy no longer: before the answer is out, since the client asks again as soon as it has it."""
+        with self.server.lock:
+            self.server.busy, self.counted = self.server.busy - self.counted, False
 
     def answer(self, body: bytes, status: int = 200, length: int | None = None) -> None:
+        self.leave()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
