@@ -26,8 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.provenance import provenance
-from benchmarks.proxy_samples import Amounts, ProxyWorld
-from benchmarks.tuning import NUM_STEPS, TuningWorld
+from benchmarks.tuning import NUM_STEPS, TuningWorld, open_samples
 from latent_rewards.lro import estimators
 from latent_rewards.lro.sampling import Batch, SampleSource
 from latent_rewards.lro.scoring import ProxyReward
@@ -176,9 +175,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, nargs="+", default=[8, 32, 128], help="of the smoothed ones, even")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     options = parser.parse_args()
-    world = TuningWorld(
-        ProxyWorld(options.student, options.teacher, options.samples, Amounts(), options.device), Path("runs")
-    )
+    world = TuningWorld(open_samples(options), Path("runs"))
     world.student.eval()
     proxy = world.proxy(0, options.labels)
     reward = ProxyReward(proxy, lambda scores: scores[TUNED], pessimism=0.0, cap=None, micro_batch=128)

@@ -193,9 +193,8 @@ def measure(run: Run) -> dict[str, Any]:
     ended = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - this module
     if ended.returncode == KILLED:
         return {"out_of_memory": "the interpreter was killed"}
-    if (
-        ended.returncode and "out of memory" in ended.stderr.lower()
-    ):  # some of CUDA's libraries have errors of their own
+    # Some of CUDA's libraries have errors of their own.
+    if ended.returncode and "out of memory" in ended.stderr.lower():
         return {"out_of_memory": ended.stderr.strip().splitlines()[-1]}
     if ended.returncode:
         raise RuntimeError(f"{run.way} ended with status {ended.returncode}: {ended.stderr[-2000:]}")

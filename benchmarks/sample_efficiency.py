@@ -33,8 +33,6 @@ from latent_rewards.contracts import ConfigError, unknown_name
 LEARNING_RATES = (5e-5, 1.5e-4, 5e-4)
 SEARCH_SEED = 100
 SEEDS = (0, 1, 2)
-FEW = 1 / 10
-"""Share of the best true-reward policy gradient's queries that latent reward optimisation may take."""
 
 _PROXY = {
     "prompts_per_update": 6,

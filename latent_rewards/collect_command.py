@@ -89,13 +89,10 @@ def collect_command(options: argparse.Namespace) -> int:
 
 def _from_policy(options: argparse.Namespace) -> RewardDataset:
     from latent_rewards.collect import collect_rewards
-    from latent_rewards.video import read_lines
 
     if options.prompts is None:
         raise ConfigError("--policy needs --prompts: a file with one prompt a line")
-    prompts = [line.strip() for line in read_lines(options.prompts)]
-    if not prompts:
-        raise DataError(f"prompts file {options.prompts} holds no prompt; write one a line")
+    prompts = prompt_lines(options.prompts)
     policy = load_stored(options.policy, options.kind, [POLICIES])
     if hasattr(policy, "to"):
         policy = policy.to(options.device)
@@ -135,17 +132,40 @@ def _from_videos(options: argparse.Namespace) -> RewardDataset:
 
 
 def _oracle(codec: Codec, options: argparse.Namespace) -> MetricOracle:
+    settings = {"chunk_size": options.batch_size, "num_workers": options.workers, "cache_dir": options.cache}
+    return make_oracle(codec, options.metric, options.device, **settings)
+
+
+def make_oracle(
+    codec: Codec,
+    specs: Sequence[tuple[str, dict[str, Any]]],
+    device: str | None,
+    **settings: Any,  # noqa: ANN401 - MetricOracle's
+) -> MetricOracle:
+    """Return the oracle of metrics given as names with options, after its codec was moved to ``device``, if any."""
     from latent_rewards.cli import metric_label
     from latent_rewards.metrics import create_metric
     from latent_rewards.oracle import MetricOracle
 
     moved: Any = codec
-    if hasattr(moved, "to"):
-        moved.to(options.device)
-    metrics = {metric_label(name, settings): create_metric(name, **settings) for name, settings in options.metric}
-    return MetricOracle(
-        codec, metrics, chunk_size=options.batch_size, num_workers=options.workers, cache_dir=options.cache
-    )
+    if device is not None and hasattr(moved, "to"):
+        moved.to(device)
+    metrics = {metric_label(name, options): create_metric(name, **options) for name, options in specs}
+    return MetricOracle(codec, metrics, **settings)
+
+
+def prompt_lines(path: str) -> list[str]:
+    """Return the prompts of a file with one a line.
+
+    Raises:
+        DataError: it cannot be read, or holds none.
+    """
+    from latent_rewards.video import read_lines
+
+    prompts = [line.strip() for line in read_lines(path)]
+    if not prompts:
+        raise DataError(f"prompts file {path} holds no prompt; write one a line")
+    return prompts
 
 
 def load_stored(path: str, kind: str | None, groups: Sequence[str]) -> Any:  # noqa: ANN401 - what the loader returns

@@ -16,12 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_rewards.collect_command import POLICIES, codec_of, load_stored
+from latent_rewards.collect_command import POLICIES, codec_of, load_stored, make_oracle, prompt_lines
 from latent_rewards.contracts import ConfigError, DataError
 
 if TYPE_CHECKING:
     from latent_rewards.dataset import RewardDataset
-    from latent_rewards.oracle import MetricOracle
 
 SHOWN = 6
 """Prompts whose first sample the page shows."""
@@ -59,13 +58,10 @@ def evaluate_command(options: argparse.Namespace) -> int:
     """Sample, score and compare; returns 1 if a sample failed."""
     from latent_rewards.evaluation import compare
     from latent_rewards.training.checkpoint import CheckpointError
-    from latent_rewards.video import read_lines
 
     if options.per_prompt < 1:
         raise ConfigError(f"--per-prompt must be at least 1; got {options.per_prompt}")
-    prompts = [line.strip() for line in read_lines(options.prompts)]
-    if not prompts:
-        raise DataError(f"prompts file {options.prompts} holds no prompt; write one a line")
+    prompts = prompt_lines(options.prompts)
     for module in ("jinja2", "matplotlib", "av") if options.html else ():
         from latent_rewards.metrics.metric import require
 
@@ -104,10 +100,11 @@ def _score(role: str, policy: Any, num_steps: int, prompts: list[str], options: 
 
     if hasattr(policy, "to"):
         policy = policy.to(options.device)
+    codec = codec_of(policy, getattr(options, role))
     return collect_rewards(
         policy,
         prompts,
-        _oracle(policy, getattr(options, role), options),
+        make_oracle(codec, options.metric, options.device, chunk_size=options.batch_size),
         num_samples=len(prompts) * options.per_prompt,
         output_dir=Path(options.output) / role,
         seed=options.seed,
@@ -115,18 +112,6 @@ def _score(role: str, policy: Any, num_steps: int, prompts: list[str], options: 
         batch_size=options.batch_size,
         progress=sys.stderr.isatty(),
     )
-
-
-def _oracle(policy: Any, path: str, options: argparse.Namespace) -> MetricOracle:  # noqa: ANN401 - any stored policy
-    from latent_rewards.cli import metric_label
-    from latent_rewards.metrics import create_metric
-    from latent_rewards.oracle import MetricOracle
-
-    moved: Any = codec_of(policy, path)
-    if hasattr(moved, "to"):
-        moved.to(options.device)
-    metrics = {metric_label(name, settings): create_metric(name, **settings) for name, settings in options.metric}
-    return MetricOracle(moved, metrics, chunk_size=options.batch_size)
 
 
 def as_text(result: Mapping[str, Mapping[str, Any]]) -> str:

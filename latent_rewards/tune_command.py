@@ -17,21 +17,18 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_rewards.collect_command import POLICIES, codec_of, load_stored
+from latent_rewards.collect_command import POLICIES, codec_of, load_stored, make_oracle, prompt_lines
 from latent_rewards.contracts import ConfigError, DataError, unknown_name
 from latent_rewards.fit_command import SettingsParser, chosen_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from latent_rewards.dataset import RewardDataset
     from latent_rewards.lro.trainers import LatentRewardTrainer, TrainResult
-    from latent_rewards.oracle import MetricOracle
-    from latent_rewards.proxies import RewardProxy
     from latent_rewards.rewards import WeightedSum
 
 DECIDED = ("output_dir", "progress")
@@ -133,21 +130,22 @@ def make_trainer(options: argparse.Namespace) -> LatentRewardTrainer:
     Raises:
         LatentRewardsError: a part cannot be loaded or does not fit the others; the message says which.
     """
+    from latent_rewards.cli import metric_spec
+    from latent_rewards.dataset import RewardDataset
     from latent_rewards.lro import DifferentiableRewardTrainer, LROConfig, ReinforceTrainer
     from latent_rewards.proxies import RewardProxy
-    from latent_rewards.video import read_lines
 
     settings = {"progress": sys.stderr.isatty(), **chosen_settings(options, LROConfig)}
     config = LROConfig(output_dir=str(Path(options.output) / "lro"), **settings)
-    prompts = [line.strip() for line in read_lines(options.prompts)]
-    if not prompts:
-        raise DataError(f"prompts file {options.prompts} holds no prompt; write one a line")
+    prompts = prompt_lines(options.prompts)
     policy = load_stored(options.policy, options.kind, [POLICIES])
     if not hasattr(policy, "save_pretrained"):
         raise ConfigError(f"what {options.policy} holds (a {type(policy).__name__}) cannot be saved after tuning")
     if config.device is not None:
         policy = policy.to(config.device)
     proxy = RewardProxy.from_pretrained(options.proxy, encode=prompt_encoder(policy))
+    codec = codec_of(policy, options.policy)
+    metrics = options.metric or [metric_spec(name) for name in proxy.reward_names]
     by_score = config.estimator in ReinforceTrainer.estimator_names
     return (ReinforceTrainer if by_score else DifferentiableRewardTrainer)(
         policy,
@@ -155,9 +153,9 @@ def make_trainer(options: argparse.Namespace) -> LatentRewardTrainer:
         prompts,
         config=config,
         reward=combined(proxy.reward_names, options.weight),
-        oracle=None if options.frozen else true_metrics(policy, options, proxy),
-        dataset=replayed(options),
-        holdout=holdout(policy, options),
+        oracle=None if options.frozen else make_oracle(codec, metrics, config.device),
+        dataset=RewardDataset.load(options.dataset) if options.dataset else None,
+        holdout=make_oracle(codec, options.holdout, config.device) if options.holdout else None,
     )
 
 
@@ -192,35 +190,6 @@ def combined(names: Sequence[str], weights: Sequence[tuple[str, float]] | None) 
         return None
     chosen = dict(weights) if weights else dict.fromkeys(names, 1.0)
     return WeightedSum(chosen, normalize="zscore" if len(names) > 1 else None)
-
-
-def true_metrics(policy: Any, options: argparse.Namespace, proxy: RewardProxy) -> MetricOracle:  # noqa: ANN401
-    """Return the oracle of the metrics that are named, or of those the proxy's rewards are named after."""
-    from latent_rewards.cli import metric_spec
-
-    specs = options.metric or [metric_spec(name) for name in proxy.reward_names]
-    return _oracle(policy, options, specs)
-
-
-def holdout(policy: Any, options: argparse.Namespace) -> MetricOracle | None:  # noqa: ANN401 - any stored policy
-    """Return the oracle of the metrics that are not tuned on, if any are named."""
-    return _oracle(policy, options, options.holdout) if options.holdout else None
-
-
-def _oracle(policy: Any, options: argparse.Namespace, specs: Sequence[tuple[str, Mapping[str, Any]]]) -> MetricOracle:  # noqa: ANN401
-    from latent_rewards.cli import metric_label
-    from latent_rewards.metrics import create_metric
-    from latent_rewards.oracle import MetricOracle
-
-    metrics = {metric_label(name, dict(settings)): create_metric(name, **settings) for name, settings in specs}
-    return MetricOracle(codec_of(policy, options.policy), metrics)
-
-
-def replayed(options: argparse.Namespace) -> RewardDataset | None:
-    """Return the dataset that refreshes replay, if one is named."""
-    from latent_rewards.dataset import RewardDataset
-
-    return RewardDataset.load(options.dataset) if options.dataset else None
 
 
 def told(result: TrainResult) -> list[str]:

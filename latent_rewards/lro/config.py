@@ -78,7 +78,7 @@ class LROConfig:
             weight is negative).
         reward_cap: a proxy score beyond which more is not believed; scores are clamped to it. None does not clamp.
         refresh_every: updates between proxy refreshes; a refresh needs an oracle. Often with few queries is safer than
-            seldom with many: in ``benchmarks.overoptimisation`` a policy exploits a frozen proxy within ten updates.
+            seldom with many: in ``benchmarks.overoptimisation`` a policy can exploit a frozen proxy in ten updates.
         refresh_queries: fresh samples per refresh that the oracle scores, at least 8.
         refresh_steps: proxy updates per refresh.
         acquisition: which fresh samples the oracle scores: "random" takes them as the policy draws them; "uncertain",

@@ -65,7 +65,7 @@ class Lagrangian:
         damping: answers the violation at once and so stills those swings without moving where they end; 0 is plain
             dual ascent.
         smoothing: share of the past in the mean, in [0, 1). A few prompts say little of all, but a mean that lags lets
-            a policy that moves fast pass: on moving digits 0.9 missed a floor that 0 nearly kept.
+            a policy that moves fast pass.
         maximum: multipliers stop there, for floors that cannot be reached; None lets them grow.
 
     Raises:

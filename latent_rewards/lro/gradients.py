@@ -27,8 +27,6 @@ from latent_rewards.rewards import WeightedSum
 from latent_rewards.training.randomness import derive_seed
 from latent_rewards.training.ranks import Ranks
 
-GRADIENT_AGGREGATIONS = ("upgrad", "mgda", "pcgrad")
-
 
 class GradientAggregation:
     """Turns one loss per reward into the loss whose gradient is torchjd's combination of theirs.

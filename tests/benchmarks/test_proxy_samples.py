@@ -8,7 +8,6 @@ from collections import Counter
 import pytest
 import torch
 
-import distillation as ds
 import latent_rewards as lr
 from benchmarks.proxies import METHODS, PROXIES, Comparison, run
 from benchmarks.proxy_samples import (
@@ -65,16 +64,8 @@ def test_a_digest_knows_every_weight():
     assert weights_digest(module) != weights_digest(other)
 
 
-def test_from_a_saved_student_to_a_summary(tmp_path):
-    teacher = ds.load_teacher(TEACHER)
-    student = ds.FewStepStudent(
-        copy.deepcopy(teacher.denoiser),
-        encode=teacher.encode,
-        latent_shape=teacher.latent_shape,
-        exporter=teacher.exporter,
-    )
-    student.save_pretrained(tmp_path / "student")
-    world = ProxyWorld(tmp_path / "student", TEACHER, tmp_path / "runs", SMALL)
+def test_from_a_saved_student_to_a_summary(untrained_student, tmp_path):
+    world = ProxyWorld(untrained_student, TEACHER, tmp_path / "runs", SMALL)
     quick = lr.ProxyConfig(width=16, depth=1, num_updates=4, ensemble_size=2, decoder_updates=10, progress=False)
     comparison = Comparison(world, 40, quick)
     chosen = {"methods": [*PROXIES, "probe"], "seeds": [0], "sizes": [40], "folder": tmp_path / "results"}
@@ -88,8 +79,8 @@ def test_from_a_saved_student_to_a_summary(tmp_path):
     assert "| digits.legibility | probe |" in summarise(results, METHODS, REWARDS)
     assert not set(world.pool(0).prompts) & set(world.heldout().prompts)
     # A second world reads what is there: the same student, so nothing is sampled again.
-    again = ProxyWorld(tmp_path / "student", TEACHER, tmp_path / "runs", SMALL)
+    again = ProxyWorld(untrained_student, TEACHER, tmp_path / "runs", SMALL)
     assert again.student_digest == world.student_digest
     assert torch.equal(again.heldout().latents(), world.heldout().latents())
     with pytest.raises(ConfigError, match="num_samples"):
-        ProxyWorld(tmp_path / "student", TEACHER, tmp_path / "runs", dataclasses.replace(SMALL, pool=41)).pool(0)
+        ProxyWorld(untrained_student, TEACHER, tmp_path / "runs", dataclasses.replace(SMALL, pool=41)).pool(0)

@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 
-import distillation as ds
 import latent_rewards as lr
 from benchmarks import constraints, estimators, overoptimisation, sample_efficiency
 from benchmarks.proxy_samples import Amounts, ProxyWorld
@@ -27,17 +26,9 @@ QUICK = lr.ProxyConfig(
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(untrained_student, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuning")
-    teacher = ds.load_teacher(TEACHER)
-    student = ds.FewStepStudent(
-        copy.deepcopy(teacher.denoiser),
-        encode=teacher.encode,
-        latent_shape=teacher.latent_shape,
-        exporter=teacher.exporter,
-    )
-    student.save_pretrained(folder / "student")
-    samples = ProxyWorld(folder / "student", TEACHER, folder / "samples", SMALL)
+    samples = ProxyWorld(untrained_student, TEACHER, folder / "samples", SMALL)
     return TuningWorld(samples, folder / "runs", QUICK)
 
 
