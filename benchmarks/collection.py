@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -114,6 +115,11 @@ class Work:
     num_workers: int = 0
     cache_dir: str | None = None
 
+    @property
+    def num_parts(self) -> int:
+        """How many parts the folder holds at the end."""
+        return math.ceil(self.num_samples / self.batch_size)
+
     def run(self, when_ready: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Collect; return the seconds it took when everything was loaded, and this process's peak memory in MiB."""
         torch.set_num_threads(1)
@@ -154,6 +160,10 @@ class Run(Protocol):
         """Send SIGKILL."""
         ...
 
+    def poll(self) -> int | None:
+        """Return the exit status, None while it runs."""
+        ...
+
     def wait(self) -> int:
         """Return the exit status, negative for a signal."""
         ...
@@ -167,31 +177,45 @@ def start(work: Work) -> subprocess.Popen[str]:
     return running
 
 
-def survive(begin: Callable[[], Run], folder: Path, *, kills: int, seconds: float, seed: int) -> dict[str, Any]:
+def survive(begin: Callable[[], Run], folder: Path, *, kills: int, parts: int, seed: int) -> dict[str, Any]:
     """Kill a collection at random moments and start it again until it finishes.
+
+    A moment is so many finished parts, and then some milliseconds: a slow machine finds it running too.
 
     Args:
         begin: starts (or continues) it.
         folder: what it collects into.
         kills: how often; moments that find it finished do not count.
-        seconds: an undisturbed run takes.
+        parts: of the whole collection.
         seed: of the moments.
 
     Returns:
         The kills that found it running, how many of them found a folder half written, and the parts after each.
     """
     moments = random.Random(seed)  # noqa: S311 - no secret
-    parts, half_written = [], 0
-    for _ in range(kills):
+    counts, half_written = [], 0
+    for left in range(kills, 0, -1):
         running = begin()
-        time.sleep(moments.uniform(0, seconds / kills))
+        # Half of what is left, shared by the kills to come: the last of them is far from the end.
+        done = _parts(folder)
+        _wait_for_parts(running, folder, done + moments.randint(0, (parts - done) // (2 * left)))
+        time.sleep(moments.uniform(0, 0.03))
         running.kill()
         if running.wait() == 0:
             break
-        parts.append(len(list(folder.glob("part-*"))))
+        counts.append(_parts(folder))
         half_written += any(folder.glob(".tmp-*"))
     status = begin().wait()
-    return {"kills": len(parts), "half_written": half_written, "parts_after_kill": parts, "exit_status": status}
+    return {"kills": len(counts), "half_written": half_written, "parts_after_kill": counts, "exit_status": status}
+
+
+def _parts(folder: Path) -> int:
+    return len(list(folder.glob("part-*")))
+
+
+def _wait_for_parts(running: Run, folder: Path, count: int) -> None:
+    while running.poll() is None and _parts(folder) < count:
+        time.sleep(0.001)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -241,9 +265,9 @@ def measure_memory(num_samples: int, scratch: Path) -> dict[str, Any]:
 def measure_kills(work: Work, kills: int, scratch: Path) -> dict[str, Any]:
     """Return what became of a collection that was killed again and again."""
     whole, disturbed = scratch / "undisturbed", scratch / "disturbed"
-    seconds = replace(work, folder=str(whole), num_workers=0, cache_dir=None).run()["seconds"]
+    replace(work, folder=str(whole), num_workers=0, cache_dir=None).run()
     work = replace(work, folder=str(disturbed))
-    result = survive(lambda: start(work), disturbed, kills=kills, seconds=seconds, seed=0)
+    result = survive(lambda: start(work), disturbed, kills=kills, parts=work.num_parts, seed=0)
     return {**result, "num_samples": work.num_samples, "byte_equal": content(disturbed) == content(whole)}
 
 

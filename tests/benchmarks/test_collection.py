@@ -25,6 +25,9 @@ class Forked:
     def kill(self):
         self.process.kill()
 
+    def poll(self):
+        return self.process.exitcode
+
     def wait(self):
         self.process.join(timeout=100)
         return self.process.exitcode
@@ -32,9 +35,9 @@ class Forked:
 
 def test_five_kills_change_no_byte(tmp_path):
     work = Work(60, batch_size=2, metrics=CHEAP_METRICS[:1], folder=str(tmp_path / "whole"))
-    seconds = work.run()["seconds"]
+    work.run()
     disturbed = replace(work, folder=str(tmp_path / "disturbed"))
-    result = survive(lambda: Forked(disturbed), tmp_path / "disturbed", kills=5, seconds=seconds, seed=1)
+    result = survive(lambda: Forked(disturbed), tmp_path / "disturbed", kills=5, parts=work.num_parts, seed=1)
     assert result["kills"] == 5 and result["exit_status"] == 0
     assert result["parts_after_kill"] == sorted(result["parts_after_kill"]) and result["parts_after_kill"][-1] > 0
     whole = content(tmp_path / "whole")
@@ -43,9 +46,9 @@ def test_five_kills_change_no_byte(tmp_path):
 
 def test_a_killed_interpreter_with_worker_and_cache_changes_no_byte_either(tmp_path):
     work = Work(12, batch_size=2, metrics=CHEAP_METRICS[:1], folder=str(tmp_path / "whole"))
-    seconds = work.run()["seconds"]
+    work.run()
     aided = replace(work, folder=str(tmp_path / "aided"), num_workers=1, cache_dir=str(tmp_path / "cache"))
-    result = survive(lambda: start(aided), tmp_path / "aided", kills=1, seconds=seconds, seed=3)
+    result = survive(lambda: start(aided), tmp_path / "aided", kills=1, parts=work.num_parts, seed=3)
     assert result["kills"] == 1 and result["exit_status"] == 0
     assert content(tmp_path / "aided") == content(tmp_path / "whole")
 
@@ -55,10 +58,12 @@ def test_survive_counts_only_kills_that_found_it_running(tmp_path):
         def kill(self):
             pass
 
-        def wait(self):
+        def poll(self):
             return 0
 
-    result = survive(Finished, tmp_path, kills=3, seconds=0.0, seed=0)
+        wait = poll
+
+    result = survive(Finished, tmp_path, kills=3, parts=6, seed=0)
     assert result == {"kills": 0, "half_written": 0, "parts_after_kill": [], "exit_status": 0}
 
 
@@ -68,7 +73,9 @@ def test_survive_tells_how_the_last_run_ended(tmp_path, status):
         def kill(self):
             pass
 
-        def wait(self):
+        def poll(self):
             return status
 
-    assert survive(Ending, tmp_path, kills=2, seconds=0.0, seed=0)["exit_status"] == status
+        wait = poll
+
+    assert survive(Ending, tmp_path, kills=2, parts=6, seed=0)["exit_status"] == status
