@@ -8,7 +8,7 @@ from typing import Any, Literal
 from distillation.errors import DistillationConfigError
 
 _OUTSIDE = frozenset(
-    "output_dir log_with log_every checkpoint_every progress device schedule cd_steps".split()
+    "output_dir log_with log_every checkpoint_every progress device schedule cd_steps gradient_checkpointing".split()
 )  # they change no weights, or only how far a stage goes
 _CD_ONLY = frozenset("num_timesteps solver_steps huber_c cd_weight cd_learning_rate cd_ema_decay".split())
 _FREE = {
@@ -48,6 +48,10 @@ class DistillationConfig:
         cd_ema_decay: in place of ``ema_decay`` in the CD stage; None takes ``ema_decay``.
         huber_c: width of the quadratic part of the CD loss, in latent units.
         time_shift: shift of the VSD times towards noise, on top of the schedule's own.
+        adapter_rank: student, fake score and target are adapters of this rank on the frozen teacher; None gives each a
+            network of its own. Adapters take larger learning rates. See :func:`~distillation.trainer.start_student`.
+        gradient_checkpointing: keep the inputs of the networks' blocks only, and compute the rest again in the backward
+            pass: slower, and much smaller.
         causal_first_frame: the VAE is causal, so temporal terms skip the first difference.
         max_grad_norm: gradient norm above which gradients are scaled down; 0 does not clip.
         seed: root of all randomness.
@@ -84,6 +88,8 @@ class DistillationConfig:
     cd_ema_decay: float | None = None
     huber_c: float = 1e-3
     time_shift: float = 1.0
+    adapter_rank: int | None = None
+    gradient_checkpointing: bool = False
     causal_first_frame: bool = False
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -105,6 +111,8 @@ class DistillationConfig:
         lowest = dict.fromkeys(
             ("batch_size", "fake_updates", "num_timesteps", "solver_steps", "checkpoint_every", "log_every"), 1
         )
+        if self.adapter_rank is not None:
+            lowest["adapter_rank"] = 1
         lowest |= dict.fromkeys(("vsd_steps", "cd_steps", "temporal_weight", "cd_weight", "max_grad_norm"), 0)
         for name, least in lowest.items():
             if not getattr(self, name) >= least:

@@ -76,6 +76,13 @@ class FewStepStudent(nn.Module):
         memo[id(self)] = copied
         return copied.train(self.training)
 
+    def merged(self) -> FewStepStudent:
+        """Return the student with an adapter on a shared base made a network of its own; others as they are."""
+        from distillation.roles import merged
+
+        denoiser = merged(self.denoiser)
+        return self if denoiser is self.denoiser else type(self)(denoiser, self.grids, self.eta, **self._parts)
+
     def encode(self, prompts: Sequence[Any]) -> Any:  # noqa: ANN401 - the family's condition
         """Return the condition of the prompts (texts or mappings).
 

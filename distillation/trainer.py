@@ -9,46 +9,30 @@ to the same weights.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distillation.config import DistillationConfig, SettingsGuard
+from distillation.config import DistillationConfig
 from distillation.consistency import consistency_pair, pseudo_huber, time_grid
-from distillation.data import Batch, DistillationData
+from distillation.data import Batch
 from distillation.denoiser import limited_guidance
-from distillation.errors import DistillationConfigError
+from distillation.roles import SharedBase
+from distillation.stage import Extras, Optimised, Setup, Stage, TeacherModel, prepare
 from distillation.student import FewStepStudent
 from distillation.temporal import temporal_consistency_loss, temporal_vsd_loss
 from distillation.vsd import (
     adamw,
     backward_simulation,
     fake_score_loss,
-    sample_times,
     surrogate_loss,
     trainable,
     vsd_gradient,
 )
-from latent_rewards.training.loop import Ema, LoopConfig, TrainingLoop, set_learning_rate, warmup_cosine
-from latent_rewards.training.randomness import sample_index, sample_noise, sample_uniform
-
-
-class TeacherModel(Protocol):
-    """What the trainer needs of a teacher: a denoiser, and how prompts become conditions."""
-
-    @property
-    def denoiser(self) -> nn.Module:
-        """A :class:`~distillation.denoiser.Denoiser`."""
-        ...
-
-    @property
-    def encode(self) -> Callable[[Sequence[Any]], Any]:
-        """Prompts (texts or mappings) -> condition."""
-        ...
+from latent_rewards.training.randomness import sample_index
 
 
 @dataclass
@@ -66,12 +50,38 @@ class DistillationResult:
     history: dict[str, list[dict[str, Any]]]
 
 
+def start_student(
+    teacher: Any,  # noqa: ANN401 - a Teacher
+    config: DistillationConfig,
+    timesteps: Mapping[int, Sequence[float]] | None = None,
+    eta: float = 1.0,
+) -> FewStepStudent:
+    """Return a student that computes what the teacher does, on a copy of its network or as an adapter on it.
+
+    Args:
+        teacher: a :class:`~distillation.families.Teacher`.
+        config: ``adapter_rank`` decides; with one, the teacher's denoiser gets adapters (off, except in a role's call)
+            and can start no second student. ``seed`` is that of their first weights.
+        timesteps: see :class:`~distillation.student.FewStepStudent`.
+        eta: likewise.
+
+    Raises:
+        DistillationConfigError: see :class:`~distillation.roles.SharedBase`.
+    """
+    if config.adapter_rank is None:
+        denoiser = copy.deepcopy(teacher.denoiser)
+    else:
+        denoiser = SharedBase(teacher.denoiser, config.adapter_rank, seed=config.seed).student
+    parts = {name: getattr(teacher, name, None) for name in ("encode", "latent_shape", "exporter")}
+    return FewStepStudent(denoiser, timesteps, eta, **parts)
+
+
 class DistillationTrainer:
     """Trains a few-step student from a teacher.
 
     Args:
         teacher: has ``denoiser`` and ``encode``; only called without gradients.
-        student: starts, as a rule, from a deep copy of the teacher's denoiser; trained in place.
+        student: as a rule from :func:`start_student`; trained in place.
         prompts_or_latents: prompts (data-free: CD then learns on the student's own samples), or a pair
             (latents [N, C, F, H, W], prompts). In place of prompts, a condition or None (unconditional).
         config: see :class:`DistillationConfig`.
@@ -90,97 +100,61 @@ class DistillationTrainer:
         prompts_or_latents: Any,  # noqa: ANN401 - see above
         config: DistillationConfig | None = None,
     ) -> None:
-        self.config = config or DistillationConfig()
-        self.teacher, self.student = teacher.denoiser.eval(), student
-        for count in self.config.step_counts:
-            student.timesteps(count)
-        _check_pair(self.teacher, student.denoiser)
-        encode = getattr(teacher, "encode", None)
-        self.data = DistillationData(prompts_or_latents, encode, guided=self.config.guides)
-        if self.data.latents is None:
-            first = self.data.batch(torch.zeros(1, dtype=torch.long), "cpu")
-            self.latent_shape = tuple(student.latent_shape(first.condition))
-        else:
-            self.latent_shape = tuple(self.data.latents.shape[1:])
+        self.setup = prepare(teacher, student, prompts_or_latents, config or DistillationConfig())
 
     def train(self) -> DistillationResult:
         """Run the stages, continuing from what ``output_dir`` holds of them."""
-        history = {name: _Stage(self, name, steps).run() for name, steps in self.config.stages.items()}
-        return DistillationResult(self.student, history)
+        history = {name: _Stage(self.setup, name, steps).run() for name, steps in self.setup.config.stages.items()}
+        return DistillationResult(self.setup.student, history)
 
 
-class _Stage:
-    """One stage: its networks, optimisers and losses."""
+class _Stage(Stage):
+    """VSD, CD, or the sum of both."""
 
-    def __init__(self, trainer: DistillationTrainer, name: str, num_steps: int) -> None:
-        config = trainer.config
-        self.name, self.config, self.data = name, config, trainer.data
-        self.student, self.teacher, self.latent_shape = trainer.student, trainer.teacher, trainer.latent_shape
+    def __init__(self, setup: Setup, name: str, num_steps: int) -> None:
+        config = setup.config
         self.with_vsd, self.with_cd = name != "cd", name != "vsd"
-        network = trainable(self.student.denoiser)
-        modules = {"student": network}
-        self.num_steps = num_steps
-        self.learning_rate, ema_decay = config.optimisation(name)
-        optimizers = {"student": adamw(network, self.learning_rate, beta1=0.0 if self.with_vsd else 0.9)}
+        optimised = {}
         if self.with_vsd:
-            self.fake_score = trainable(copy.deepcopy(self.teacher))
-            modules["fake_score"] = self.fake_score
-            optimizers["fake_score"] = adamw(self.fake_score, config.fake_learning_rate, beta1=0.0)
-        loop_config = LoopConfig(
-            num_steps=num_steps,
-            seed=config.seed,
-            output_dir=str(Path(config.output_dir) / name) if config.output_dir else None,
-            checkpoint_every=config.checkpoint_every,
-            log_every=config.log_every,
-            log_with=config.log_with,
-            max_grad_norm=config.max_grad_norm,
-            mixed_precision=config.mixed_precision,
-            device=config.device,
-            progress=config.progress,
-        )
-        self.loop = TrainingLoop(loop_config, name=name, modules=modules, optimizers=dict(optimizers))
-        self.teacher.to(self.loop.device)
-        self.ema = Ema(network, ema_decay)
-        self.loop.stateful.update(ema=self.ema, settings=SettingsGuard(config, name))
-        wide = any(parameter.dtype == torch.float64 for parameter in network.parameters())
-        self.dtype = torch.float64 if wide else torch.float32
-        ranks = self.loop.ranks
-        if config.batch_size % ranks.count:
-            raise DistillationConfigError(
-                f"batch_size={config.batch_size} cannot be shared by {ranks.count} ranks; use a multiple"
-            )
-        self.indices = ranks.part(config.batch_size)
+            self.fake_score = trainable(setup.roles.fake_score())
+            optimizer = adamw(self.fake_score, config.fake_learning_rate, beta1=0.0)
+            optimised["fake_score"] = Optimised(self.fake_score, optimizer)
+        rate, decay = config.optimisation(name)
+        beta1 = 0.0 if self.with_vsd else 0.9
+        extras = Extras(optimised)
+        super().__init__(setup, name, num_steps, learning_rate=rate, ema_decay=decay, beta1=beta1, extras=extras)
         self.calls = [(count, exit_step) for count in config.step_counts for exit_step in range(count)]
+        self.samples: Tensor | None = None
 
-    def run(self) -> list[dict[str, Any]]:
-        """Train, then give the student its EMA's weights."""
-        history = self.loop.run(self.step)
-        self.student.denoiser.load_state_dict(self.ema.module.state_dict())
-        self.student.eval()
-        return history
-
-    def step(self, step: int) -> dict[str, float]:
-        """Update the student once and the fake score ``fake_updates`` times."""
-        rate = self.learning_rate * warmup_cosine(step, self.num_steps, floor=self.config.learning_rate_floor)
-        set_learning_rate(self.loop.optimizers["student"], rate)
-        logs: dict[str, float] = {"learning_rate": rate}
-        batch = self.draw_batch(step, "student")
-        samples: Tensor | None = None
+    def loss(self, step: int, batch: Batch, logs: dict[str, float]) -> Tensor:
+        """Return the sum of the stage's terms."""
         losses: list[Tensor] = []
-        with self.loop.accelerator.autocast():
-            if self.with_vsd:
-                samples, (num_steps, exit_step) = self.draw_samples(step, "student", batch)
-                losses.append(self.vsd_terms(step, samples, batch, exit_step, logs))
-                logs |= {"num_steps": num_steps, "exit_step": exit_step, "x_std": float(samples.detach().std())}
-                samples = samples.detach()
-            if self.with_cd:
-                weight = self.config.cd_weight if self.with_vsd else 1.0
-                losses.append(weight * self.cd_terms(step, self.cd_data(step, batch, samples), batch, logs))
-        logs["grad_norm"] = self.loop.update("student", torch.stack(losses).sum())
-        if samples is not None:
-            self.update_fake_score(step, samples, batch, logs)
-        self.ema.update()
-        return logs
+        if self.with_vsd:
+            samples, (num_steps, exit_step) = self.draw_samples(step, "student", batch)
+            losses.append(self.vsd_terms(step, samples, batch, exit_step, logs))
+            logs |= {"num_steps": num_steps, "exit_step": exit_step, "x_std": float(samples.detach().std())}
+            self.samples = samples.detach()
+        if self.with_cd:
+            weight = self.config.cd_weight if self.with_vsd else 1.0
+            losses.append(weight * self.cd_terms(step, self.cd_data(step, batch), batch, logs))
+        return torch.stack(losses).sum()
+
+    def after_update(self, step: int, batch: Batch, logs: dict[str, float]) -> None:
+        """Train the fake score: first on the samples the student was just updated with, then on fresh ones."""
+        samples, self.samples = self.samples, None
+        if samples is None:
+            return
+        for update in range(self.config.fake_updates):
+            role = f"fake{update}"
+            with self.loop.accelerator.autocast():
+                if update:
+                    batch = self.draw_batch(step, role)
+                    with torch.no_grad():
+                        samples, _ = self.draw_samples(step, role, batch)
+                t, noise = self.draw_times(step, role), self.draw_noise(step, role)
+                loss = fake_score_loss(samples, self.fake_score, batch.condition, t, noise)
+            logs["fake_loss"] = float(loss.detach())
+            logs["fake_grad_norm"] = self.loop.update("fake_score", loss)
 
     def vsd_terms(self, step: int, x: Tensor, batch: Batch, exit_step: int, logs: dict[str, float]) -> Tensor:
         """Return the VSD loss of samples that left the chain at ``exit_step``, and its temporal term."""
@@ -199,8 +173,7 @@ class _Stage:
     def cd_terms(self, step: int, x0: Tensor, batch: Batch, logs: dict[str, float]) -> Tensor:
         """Return the CD loss and its temporal term."""
         config, grid = self.config, time_grid(self.config.num_timesteps)
-        uniform = sample_uniform(config.seed, f"{self.name}/interval", step, self.indices)
-        below = (uniform * config.num_timesteps).long()
+        below = (self.draw_uniform(step, "interval") * config.num_timesteps).long()
         t, s = (grid[k].to(device=x0.device, dtype=self.dtype) for k in (below + 1, below))
         prediction, aim = consistency_pair(
             self.student.denoiser,
@@ -223,29 +196,15 @@ class _Stage:
             loss = loss + config.temporal_weight * temporal
         return loss
 
-    def cd_data(self, step: int, batch: Batch, samples: Tensor | None) -> Tensor:
+    def cd_data(self, step: int, batch: Batch) -> Tensor:
         """Return what CD noises: the data, else VSD's samples of this update, else samples at the most steps."""
         if batch.latents is not None:
             return batch.latents.to(self.dtype)
-        if samples is not None:
-            return samples
+        if self.samples is not None:
+            return self.samples
         num_steps = max(self.config.step_counts)
         with torch.no_grad():
             return self.student.sample(batch.condition, self.draw_stack(step, "data", num_steps), num_steps)
-
-    def update_fake_score(self, step: int, samples: Tensor, batch: Batch, logs: dict[str, float]) -> None:
-        """Train the fake score: first on the samples the student was just updated with, then on fresh ones."""
-        for update in range(self.config.fake_updates):
-            role = f"fake{update}"
-            with self.loop.accelerator.autocast():
-                if update:
-                    batch = self.draw_batch(step, role)
-                    with torch.no_grad():
-                        samples, _ = self.draw_samples(step, role, batch)
-                t, noise = self.draw_times(step, role), self.draw_noise(step, role)
-                loss = fake_score_loss(samples, self.fake_score, batch.condition, t, noise)
-            logs["fake_loss"] = float(loss.detach())
-            logs["fake_grad_norm"] = self.loop.update("fake_score", loss)
 
     def draw_samples(self, step: int, role: str, batch: Batch) -> tuple[Tensor, tuple[int, int]]:
         """Return the student's x0 after one of the calls it can make, and that call; the same on every rank.
@@ -259,40 +218,3 @@ class _Stage:
         num_steps, exit_step = self.calls[call]
         stack = self.draw_stack(step, role, num_steps)
         return backward_simulation(self.student, batch.condition, stack, num_steps, exit_step), (num_steps, exit_step)
-
-    def draw_batch(self, step: int, role: str) -> Batch:
-        """Return rows of the data, drawn with replacement."""
-        uniform = sample_uniform(self.config.seed, f"{self.name}/{role}/row", step, self.indices)
-        return self.data.batch((uniform * len(self.data)).long(), self.loop.device)
-
-    def draw_times(self, step: int, role: str) -> Tensor:
-        """Return VSD times [B]."""
-        uniform = sample_uniform(self.config.seed, f"{self.name}/{role}/time", step, self.indices)
-        times = sample_times(uniform, shift=self.config.time_shift)
-        return times.to(device=self.loop.device, dtype=self.dtype)
-
-    def draw_noise(self, step: int, role: str) -> Tensor:
-        """Return standard normal noise [B, C, F, H, W]."""
-        stage = f"{self.name}/{role}/noise"
-        options: dict[str, Any] = {"device": self.loop.device, "dtype": self.dtype}
-        return sample_noise(self.config.seed, stage, step, self.indices, self.latent_shape, **options)
-
-    def draw_stack(self, step: int, role: str, num_steps: int) -> Tensor:
-        """Return a noise stack [num_steps, B, C, F, H, W]."""
-        return torch.stack([self.draw_noise(step, f"{role}/{k}") for k in range(num_steps)])
-
-
-def _check_pair(teacher: nn.Module, student: nn.Module) -> None:
-    """Check that the student owns its weights and speaks the teacher's noise levels."""
-    owned = {id(parameter) for parameter in teacher.parameters()}
-    if any(id(parameter) in owned for parameter in student.parameters()):
-        raise DistillationConfigError(
-            "teacher and student share weights; start the student from copy.deepcopy(denoiser)"
-        )
-    times = torch.linspace(0, 1, 9, dtype=torch.float64)
-    mine, theirs = (torch.stack(module.schedule(times)) for module in (teacher, student))  # type: ignore[operator]
-    if not torch.allclose(mine, theirs, atol=1e-6):
-        raise DistillationConfigError(
-            f"teacher and student have different schedules: {teacher.schedule} and {student.schedule}; "
-            "give the student the teacher's"
-        )

@@ -78,6 +78,7 @@ def save_student(student: FewStepStudent, path: str | Path, *, dtype: torch.dtyp
         MissingPartError: the student lacks the parts of the pipeline, or its denoiser has no stock pipeline.
         FolderInUseError: the folder exists and holds something else.
     """
+    student = student.merged()
     parts, denoiser = student.exporter, student.denoiser
     if not isinstance(parts, WanParts):
         raise MissingPartError(

@@ -98,14 +98,15 @@ class Ema:
     Args:
         module: the module that is followed.
         decay: weight of the past, in [0, 1).
+        average: a frozen module with the same parameters and buffers that becomes the average; None makes a copy.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, average: nn.Module | None = None) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1); got {decay}")
         self.source = module
         self.decay = decay
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.module = copy.deepcopy(module).requires_grad_(False).eval() if average is None else average
 
     @torch.no_grad()
     def update(self) -> None:
