@@ -69,10 +69,20 @@ def vsd_gradient(
     return difference / (distance + NORMALISER_FLOOR)
 
 
+def vsd_target(x: Tensor, gradient: Tensor) -> Tensor:
+    """Return ``stopgrad(x - g)``, the target of VSD's regression and of every temporal term beside it.
+
+    Args:
+        x: the student's samples [B, C, F, H, W].
+        gradient: g of :func:`vsd_gradient`, likewise.
+    """
+    return x.detach() - gradient.detach()
+
+
 def surrogate_loss(x: Tensor, gradient: Tensor) -> Tensor:
     """Return ``0.5 mean |x - stopgrad(x - g)|^2``, whose gradient with respect to x is g / x.numel()."""
     x = x.to(working_dtype(x))
-    return 0.5 * torch.mean((x - (x - gradient).detach()) ** 2)
+    return 0.5 * torch.mean((x - vsd_target(x, gradient)) ** 2)
 
 
 def vsd_loss(
