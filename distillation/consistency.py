@@ -31,6 +31,54 @@ def time_grid(num_timesteps: int) -> Tensor:
     return torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
 
 
+def curriculum_pairs(
+    u: Tensor,
+    progress: float,
+    *,
+    num_stages: int = 8,
+    q: float = 2.0,
+    k: float = 8.0,
+    b: float = 1.0,
+    lowest: float = 0.02,
+) -> tuple[Tensor, Tensor]:
+    """Return training pairs whose gap shrinks as training goes on, in place of neighbours on :func:`time_grid`.
+
+    Easy consistency tuning (Geng et al. 2024, arXiv 2406.14548)::
+
+        s / t = max(0, 1 - q^-a (1 + k sigmoid(-b t))),   a = 1 + floor(num_stages progress)
+
+    Early pairs reach to the data (s = 0: the target is the end of the teacher's step), late ones approach the
+    continuous limit s -> t. The paper's t is a noise-to-signal ratio, here it is the time; so with the default k and b
+    the first stage is s = 0 for every t.
+
+    Args:
+        u: [B], uniform in [0, 1).
+        progress: share of the training that is done, in [0, 1].
+        num_stages: how often the gap is divided by q.
+        q: by what, more than 1.
+        k: widens the gap, most near the data (by 1 + k / 2), not negative; 0 gives every t the same ratio.
+        b: how fast that fades with t, not negative.
+        lowest: smallest t; the largest is 1, where samplers start.
+
+    Returns:
+        t in (lowest, 1] and s in [0, t), like ``u``.
+
+    Raises:
+        DistillationConfigError: a value is out of range.
+    """
+    if not 0 <= progress <= 1:
+        raise DistillationConfigError(f"progress must lie in [0, 1]; got {progress}")
+    if num_stages < 1 or not q > 1 or k < 0 or b < 0 or not 0 <= lowest < 1:
+        raise DistillationConfigError(
+            "a curriculum needs num_stages >= 1, q > 1, k >= 0, b >= 0 and 0 <= lowest < 1; got "
+            f"num_stages = {num_stages}, q = {q}, k = {k}, b = {b} and lowest = {lowest}"
+        )
+    stage = 1 + min(int(num_stages * progress), num_stages - 1)
+    t = 1 - (1 - lowest) * u
+    gap = (1 + k * torch.sigmoid(-b * t)) / q**stage
+    return t, t * (1 - gap).clamp(min=0)
+
+
 def consistency_function(
     denoiser: nn.Module,
     x_t: Tensor,
@@ -72,7 +120,8 @@ def consistency_pair(
 
     Args:
         student: the denoiser that is trained.
-        target: its slow copy.
+        target: its slow copy (EMA), or ``student`` itself: the target is then the student without gradient, as an
+            ``ema_decay`` of 0, the choice of improved and easy consistency training (arXiv 2310.14189, 2406.14548).
         teacher: the denoiser whose guided ODE steps lead from x_t to x_s.
         x0: data [B, C, F, H, W].
         condition: of length B, or None.

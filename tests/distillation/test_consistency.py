@@ -1,10 +1,18 @@
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from distillation.consistency import consistency_function, consistency_loss, pseudo_huber, time_grid
+from distillation.consistency import (
+    consistency_function,
+    consistency_loss,
+    consistency_pair,
+    curriculum_pairs,
+    pseudo_huber,
+    time_grid,
+)
 from distillation.denoiser import Denoiser, GaussianDenoiser, Prediction
 from distillation.errors import DistillationConfigError
 from distillation.schedule import RectifiedFlow, VariancePreserving, coefficients, expand
@@ -185,3 +193,61 @@ def test_time_grid_is_uniform_and_holds_both_ends():
     assert time_grid(4).tolist() == [0, 0.25, 0.5, 0.75, 1]
     with pytest.raises(DistillationConfigError, match="num_timesteps"):
         time_grid(0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_student_may_be_its_own_target(schedule, affine, randn):
+    # A stop-gradient target: value and gradient are those of a frozen copy, and no gradient runs through the target.
+    student = affine(schedule, 0.6, 0.1, slope=-0.2)
+    teacher, x0, noise = GaussianDenoiser(M, S, schedule), randn(4, 1, 2, 1, 1), randn(4, 1, 2, 1, 1, seed=1)
+    t = torch.tensor([0.2, 0.4, 0.7, 1.0], dtype=torch.float64)
+    results = []
+    for target in (student, copy.deepcopy(student)):
+        prediction, aim = consistency_pair(student, target, teacher, x0, None, noise, t, t - 0.1)
+        assert prediction.requires_grad
+        assert not aim.requires_grad
+        loss = pseudo_huber(prediction, aim, 0.1)
+        results.append(torch.stack([loss.detach(), *torch.autograd.grad(loss, list(student.parameters()))]))
+    assert torch.equal(results[0], results[1])
+    assert float(results[0][1:].abs().min()) > 1e-4
+
+
+def test_curriculum_has_its_exact_values():
+    u = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    t, s = curriculum_pairs(u, 0.5, num_stages=4, k=0.0, lowest=0.1)
+    assert torch.allclose(t, torch.tensor([1.0, 0.55], dtype=torch.float64), rtol=0, atol=1e-15)
+    assert torch.allclose(s, t * (1 - 1 / 8), rtol=0, atol=1e-15), "the third stage of four: a = 3"
+    t, s = curriculum_pairs(u, 1.0, num_stages=4, q=3.0, k=8.0, b=2.0, lowest=0.1)
+    for time, earlier in zip(t.tolist(), s.tolist(), strict=True):
+        assert earlier == pytest.approx(time * (1 - (1 + 8 / (1 + math.exp(2 * time))) / 3**4), abs=1e-15)
+
+
+def test_curriculum_begins_at_the_data_and_ends_near_t():
+    u = torch.linspace(0, 0.999, 50, dtype=torch.float64)
+    gaps = []
+    for progress in torch.linspace(0, 1, 33).tolist():
+        t, s = curriculum_pairs(u, progress)
+        assert bool((s >= 0).all() and (s < t).all() and (t <= 1).all() and (t > 0.02).all())
+        gaps.append(float(((t - s) / t).max()))
+    assert gaps[0] == 1
+    assert all(later <= earlier for earlier, later in zip(gaps, gaps[1:], strict=False))
+    assert len(set(gaps)) == 7, "eight stages, of which the first two both reach the data somewhere"
+    assert gaps[-1] < 5 / 2**8
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("progress", [0.0, 0.4, 1.0])
+def test_curriculum_pairs_have_no_loss_at_the_ideal_map(schedule, progress, randn):
+    # Row 3 away from the grid: a pair per sample, with s = 0 among them at first.
+    t, s = curriculum_pairs(torch.linspace(0, 0.95, 32, dtype=torch.float64), progress)
+    student, x0, noise = IdealMap(schedule), M + S * randn(32, 1, 1, 1, 1), randn(32, 1, 1, 1, 1, seed=1)
+    assert float(consistency_loss(student, student, ExactStep(schedule, s), x0, None, noise, t, s)) <= 1e-24
+
+
+def test_curriculum_refuses_what_cannot_be_scheduled():
+    u = torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(DistillationConfigError, match="progress must lie in .* got 1.5"):
+        curriculum_pairs(u, 1.5)
+    for wrong in ({"num_stages": 0}, {"q": 1.0}, {"k": -1.0}, {"b": -1.0}, {"lowest": 1.0}):
+        with pytest.raises(DistillationConfigError, match="a curriculum needs"):
+            curriculum_pairs(u, 0.5, **wrong)
