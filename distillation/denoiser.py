@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from distillation.errors import ConditionError, PredictionError
+from distillation.errors import ConditionError, DistillationConfigError, PredictionError
 from distillation.schedule import Schedule, coefficients, expand, working_dtype
 
 Kind = Literal["x0", "eps", "v"]
@@ -190,6 +190,52 @@ class GaussianDenoiser(Denoiser):
         if self.basis is not None:
             moved = torch.einsum("fg,bcghw->bcfhw", self.basis.to(alpha.dtype), moved)
         return Prediction(x_t, t, self.schedule, v=p * mean + moved)
+
+
+class EmpiricalDenoiser(Denoiser):
+    """The exact denoiser of a finite data set, or of equal Gaussians around its points; it has no parameters.
+
+    With w the posterior ``softmax_i(log weight_i - |x_t - alpha x_i|^2 / (2 (alpha^2 std^2 + sigma^2)))`` and
+    ``m = sum_i w_i x_i``, ``E[x0 | x_t] = m + alpha std^2 / (alpha^2 std^2 + sigma^2) (x_t - alpha m)``: for std = 0
+    the softmax-weighted mean of the data, and for two points and std > 0 a mixture of two Gaussians.
+
+    Args:
+        points: the data [K, C, F, H, W], or the means of the mixture.
+        schedule: the noise schedule.
+        std: spread around each point, in latent units; 0 is the data set itself.
+        weights: [K], not negative; their sum does not matter. None weighs all alike.
+
+    Raises:
+        DistillationConfigError: there is no point, ``std`` is negative, or the weights are not K such numbers.
+    """
+
+    points: Tensor
+    log_weights: Tensor
+
+    def __init__(self, points: Tensor, schedule: Schedule, *, std: float = 0.0, weights: Tensor | None = None) -> None:
+        super().__init__()
+        if not len(points) or std < 0:
+            raise DistillationConfigError(f"give at least one point and std >= 0; got {len(points)} and std = {std}")
+        weighed = torch.ones(len(points)) if weights is None else weights
+        if weighed.shape != (len(points),) or bool((weighed < 0).any()) or not bool(weighed.sum() > 0):
+            raise DistillationConfigError(
+                f"weights must be {len(points)} numbers >= 0, one per point, not all 0; got {weighed.tolist()}"
+            )
+        self.schedule, self.std = schedule, float(std)
+        self.register_buffer("points", points.to(torch.float64))
+        self.register_buffer("log_weights", weighed.to(device=points.device, dtype=torch.float64).log())
+
+    def forward(self, x_t: Tensor, t: Tensor, condition: Any = None) -> Prediction:  # noqa: ANN401 - not looked at
+        """Return the posterior mean, given as a velocity: exact at both ends of time."""
+        alpha, sigma = (c.to(torch.float64) for c in coefficients(self.schedule, t, x_t))
+        x = x_t.to(torch.float64)
+        variance = (alpha**2 * self.std**2 + sigma**2).clamp(min=1e-30)
+        distances = (x.flatten(1)[:, None] - alpha.view(-1, 1, 1) * self.points.flatten(1)).square().sum(dim=2)
+        posterior = (self.log_weights - distances / (2 * variance.view(-1, 1))).softmax(dim=1)
+        mean = torch.einsum("bk,k...->b...", posterior, self.points)
+        p, q = self.schedule.velocity_coefficients(alpha, sigma)
+        moved = (p * alpha * self.std**2 + q * sigma) * (x - alpha * mean) / variance
+        return Prediction(x_t, t, self.schedule, v=(p * mean + moved).to(working_dtype(x_t)))
 
 
 def guided(

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
-from distillation.denoiser import GaussianDenoiser, Prediction, guided, limited_guidance
-from distillation.errors import ConditionError, PredictionError
+from distillation.denoiser import EmpiricalDenoiser, GaussianDenoiser, Prediction, guided, limited_guidance
+from distillation.errors import ConditionError, DistillationConfigError, PredictionError
 from distillation.schedule import RectifiedFlow, VariancePreserving
 
 SCHEDULES = [RectifiedFlow(), RectifiedFlow(shift=3.0), VariancePreserving(), VariancePreserving(zero_snr=True)]
@@ -61,6 +63,61 @@ def test_correlated_frames_have_the_matrix_posterior(schedule, randn):
         gain = alpha * covariance @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(4).double())
         expected = 0.3 + torch.einsum("fg,cghw->cfhw", gain, x_t[row] - alpha * 0.3)
         assert torch.allclose(x0[row], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_finite_data_set_is_the_softmax_weighted_mean(schedule, randn):
+    # Row 18, by its definition: Bayes' rule over the points, one sample and one point at a time.
+    points, x_t, weights = randn(5, 2, 2, 1, 1), randn(3, 2, 2, 1, 1, seed=1), torch.tensor([1.0, 2.0, 0.0, 1.0, 0.5])
+    x0 = EmpiricalDenoiser(points, schedule, weights=weights)(x_t, T).x0
+    for row, (alpha, sigma) in enumerate(zip(*schedule(T), strict=True)):
+        density = [
+            float(weight) * math.exp(-float(((x_t[row] - alpha * point) ** 2).sum() / (2 * sigma**2)))
+            for weight, point in zip(weights, points, strict=True)
+        ]
+        expected = sum(share * point for share, point in zip(density, points, strict=True)) / sum(density)
+        assert torch.allclose(x0[row], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_mixture_of_two_gaussians_is_the_posterior_mean_by_quadrature(schedule):
+    # E[x0 | x_t] = int x0 p(x0) p(x_t | x0) / int p(x0) p(x_t | x0) on a fine grid.
+    centres, std, shares = (-0.9, 0.7), 0.3, (0.4, 0.6)
+    points = torch.tensor(centres, dtype=torch.float64).view(2, 1, 1, 1, 1)
+    x_t = torch.tensor([-0.5, 0.1, 0.8], dtype=torch.float64)
+    denoiser = EmpiricalDenoiser(points, schedule, std=std, weights=torch.tensor(shares))
+    prediction = denoiser(column(x_t), T)
+    grid = torch.linspace(-4, 4, 20001, dtype=torch.float64)
+    prior = sum(share * torch.exp(-((grid - c) ** 2) / (2 * std**2)) for share, c in zip(shares, centres, strict=True))
+    for row, (alpha, sigma) in enumerate(zip(*schedule(T), strict=True)):
+        joint = prior * torch.exp(-((x_t[row] - alpha * grid) ** 2) / (2 * sigma**2))
+        assert float(prediction.x0[row]) == pytest.approx(float((grid * joint).sum() / joint.sum()), abs=1e-7)
+        again = Prediction(column(x_t), T, schedule, eps=prediction.eps)
+        assert float(again.x0[row]) == pytest.approx(float(prediction.x0[row]), abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_point_with_a_spread_is_the_gaussian_and_both_ends_are_exact(schedule, randn):
+    x, point = randn(3, 1, 2, 2, 2), torch.full((1, 1, 2, 2, 2), 0.3, dtype=torch.float64)
+    one, gaussian = EmpiricalDenoiser(point, schedule, std=0.7), GaussianDenoiser(0.3, 0.7, schedule)
+    zero, half = (torch.tensor(time, dtype=torch.float64) for time in (0.0, 0.5))
+    for t in (T, zero, half):
+        assert torch.allclose(one(x, t).x0, gaussian(x, t).x0, rtol=0, atol=1e-12)
+        assert torch.allclose(one(x, t).v, gaussian(x, t).v, rtol=0, atol=1e-12)
+    assert torch.equal(EmpiricalDenoiser(x, schedule)(x, zero).x0, x)
+    if float(schedule(1.0)[0]) == 0:
+        at_noise = EmpiricalDenoiser(x, schedule)(x, torch.tensor(1.0, dtype=torch.float64)).x0
+        assert torch.allclose(at_noise, x.mean(dim=0, keepdim=True).expand_as(x), rtol=0, atol=1e-14)
+
+
+def test_a_data_set_needs_points_and_weights_that_fit(randn):
+    schedule, points = RectifiedFlow(), randn(2, 1, 1, 1, 1)
+    for wrong in ({"points": points[:0]}, {"std": -0.1}):
+        with pytest.raises(DistillationConfigError, match="at least one point and std >= 0"):
+            EmpiricalDenoiser(**({"points": points, "schedule": schedule} | wrong))
+    for weights in (torch.ones(3), torch.tensor([1.0, -1.0]), torch.zeros(2)):
+        with pytest.raises(DistillationConfigError, match="weights must be 2 numbers"):
+            EmpiricalDenoiser(points, schedule, weights=weights)
 
 
 def test_half_precision_is_read_in_float32():

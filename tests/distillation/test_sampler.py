@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from distillation.denoiser import GaussianDenoiser, Prediction
+from distillation.denoiser import EmpiricalDenoiser, GaussianDenoiser, Prediction
 from distillation.errors import DistillationConfigError, PredictionError
 from distillation.sampler import ode_step, sample_teacher, transition
 from distillation.schedule import RectifiedFlow, VariancePreserving
@@ -58,6 +58,33 @@ def test_ode_step_keeps_x0_and_eps(schedule, native, randn):
     if isinstance(schedule, RectifiedFlow):
         euler = x_t + (sigma_s - prediction.sigma) * exact.v
         assert torch.allclose(stepped, euler, rtol=0, atol=1e-12)
+
+
+def test_ode_step_is_ddim_for_diffusion_and_euler_in_sigma_for_flow(randn):
+    # Song et al. 2021, eq. 12 with eta 0, in abar = alpha^2; and x + (sigma_s - sigma_t) v, whatever the shift.
+    x_t, t, s = randn(3, 1, 2, 1, 1), torch.tensor(0.8, dtype=torch.float64), 0.3
+    for schedule in (VariancePreserving(), VariancePreserving("linear"), VariancePreserving("scaled_linear")):
+        prediction = GaussianDenoiser(M, S, schedule)(x_t, t)
+        abar, abar_s = (schedule(time)[0] ** 2 for time in (t, s))
+        x0 = (x_t - (1 - abar).sqrt() * prediction.eps) / abar.sqrt()
+        ddim = abar_s.sqrt() * x0 + (1 - abar_s).sqrt() * prediction.eps
+        assert torch.allclose(ode_step(x_t, prediction, *schedule(s)), ddim, rtol=0, atol=1e-12)
+    for shift in (1.0, 3.0):
+        schedule = RectifiedFlow(shift)
+        prediction = GaussianDenoiser(M, S, schedule)(x_t, t)
+        sigma, sigma_s = (shift * time / (1 + (shift - 1) * time) for time in (0.8, 0.3))
+        euler = x_t + (sigma_s - sigma) * prediction.v
+        assert torch.allclose(ode_step(x_t, prediction, *schedule(s)), euler, rtol=0, atol=1e-12)
+
+
+def test_many_steps_on_a_finite_data_set_end_in_its_points(randn):
+    # Row 18 through the sampler: the last prediction is a mean of points weighted 0 and 1.
+    points = torch.tensor([[-1.0, 0.5], [1.2, 0.3], [0.0, -1.4]], dtype=torch.float64).view(3, 2, 1, 1, 1)
+    for schedule in (RectifiedFlow(), RectifiedFlow(shift=3.0), VariancePreserving()):
+        end = sample_teacher(EmpiricalDenoiser(points, schedule), None, randn(40, 2, 1, 1, 1), num_steps=200)
+        distance = torch.cdist(end.flatten(1), points.flatten(1))
+        assert float(distance.min(dim=1).values.max()) < 1e-3
+        assert set(distance.argmin(dim=1).tolist()) == {0, 1, 2}
 
 
 def test_ode_step_to_the_same_level_stays(randn):
