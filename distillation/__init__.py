@@ -9,18 +9,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distillation.adversarial import AdversarialHead as AdversarialHead
+    from distillation.adversarial import approximate_r1 as approximate_r1
+    from distillation.adversarial import discriminator_loss as discriminator_loss
+    from distillation.adversarial import generator_loss as generator_loss
     from distillation.condition import TextCondition as TextCondition
     from distillation.config import DistillationConfig as DistillationConfig
     from distillation.consistency import consistency_function as consistency_function
     from distillation.consistency import consistency_loss as consistency_loss
+    from distillation.consistency import curriculum_pairs as curriculum_pairs
     from distillation.consistency import time_grid as time_grid
+    from distillation.correspondence import correspondence_loss as correspondence_loss
+    from distillation.correspondence import frame_matches as frame_matches
+    from distillation.correspondence import soft_flow as soft_flow
     from distillation.denoiser import Denoiser as Denoiser
+    from distillation.denoiser import EmpiricalDenoiser as EmpiricalDenoiser
     from distillation.denoiser import GaussianDenoiser as GaussianDenoiser
     from distillation.denoiser import Prediction as Prediction
     from distillation.denoiser import guided as guided
     from distillation.errors import DistillationError as DistillationError
     from distillation.families import Teacher as Teacher
     from distillation.families import load_teacher as load_teacher
+    from distillation.features import BlockFeatures as BlockFeatures
+    from distillation.monitors import channel_std as channel_std
+    from distillation.monitors import fake_score_lag as fake_score_lag
+    from distillation.monitors import saturation as saturation
     from distillation.sampler import ode_step as ode_step
     from distillation.sampler import sample_teacher as sample_teacher
     from distillation.sampler import transition as transition
@@ -28,7 +41,9 @@ if TYPE_CHECKING:
     from distillation.schedule import VariancePreserving as VariancePreserving
     from distillation.schedule import check_timesteps as check_timesteps
     from distillation.student import FewStepStudent as FewStepStudent
+    from distillation.temporal import feature_similarity_loss as feature_similarity_loss
     from distillation.temporal import frame_differences as frame_differences
+    from distillation.temporal import frame_similarities as frame_similarities
     from distillation.temporal import temporal_consistency_loss as temporal_consistency_loss
     from distillation.temporal import temporal_vsd_loss as temporal_vsd_loss
     from distillation.trainer import DistillationResult as DistillationResult
@@ -39,20 +54,39 @@ if TYPE_CHECKING:
     from distillation.vsd import sample_times as sample_times
     from distillation.vsd import vsd_gradient as vsd_gradient
     from distillation.vsd import vsd_loss as vsd_loss
+    from distillation.vsd import vsd_target as vsd_target
 
 _HOME = {
+    "adversarial": ("AdversarialHead", "approximate_r1", "discriminator_loss", "generator_loss"),
     "condition": ("TextCondition",),
     "config": ("DistillationConfig",),
-    "consistency": ("consistency_function", "consistency_loss", "time_grid"),
-    "denoiser": ("Denoiser", "GaussianDenoiser", "Prediction", "guided"),
+    "consistency": ("consistency_function", "consistency_loss", "curriculum_pairs", "time_grid"),
+    "correspondence": ("correspondence_loss", "frame_matches", "soft_flow"),
+    "denoiser": ("Denoiser", "EmpiricalDenoiser", "GaussianDenoiser", "Prediction", "guided"),
     "errors": ("DistillationError",),
     "families": ("Teacher", "load_teacher"),
+    "features": ("BlockFeatures",),
+    "monitors": ("channel_std", "fake_score_lag", "saturation"),
     "sampler": ("ode_step", "sample_teacher", "transition"),
     "schedule": ("RectifiedFlow", "VariancePreserving", "check_timesteps"),
     "student": ("FewStepStudent",),
-    "temporal": ("frame_differences", "temporal_consistency_loss", "temporal_vsd_loss"),
+    "temporal": (
+        "feature_similarity_loss",
+        "frame_differences",
+        "frame_similarities",
+        "temporal_consistency_loss",
+        "temporal_vsd_loss",
+    ),
     "trainer": ("DistillationResult", "DistillationTrainer"),
-    "vsd": ("VSDAnchor", "backward_simulation", "fake_score_loss", "sample_times", "vsd_gradient", "vsd_loss"),
+    "vsd": (
+        "VSDAnchor",
+        "backward_simulation",
+        "fake_score_loss",
+        "sample_times",
+        "vsd_gradient",
+        "vsd_loss",
+        "vsd_target",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
