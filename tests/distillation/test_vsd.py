@@ -1,10 +1,12 @@
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from distillation.denoiser import Denoiser, GaussianDenoiser, Prediction
+from distillation.denoiser import Denoiser, EmpiricalDenoiser, GaussianDenoiser, Prediction
 from distillation.errors import ConditionError, DistillationConfigError, NoiseError, StepCountError
 from distillation.schedule import RectifiedFlow, VariancePreserving, add_noise
 from distillation.student import FewStepStudent
@@ -16,6 +18,7 @@ from distillation.vsd import (
     surrogate_loss,
     vsd_gradient,
     vsd_loss,
+    vsd_target,
 )
 
 M, S = 0.3, 0.7
@@ -45,6 +48,66 @@ def test_gradient_is_that_of_the_kl(schedule, time, a, b, signs):
     factor = sigma**2 / alpha**2
     assert float(offset.grad) == pytest.approx(factor * alpha**2 * (b - M) / v, abs=1e-12)
     assert float(scale.grad) == pytest.approx(factor * alpha**2 * a * (1 / v - 1 / u), abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("time", [0.3, 0.7])
+def test_gradient_for_mixtures_is_that_of_the_kl(schedule, time):
+    # Row 6 for two-component mixtures x = +-w + a z: the KL by quadrature, its gradient in (w, a) by autograd.
+    w, a, t, components = leaf(0.5), leaf(0.4), scalar(time), scalar([-1.0, 1.0]).view(2, 1, 1, 1, 1)
+    alpha, sigma = (float(c) for c in schedule(t))
+    grid = torch.linspace(-9, 9, 6001, dtype=torch.float64)
+
+    def density(centre, std):
+        variance = alpha**2 * std**2 + sigma**2
+        parts = [torch.exp(-((grid - sign * alpha * centre) ** 2) / (2 * variance)) for sign in (-1, 1)]
+        return sum(parts) / (2 * torch.sqrt(2 * math.pi * variance))
+
+    student, teacher = density(w, a), density(scalar(0.9), scalar(0.25))
+    kl = torch.trapezoid(student * (student.log() - teacher.log()), grid)
+    expected = torch.autograd.grad(kl, [w, a])
+
+    # E over component, z and eps by Gauss-Hermite quadrature of g dx/d(w, a).
+    nodes, mass = (torch.from_numpy(values) for values in np.polynomial.hermite_e.hermegauss(60))
+    z, eps = (values.reshape(-1, 1, 1, 1, 1) for values in torch.meshgrid(nodes, nodes, indexing="ij"))
+    mass = (mass[:, None] * mass[None]).flatten() / (2 * mass.sum() ** 2)
+    total = [0.0, 0.0]
+    for sign in (-1.0, 1.0):
+        x = (sign * w + a * z).detach()
+        g = vsd_gradient(
+            x,
+            EmpiricalDenoiser(0.9 * components, schedule, std=0.25),
+            EmpiricalDenoiser(0.5 * components, schedule, std=0.4),
+            None,
+            t,
+            eps,
+            normalize=False,
+        )
+        total[0] += float((mass * (g * sign).flatten()).sum())
+        total[1] += float((mass * (g * z).flatten()).sum())
+    for value, gradient in zip(total, expected, strict=True):
+        assert alpha**2 / sigma**2 * value == pytest.approx(float(gradient), rel=1e-6)
+        assert abs(float(gradient)) > 1e-5
+
+
+def test_vsd_finds_both_components_of_a_mixture(randn):
+    # x = +-w + a z starts as one lump; its exact fake score is the mixture it is.
+    schedule, components = RectifiedFlow(), scalar([-1.0, 1.0]).view(2, 1, 1, 1, 1)
+    teacher = EmpiricalDenoiser(0.9 * components, schedule, std=0.3)
+    z = randn(256, 1, 1, 1, 1)
+    z = torch.cat([z, -z]) / z.square().mean().sqrt()
+    sign = scalar([-1.0, 1.0]).repeat_interleave(2).repeat(128).view(-1, 1, 1, 1, 1)
+    w, a = leaf(0.2), leaf(0.6)
+    for step in range(300):
+        t, eps = scalar(0.15 + 0.6 * (step % 5) / 4), randn(512, 1, 1, 1, 1, seed=step)
+        fake = EmpiricalDenoiser(float(w.detach()) * components, schedule, std=float(a.detach()))
+        vsd_loss(w * sign + a * z, teacher, fake, None, t, eps, 1.0, normalize=False).backward()
+        with torch.no_grad():
+            for value in (w, a):
+                value -= 0.5 * value.grad
+                value.grad = None
+    assert float(w.detach()) == pytest.approx(0.9, rel=0.02)
+    assert abs(float(a.detach())) == pytest.approx(0.3, rel=0.02)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -176,6 +239,32 @@ def test_literal_summary_loss_is_minimised_by_the_teacher_itself(schedule, signs
     variance = alpha**2 * S**2 + sigma**2
     assert slope == pytest.approx(sigma / variance, abs=1e-12)
     assert offset == pytest.approx(-sigma * alpha * M / variance, abs=1e-12)
+
+
+def test_a_student_of_the_literal_summary_loss_gives_the_mean_in_one_step(learnable_gaussian, signs, randn):
+    # Trained to the end it is the teacher, and row 4 with N = 1 says what one call of that returns: no spread at all.
+    schedule, (z, eps) = RectifiedFlow(), signs
+    network, teacher = learnable_gaussian(schedule, -0.5, 1.5), GaussianDenoiser(M, S, schedule)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
+    for step in range(300):
+        t = scalar(0.2 + 0.6 * (step % 5) / 4)
+        x_t = add_noise(schedule, M + S * z, eps, t)
+        loss = ((network(x_t, t).eps - teacher(x_t, t).eps) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(network.mean.detach()) == pytest.approx(M, abs=1e-3)
+    assert float(network.log_std.detach().exp()) == pytest.approx(S, rel=1e-3)
+    with torch.no_grad():
+        samples = FewStepStudent(network, timesteps={1: [1.0]}).sample(None, randn(1, 50, 1, 1, 1, 1), 1)
+    assert float(samples.std()) < 1e-12
+    assert float(samples.mean()) == pytest.approx(M, abs=1e-3)
+
+
+def test_vsd_target_is_the_sample_against_the_gradient_and_carries_none(randn):
+    x, g = randn(2, 1, 2, 1, 1).requires_grad_(), randn(2, 1, 2, 1, 1, seed=1)
+    assert torch.equal(vsd_target(x, g), (x - g).detach())
+    assert not vsd_target(x, g).requires_grad
 
 
 def test_ar1_frames_keep_their_correlation(randn):
