@@ -164,15 +164,16 @@ class SettingsGuard:
 
     Args:
         config: the settings of this run.
-        stage: "vsd", "cd" or "joint"; settings it does not depend on are left out. CD starts where VSD ended, so it
-            depends on those of VSD too.
+        stage: its name; for "vsd", "cd" and "joint" the settings they do not depend on are left out (CD starts where
+            VSD ended, so it depends on those of VSD too), for others only those that change no weights.
     """
 
     def __init__(self, config: DistillationConfig, stage: str) -> None:
         # Where the learning rate falls, the length of the stage decides how fast.
         length = {"cd_steps" if stage == "cd" else "vsd_steps"} if config.learning_rate_floor < 1 else set()
-        free = _FREE[stage] - length
+        free = _FREE.get(stage, _OUTSIDE) - length
         self.settings = {name: value for name, value in asdict(config).items() if name not in free}
+        self._defaults = asdict(type(config)())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings."""
@@ -184,9 +185,8 @@ class SettingsGuard:
         Raises:
             DistillationConfigError: one differs; the message names it and both values.
         """
-        defaults = asdict(DistillationConfig())
         for name, value in self.settings.items():
-            was = state.get(name, defaults[name])
+            was = state.get(name, self._defaults[name])
             if was != value:
                 raise DistillationConfigError(
                     f"the checkpoint was trained with {name} = {was}, this run has {value}; "

@@ -15,11 +15,19 @@ from distillation.errors import ConditionError, DistillationConfigError, NoiseEr
 
 @dataclass
 class Batch:
-    """Conditions of length B (None for an unconditional model), and data [B, C, F, H, W] where there is some."""
+    """Some rows of the data.
+
+    Attributes:
+        condition: of length B; None for an unconditional model.
+        negative: likewise; None without guidance.
+        latents: data [B, C, F, H, W] where there is some.
+        prompts: the B prompts, where they were given as such.
+    """
 
     condition: Any
     negative: Any
     latents: Tensor | None
+    prompts: list[Any] | None = None
 
 
 class DistillationData:
@@ -41,6 +49,7 @@ class DistillationData:
 
     def __init__(self, source: Any, encode: Callable[[Sequence[Any]], Any] | None, *, guided: bool) -> None:  # noqa: ANN401
         self.latents: Tensor | None = None
+        self.prompts: list[Any] | None = None
         if isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Tensor):
             self.latents, source = _checked(source[0]), source[1]
         negatives: Any = None
@@ -51,6 +60,7 @@ class DistillationData:
             if self.latents is not None:
                 self.rows = torch.zeros(len(self.latents), dtype=torch.long)
         elif isinstance(source, Sequence) and not isinstance(source, str):
+            self.prompts = list(source)
             self.condition, self.rows = _encode_distinct(source, encode)
             negatives = [{**prompt, "prompt": ""} if isinstance(prompt, dict) else "" for prompt in source]
         elif isinstance(source, Condition) and not isinstance(source, str):
@@ -74,7 +84,8 @@ class DistillationData:
             return None if condition is None else condition.index_select(rows[chosen]).to(device)
 
         latents = None if self.latents is None else self.latents[chosen.to(self.latents.device)].to(device)
-        return Batch(take(self.condition, self.rows), take(self.negative, self.negative_rows), latents)
+        prompts = None if self.prompts is None else [self.prompts[row] for row in chosen.tolist()]
+        return Batch(take(self.condition, self.rows), take(self.negative, self.negative_rows), latents, prompts)
 
 
 @torch.no_grad()

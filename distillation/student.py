@@ -83,6 +83,10 @@ class FewStepStudent(nn.Module):
         denoiser = merged(self.denoiser)
         return self if denoiser is self.denoiser else type(self)(denoiser, self.grids, self.eta, **self._parts)
 
+    def with_grids(self, timesteps: Mapping[int, Sequence[float]], eta: float) -> FewStepStudent:
+        """Return a student of the same denoiser, not a copy, that is sampled on other grids."""
+        return type(self)(self.denoiser, timesteps, eta, **self._parts)
+
     def encode(self, prompts: Sequence[Any]) -> Any:  # noqa: ANN401 - the family's condition
         """Return the condition of the prompts (texts or mappings).
 

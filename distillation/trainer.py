@@ -104,22 +104,32 @@ class DistillationTrainer:
 
     def train(self) -> DistillationResult:
         """Run the stages, continuing from what ``output_dir`` holds of them."""
-        history = {name: _Stage(self.setup, name, steps).run() for name, steps in self.setup.config.stages.items()}
+        history = {}
+        for name, steps in self.setup.config.stages.items():
+            objectives = ("vsd", "cd") if name == "joint" else (name,)
+            history[name] = DistillationStage(self.setup, name, steps, objectives).run()
         return DistillationResult(self.setup.student, history)
 
 
-class _Stage(Stage):
-    """VSD, CD, or the sum of both."""
+class DistillationStage(Stage):
+    """VSD, CD, or the sum of both.
 
-    def __init__(self, setup: Setup, name: str, num_steps: int) -> None:
+    Args:
+        setup: see :class:`~distillation.stage.Setup`.
+        name: of the stage.
+        num_steps: student updates.
+        objectives: which of "vsd" and "cd" are minimised.
+    """
+
+    def __init__(self, setup: Setup, name: str, num_steps: int, objectives: Sequence[str]) -> None:
         config = setup.config
-        self.with_vsd, self.with_cd = name != "cd", name != "vsd"
+        self.with_vsd, self.with_cd = "vsd" in objectives, "cd" in objectives
         optimised = {}
         if self.with_vsd:
             self.fake_score = trainable(setup.roles.fake_score())
             optimizer = adamw(self.fake_score, config.fake_learning_rate, beta1=0.0)
             optimised["fake_score"] = Optimised(self.fake_score, optimizer)
-        rate, decay = config.optimisation(name)
+        rate, decay = config.optimisation("vsd" if self.with_vsd else "cd")
         beta1 = 0.0 if self.with_vsd else 0.9
         extras = Extras(optimised)
         super().__init__(setup, name, num_steps, learning_rate=rate, ema_decay=decay, beta1=beta1, extras=extras)
@@ -171,7 +181,7 @@ class _Stage(Stage):
         return loss
 
     def cd_terms(self, step: int, x0: Tensor, batch: Batch, logs: dict[str, float]) -> Tensor:
-        """Return the CD loss and its temporal term."""
+        """Return the CD loss at a random interval of the grid."""
         config, grid = self.config, time_grid(self.config.num_timesteps)
         below = (self.draw_uniform(step, "interval") * config.num_timesteps).long()
         t, s = (grid[k].to(device=x0.device, dtype=self.dtype) for k in (below + 1, below))
@@ -188,6 +198,11 @@ class _Stage(Stage):
             negative=batch.negative,
             solver_steps=config.solver_steps,
         )
+        return self.cd_loss(step, prediction, aim, batch, logs)
+
+    def cd_loss(self, step: int, prediction: Tensor, aim: Tensor, batch: Batch, logs: dict[str, float]) -> Tensor:
+        """Return the distance of the prediction from its aim, and of their motion."""
+        config = self.config
         loss = pseudo_huber(prediction, aim, config.huber_c)
         logs["cd_loss"] = float(loss.detach())
         if config.temporal_weight:

@@ -232,17 +232,17 @@ def test_a_killed_run_continues_to_identical_weights(world, tmp_path, monkeypatc
     from distillation import trainer as module
 
     config = settings(schedule=schedule, output_dir=str(tmp_path), checkpoint_every=2)
-    original = module._Stage.step
+    original = module.DistillationStage.step
 
     def interrupted(self, step):
         if (self.name, step) == (stage, at):
             raise KeyboardInterrupt
         return original(self, step)
 
-    monkeypatch.setattr(module._Stage, "step", interrupted)
+    monkeypatch.setattr(module.DistillationStage, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(world, config)
-    monkeypatch.setattr(module._Stage, "step", original)
+    monkeypatch.setattr(module.DistillationStage, "step", original)
     resumed = train(world, config)
     straight = train(world, settings(schedule=schedule))
     assert torch.equal(weights(resumed.student), weights(straight.student))
