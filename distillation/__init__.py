@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from distillation.adversarial import approximate_r1 as approximate_r1
     from distillation.adversarial import discriminator_loss as discriminator_loss
     from distillation.adversarial import generator_loss as generator_loss
+    from distillation.baselines.decoupled import DecoupledConfig as DecoupledConfig
+    from distillation.baselines.decoupled import DecoupledTrainer as DecoupledTrainer
+    from distillation.baselines.progressive import ProgressiveConfig as ProgressiveConfig
+    from distillation.baselines.progressive import ProgressiveResult as ProgressiveResult
+    from distillation.baselines.progressive import ProgressiveTrainer as ProgressiveTrainer
+    from distillation.baselines.turbo import TurboConfig as TurboConfig
+    from distillation.baselines.turbo import TurboTrainer as TurboTrainer
     from distillation.condition import TextCondition as TextCondition
     from distillation.config import DistillationConfig as DistillationConfig
     from distillation.consistency import consistency_function as consistency_function
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
     from distillation.monitors import channel_std as channel_std
     from distillation.monitors import fake_score_lag as fake_score_lag
     from distillation.monitors import saturation as saturation
+    from distillation.roles import SharedBase as SharedBase
     from distillation.sampler import ode_step as ode_step
     from distillation.sampler import sample_teacher as sample_teacher
     from distillation.sampler import transition as transition
@@ -48,6 +56,7 @@ if TYPE_CHECKING:
     from distillation.temporal import temporal_vsd_loss as temporal_vsd_loss
     from distillation.trainer import DistillationResult as DistillationResult
     from distillation.trainer import DistillationTrainer as DistillationTrainer
+    from distillation.trainer import start_student as start_student
     from distillation.vsd import VSDAnchor as VSDAnchor
     from distillation.vsd import backward_simulation as backward_simulation
     from distillation.vsd import fake_score_loss as fake_score_loss
@@ -58,6 +67,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "adversarial": ("AdversarialHead", "approximate_r1", "discriminator_loss", "generator_loss"),
+    "baselines.decoupled": ("DecoupledConfig", "DecoupledTrainer"),
+    "baselines.progressive": ("ProgressiveConfig", "ProgressiveResult", "ProgressiveTrainer"),
+    "baselines.turbo": ("TurboConfig", "TurboTrainer"),
     "condition": ("TextCondition",),
     "config": ("DistillationConfig",),
     "consistency": ("consistency_function", "consistency_loss", "curriculum_pairs", "time_grid"),
@@ -77,7 +89,7 @@ _HOME = {
         "temporal_consistency_loss",
         "temporal_vsd_loss",
     ),
-    "trainer": ("DistillationResult", "DistillationTrainer"),
+    "trainer": ("DistillationResult", "DistillationTrainer", "start_student"),
     "vsd": (
         "VSDAnchor",
         "backward_simulation",
@@ -87,6 +99,13 @@ _HOME = {
         "vsd_loss",
         "vsd_target",
     ),
+    "roles": ("SharedBase",),
+    "sampler": ("ode_step", "sample_teacher", "transition"),
+    "schedule": ("RectifiedFlow", "VariancePreserving", "check_timesteps"),
+    "student": ("FewStepStudent",),
+    "temporal": ("frame_differences", "temporal_consistency_loss", "temporal_vsd_loss"),
+    "trainer": ("DistillationResult", "DistillationTrainer", "start_student"),
+    "vsd": ("VSDAnchor", "backward_simulation", "fake_score_loss", "sample_times", "vsd_gradient", "vsd_loss"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

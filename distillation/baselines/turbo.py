@@ -43,7 +43,8 @@ class TurboConfig(DistillationConfig):
         video_weight: of the reward of whole clips.
         image_frames: frames of each clip the former sees, drawn at random.
         decoded_frames: latent frames that are decoded, from the first; None decodes all. The graph of every decoded
-            frame is kept, so this is what decides the memory.
+            frame is kept, so this and the next are what decides the memory.
+        decoded_samples: samples of a process's share of the batch that are decoded; None decodes all.
 
     Raises:
         DistillationConfigError: a value is out of range.
@@ -53,6 +54,7 @@ class TurboConfig(DistillationConfig):
     video_weight: float = 1.0
     image_frames: int = 2
     decoded_frames: int | None = None
+    decoded_samples: int | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -60,7 +62,7 @@ class TurboConfig(DistillationConfig):
         for name in ("image_weight", "video_weight"):
             if not getattr(self, name) >= 0:
                 raise DistillationConfigError(f"{name} must not be negative; got {getattr(self, name)}")
-        for name in ("image_frames", "decoded_frames"):
+        for name in ("image_frames", "decoded_frames", "decoded_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise DistillationConfigError(f"{name} must be at least 1; got {getattr(self, name)}")
 
@@ -132,7 +134,8 @@ class _Rewards:
             uniform: numbers in [0, 1) that choose the frames, [B].
         """
         config = self.config
-        videos = self.decoder.decode(latents[:, :, : config.decoded_frames])
+        prompts, uniform = prompts[: config.decoded_samples], uniform[: config.decoded_samples]
+        videos = self.decoder.decode(latents[: config.decoded_samples, :, : config.decoded_frames])
         found: dict[str, tuple[float, Tensor]] = {}
         if self.video is not None:
             found["video_reward"] = config.video_weight, self.video(videos, prompts).mean()

@@ -70,6 +70,11 @@ def test_rewards_see_what_they_should(randn):
     few = _Rewards(settings(decoded_frames=1), Frames(), None, mean_of_pixels).terms(latents, PROMPTS, torch.zeros(3))
     torch.testing.assert_close(few["video_reward"][1], latents[:, :, 0].mean(), rtol=1e-12, atol=0)
     assert list(few) == ["video_reward"]
+    seen.clear()
+    one = _Rewards(settings(decoded_samples=1, image_frames=4), Frames(), image, mean_of_pixels)
+    found = one.terms(latents, PROMPTS, torch.zeros(3))
+    torch.testing.assert_close(found["video_reward"][1], latents[0].mean(), rtol=1e-12, atol=0)
+    assert seen[0][1] == ["one"] * 4
 
 
 def test_the_loss_is_that_of_cd_less_the_weighted_rewards(world, randn, monkeypatch):
@@ -119,6 +124,7 @@ def test_what_it_cannot_do_without(world, numbers):
         ({"image_weight": -1.0}, "image_weight must not be negative; got -1.0"),
         ({"image_frames": 0}, "image_frames must be at least 1; got 0"),
         ({"decoded_frames": 0}, "decoded_frames must be at least 1; got 0"),
+        ({"decoded_samples": 0}, "decoded_samples must be at least 1; got 0"),
         ({"cd_steps": 0}, "nothing to train"),
     ],
 )

@@ -1,0 +1,351 @@
+"""Ways to a few-step student side by side: ``python -m benchmarks.ablation``.
+
+VSD and CD, alone, one after the other and at once, beside progressive distillation, latent consistency models (LCM),
+T2V-Turbo and CD decoupled as in AnimateLCM. All start from the same teacher and data, train for the same number of
+network passes (:func:`passes`: a gradient costs three, a guided prediction two) with the same batch, and are sampled in
+1, 2 and 4 steps. T2V-Turbo's reward is ``digits.legibility`` made differentiable, which none of the others sees, and
+its decoding comes on top of the passes.
+
+Each (method, seed) ends in ``results/ablation/<method>-seed<k>.json``, so the benchmark can be run in pieces, and a
+killed run goes on; ``--summary`` only aggregates what is there. Rows of real clips, their reconstruction and the
+teacher are kept in ``reference-seed0.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distillation as ds
+from benchmarks.digits import TEACHER, mean_scores, paired, point_differences, score_table, seeded
+from benchmarks.provenance import provenance
+from benchmarks.tuning import differentiable_legibility, keep
+from distillation.baselines.decoupled import DecoupledConfig, DecoupledTrainer
+from distillation.baselines.progressive import ProgressiveConfig, ProgressiveTrainer
+from distillation.baselines.turbo import TurboConfig, TurboTrainer
+from latent_rewards.contracts import ConfigError, unknown_name
+from recipes.dollar import Dollar, counted
+from recipes.moving_digits.benchmark import DigitsBenchmark
+
+RESULTS = Path(__file__).parent / "results" / "ablation"
+CONFIG = "recipes/configs/moving_digits_full.yaml"
+STEPS = (4, 2, 1)
+SEEDS = (0, 1, 2)
+LCM = {"num_timesteps": 50, "solver_steps": 1, "temporal_weight": 0.0}
+"""What latent consistency models do (arXiv 2310.04378): 50 intervals of one solver step each."""
+TITLES = {
+    "vsd": "VSD",
+    "cd": "CD",
+    "vsd_cd": "VSD→CD",
+    "joint": "VSD + CD, joint",
+    "progressive": "progressive distillation",
+    "lcm": "LCM",
+    "turbo": "T2V-Turbo",
+    "animatelcm": "AnimateLCM style",
+}
+REFERENCE = "reference"
+CLAIMS = {
+    "VSD→CD above CD alone": ("vsd_cd", "cd"),
+    "VSD→CD above VSD alone": ("vsd_cd", "vsd"),
+    "VSD alone above CD alone": ("vsd", "cd"),
+    "VSD→CD above T2V-Turbo": ("vsd_cd", "turbo"),
+    "VSD→CD above progressive distillation": ("vsd_cd", "progressive"),
+    "VSD→CD above AnimateLCM": ("vsd_cd", "animatelcm"),
+    "VSD→CD above both at once": ("vsd_cd", "joint"),
+}
+"""Orderings of the total; the first three and that of T2V-Turbo are the paper's (arXiv 2412.15689)."""
+
+
+def passes(config: ds.DistillationConfig, objective: str, *, frames: int = 1) -> float:
+    """Return the forward passes that one update of an objective costs per sample; a backward pass counts as two.
+
+    Args:
+        config: the settings.
+        objective: "vsd", "cd", "joint", "progressive" (a round after the first), or "image_cd" (single frames).
+        frames: latent frames of a clip, of which an image is one.
+    """
+    guided = 2 if config.guides else 1
+    exits = [exit_step for count in config.step_counts for exit_step in range(count)]
+    chain = sum(exits) / len(exits)
+    cd = guided * config.solver_steps + 3 + 1
+    # The student, the teacher's and the fake score's opinion; then the fake score, on these samples and on fresh ones.
+    vsd = chain + 3 + guided + 1 + 3 + (config.fake_updates - 1) * (chain + 1 + 3)
+    costs = {"vsd": vsd, "cd": cd, "joint": vsd + cd, "progressive": 2 + 3, "image_cd": cd / frames}
+    return costs[objective]
+
+
+class Ablation:
+    """Trains and scores (method, seed).
+
+    Args:
+        config: settings of the digits world, whose distillation is the VSD→CD of the comparison.
+        runs: where trainings and rows are kept.
+        share: of the passes, below 1 for a trial of the script.
+        device: torch device.
+        num_prompts: evaluation prompts; None takes the configuration's.
+    """
+
+    def __init__(
+        self, config: str, runs: Path, *, share: float = 1.0, device: str = "cpu", num_prompts: int | None = None
+    ) -> None:
+        self.config, self.runs, self.share, self.device, self.num_prompts = config, runs, share, device, num_prompts
+
+    def measure(self, method: str, seed: int) -> dict[str, Any]:
+        """Train (or continue), sample, score; ``seconds`` are those of the training, without parts before a kill."""
+        pipeline = self._pipeline(seed)
+        begun = time.perf_counter()
+        students = _METHODS[method](self, pipeline, self.runs / f"{method}-seed{seed}")
+        seconds = time.perf_counter() - begun
+        benchmark = self._benchmark(pipeline, f"{method}-seed{seed}")
+        for steps in STEPS:
+            sampler = pipeline.student_sampler(students[steps], steps)
+            benchmark.add(f"{TITLES[method]}, {counted(steps)}", sampler, num_steps=steps, network_evaluations=steps)
+        mine, base = self._rows(benchmark), self._benchmark(pipeline, REFERENCE)
+        base.load_rows()
+        benchmark.rows[TEACHER] = base.rows[TEACHER]
+        return {
+            "method": method,
+            "seed": seed,
+            "rows": mine,
+            "differences": {f"{label} minus {TEACHER}": paired(benchmark, TEACHER, label) for label in mine},
+            "seconds": seconds,
+            "device": "cpu" if self.device == "cpu" else torch.cuda.get_device_name(),
+            **provenance(),
+        }
+
+    def reference(self) -> dict[str, Any]:
+        """Score real clips, their reconstruction, and the teacher in 50, 8, 4 and 1 steps."""
+        pipeline, begun = self._pipeline(0), time.perf_counter()
+        benchmark = self._benchmark(pipeline, REFERENCE)
+        benchmark.add_ceilings()
+        guidance = float(pipeline.config.guidance_scale or 1.0)
+        for steps in (50, 8, 4, 1):
+            sampler = pipeline.teacher_sampler(steps, guidance)
+            evaluations = steps if guidance == 1 else 2 * steps
+            benchmark.add(f"teacher, {counted(steps)}", sampler, num_steps=1, network_evaluations=evaluations)
+        seconds = time.perf_counter() - begun
+        return {"method": REFERENCE, "seed": 0, "rows": self._rows(benchmark), "seconds": seconds, **provenance()}
+
+    def _pipeline(self, seed: int) -> Dollar:
+        settings = seeded(self.config, seed)
+        changes: dict[str, Any] = {"output_dir": str(self.runs), "device": self.device}
+        if self.num_prompts is not None:
+            changes["num_eval_prompts"] = self.num_prompts
+        settings["run"] = dataclasses.replace(settings["run"], **changes)
+        return Dollar(settings)
+
+    def _benchmark(self, pipeline: Dollar, name: str) -> DigitsBenchmark:
+        count = pipeline.config.num_eval_prompts
+        folder = self.runs / "evaluation" / name
+        return DigitsBenchmark(pipeline.codec, pipeline.teacher.latent_shape, folder, num_prompts=count)
+
+    @staticmethod
+    def _rows(benchmark: DigitsBenchmark) -> dict[str, Any]:
+        return {
+            label: {
+                "scores": row.evaluation.scores,
+                "seconds": row.seconds,
+                "network_evaluations": row.network_evaluations,
+            }
+            for label, row in benchmark.rows.items()
+        }
+
+    def settings(self, pipeline: Dollar, folder: Path, kind: type[Any] = ds.DistillationConfig, **changes: Any) -> Any:  # noqa: ANN401
+        """Return the configuration's distillation as settings of a trainer, changed."""
+        inherited = dataclasses.asdict(pipeline.settings["distillation"])
+        own = {"seed": pipeline.config.seed, "output_dir": str(folder), "device": self.device}
+        return kind(**{**inherited, **own, **changes})
+
+    def budget(self, pipeline: Dollar) -> float:
+        """Return the passes per sample that VSD→CD takes."""
+        config = pipeline.settings["distillation"]
+        return self.share * (config.vsd_steps * passes(config, "vsd") + config.cd_steps * passes(config, "cd"))
+
+    def updates(self, pipeline: Dollar, cost: float, part: float = 1.0) -> int:
+        """Return how many updates of a cost the budget, or a part of it, allows."""
+        return max(1, round(part * self.budget(pipeline) / cost))
+
+
+def _student(pipeline: Dollar, config: ds.DistillationConfig) -> ds.FewStepStudent:
+    return ds.start_student(pipeline.teacher, config)
+
+
+def _distil(race: Ablation, pipeline: Dollar, config: ds.DistillationConfig) -> dict[int, ds.FewStepStudent]:
+    student = _student(pipeline, config)
+    ds.DistillationTrainer(pipeline.teacher, student, pipeline.distillation_data(), config).train()
+    return dict.fromkeys(STEPS, student)
+
+
+def _vsd(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStepStudent]:
+    cost = passes(pipeline.settings["distillation"], "vsd")
+    return _distil(race, pipeline, race.settings(pipeline, folder, vsd_steps=race.updates(pipeline, cost), cd_steps=0))
+
+
+def _vsd_cd(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStepStudent]:
+    config = pipeline.settings["distillation"]
+    steps = {name: max(1, round(race.share * getattr(config, name))) for name in ("vsd_steps", "cd_steps")}
+    return _distil(race, pipeline, race.settings(pipeline, folder, **steps))
+
+
+def _joint(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStepStudent]:
+    cost = passes(pipeline.settings["distillation"], "joint")
+    config = race.settings(pipeline, folder, schedule="joint", vsd_steps=race.updates(pipeline, cost))
+    return _distil(race, pipeline, config)
+
+
+def _alone(config: ds.DistillationConfig) -> dict[str, Any]:
+    """Return what CD needs where no VSD came before: the learning rate and the average of a first stage."""
+    return {"vsd_steps": 0, "cd_learning_rate": config.learning_rate, "cd_ema_decay": config.ema_decay}
+
+
+def _cd(race: Ablation, pipeline: Dollar, folder: Path, **changes: Any) -> dict[int, ds.FewStepStudent]:  # noqa: ANN401
+    config = race.settings(pipeline, folder, **_alone(pipeline.settings["distillation"]), **changes)
+    steps = race.updates(pipeline, passes(config, "cd"))
+    return _distil(race, pipeline, dataclasses.replace(config, cd_steps=steps))
+
+
+def _progressive(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStepStudent]:
+    cost = passes(pipeline.settings["distillation"], "progressive")
+    config = race.settings(pipeline, folder, ProgressiveConfig, step_counts=list(STEPS))
+    # The guided first round costs two passes more; the last two rounds have twice the updates of the others.
+    rounds = len(config.rounds)
+    updates = max(1, round(race.budget(pipeline) / (cost * (rounds + 2) + 2)))
+    config = dataclasses.replace(config, round_updates=updates, last_updates=2 * updates)
+    student, data = _student(pipeline, config), pipeline.distillation_data()
+    return ProgressiveTrainer(pipeline.teacher, student, data, config).train().students
+
+
+def _turbo(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStepStudent]:
+    own = {**LCM, **_alone(pipeline.settings["distillation"])}
+    config = race.settings(pipeline, folder, TurboConfig, **own, image_frames=5, decoded_samples=4)
+    config = dataclasses.replace(config, cd_steps=race.updates(pipeline, passes(config, "cd")))
+    student, data = _student(pipeline, config), pipeline.distillation_data()
+    options: dict[str, Any] = {"decoder": pipeline.codec, "video_reward": differentiable_legibility, "config": config}
+    TurboTrainer(pipeline.teacher, student, data, **options).train()
+    return dict.fromkeys(STEPS, student)
+
+
+def _animatelcm(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStepStudent]:
+    own = {**LCM, **_alone(pipeline.settings["distillation"])}
+    config = race.settings(pipeline, folder, DecoupledConfig, **own)
+    frames = pipeline.teacher.latent_shape[1]
+    steps = {
+        "image_steps": race.updates(pipeline, passes(config, "image_cd", frames=frames), 0.25),
+        "cd_steps": race.updates(pipeline, passes(config, "cd"), 0.75),
+    }
+    config = dataclasses.replace(config, **steps)
+    student = _student(pipeline, config)
+    DecoupledTrainer(pipeline.teacher, student, pipeline.distillation_data(), config).train()
+    return dict.fromkeys(STEPS, student)
+
+
+_METHODS: dict[str, Callable[[Ablation, Dollar, Path], dict[int, ds.FewStepStudent]]] = {
+    "vsd": _vsd,
+    "cd": _cd,
+    "vsd_cd": _vsd_cd,
+    "joint": _joint,
+    "progressive": _progressive,
+    "lcm": partial(_cd, **LCM),
+    "turbo": _turbo,
+    "animatelcm": _animatelcm,
+}
+
+
+def summarise(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
+    """Return rows and paired differences over seeds, and which orderings hold at each step count; also as Markdown.
+
+    An ordering is told by the mean difference of the totals over the seeds both methods have, and by how many of them
+    agree.
+    """
+    rows, differences, found = {}, {}, {}
+    for method in (REFERENCE, *TITLES):
+        mine = [result for result in results if result["method"] == method]
+        if mine:
+            rows |= mean_scores([{label: row["scores"] for label, row in r["rows"].items()} for r in mine])
+            found[method] = {result["seed"]: result for result in mine}
+        if mine and method != REFERENCE:
+            differences |= mean_scores([point_differences(result["differences"]) for result in mine])
+    orderings = _orderings(found)
+    lines = [*score_table("method", rows), "", *score_table("difference", differences), "", *_ordering_table(orderings)]
+    seeds = {method: sorted(by_seed) for method, by_seed in found.items()}
+    summary = {"seeds": seeds, "rows": rows, "differences": differences, "orderings": orderings}
+    return {**summary, **provenance()}, "\n".join(lines) + "\n"
+
+
+def _orderings(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    told: dict[str, dict[str, Any]] = {}
+    for claim, (higher, lower) in CLAIMS.items():
+        seeds = sorted(set(found.get(higher, ())) & set(found.get(lower, ())))
+        for steps in STEPS if seeds else ():
+            ours, theirs = (f"{TITLES[method]}, {counted(steps)}" for method in (higher, lower))
+            gaps = [
+                found[higher][seed]["rows"][ours]["scores"]["total"]
+                - found[lower][seed]["rows"][theirs]["scores"]["total"]
+                for seed in seeds
+            ]
+            told.setdefault(claim, {})[counted(steps)] = {
+                "difference": sum(gaps) / len(gaps),
+                "agree": sum(gap > 0 for gap in gaps),
+                "seeds": len(gaps),
+            }
+    return told
+
+
+def _ordering_table(orderings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    columns = [counted(steps) for steps in STEPS]
+    lines = [f"| ordering of the total | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for claim, by_steps in orderings.items():
+        cells = [
+            f"{told['difference']:+.1f} ({told['agree']} of {told['seeds']})"
+            for told in (by_steps[column] for column in columns)
+        ]
+        lines.append(f"| {claim} | {' | '.join(cells)} |")
+    return lines
+
+
+def write_summary(folder: Path) -> None:
+    """Aggregate the results of a folder into ``summary.json`` and ``summary.md``."""
+    results = [json.loads(file.read_text()) for file in sorted(folder.glob("*-seed*.json"))]
+    summary, markdown = summarise(results)
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    (folder / "summary.md").write_text(markdown)
+    print(markdown)
+
+
+def main() -> None:
+    """Read the command line, measure, aggregate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=[*TITLES], help=f"default: {' '.join(TITLES)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="training seeds (default: 0 1 2)")
+    parser.add_argument("--config", default=CONFIG, help="settings of VSD→CD (default: %(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="where trainings are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are written")
+    parser.add_argument("--share", type=float, default=1.0, help="of the passes to train for, for a trial")
+    parser.add_argument("--prompts", type=int, help="evaluation prompts, for a trial; default: the configuration's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--summary", action="store_true", help="only aggregate the results that are there")
+    options = parser.parse_args()
+    for name in options.methods:
+        if name not in TITLES:
+            raise ConfigError(unknown_name("method", name, TITLES))
+    if not options.summary:
+        race = Ablation(
+            options.config, options.runs, share=options.share, device=options.device, num_prompts=options.prompts
+        )
+        keep(options.results / f"{REFERENCE}-seed0.json", race.reference, "seconds")
+        for seed in options.seeds:
+            for method in options.methods:
+                keep(options.results / f"{method}-seed{seed}.json", partial(race.measure, method, seed), "seconds")
+    write_summary(options.results)
+
+
+if __name__ == "__main__":
+    main()
