@@ -79,6 +79,7 @@ _HOME = {
     "families": ("Teacher", "load_teacher"),
     "features": ("BlockFeatures",),
     "monitors": ("channel_std", "fake_score_lag", "saturation"),
+    "roles": ("SharedBase",),
     "sampler": ("ode_step", "sample_teacher", "transition"),
     "schedule": ("RectifiedFlow", "VariancePreserving", "check_timesteps"),
     "student": ("FewStepStudent",),
@@ -99,13 +100,6 @@ _HOME = {
         "vsd_loss",
         "vsd_target",
     ),
-    "roles": ("SharedBase",),
-    "sampler": ("ode_step", "sample_teacher", "transition"),
-    "schedule": ("RectifiedFlow", "VariancePreserving", "check_timesteps"),
-    "student": ("FewStepStudent",),
-    "temporal": ("frame_differences", "temporal_consistency_loss", "temporal_vsd_loss"),
-    "trainer": ("DistillationResult", "DistillationTrainer", "start_student"),
-    "vsd": ("VSDAnchor", "backward_simulation", "fake_score_loss", "sample_times", "vsd_gradient", "vsd_loss"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -10,7 +10,7 @@ from distillation.errors import DistillationConfigError
 _OUTSIDE = frozenset(
     "output_dir log_with log_every checkpoint_every progress device schedule cd_steps gradient_checkpointing".split()
 )  # they change no weights, or only how far a stage goes
-_CD_ONLY = frozenset("num_timesteps solver_steps huber_c cd_weight cd_learning_rate cd_ema_decay".split())
+_CD_ONLY = frozenset("num_timesteps curriculum solver_steps huber_c cd_weight cd_learning_rate cd_ema_decay".split())
 _FREE = {
     "vsd": _OUTSIDE | _CD_ONLY | {"vsd_steps"},
     "cd": _OUTSIDE | {"cd_weight"},
@@ -39,9 +39,19 @@ class DistillationConfig:
         fake_learning_rate: of the fake score (AdamW, beta1 = 0).
         fake_updates: fake score updates per student update.
         num_timesteps: intervals of the CD grid.
+        curriculum: in place of neighbours on the grid, pairs of CD whose gap shrinks as the stage goes on
+            (:func:`~distillation.consistency.curriculum_pairs`).
         solver_steps: teacher steps in one interval of it, so that a coarse grid keeps an accurate path.
-        ema_decay: weight of the past in the student's average, which is also the CD target; in [0, 1).
+        ema_decay: weight of the past in the student's average, which is also the CD target; in [0, 1). At 0 the target
+            is the student itself, without gradient.
         temporal_weight: weight of the frame-difference terms; 0 is none.
+        feature_weight: weight of the terms that match how alike a teacher block's features of two frames are.
+        feature_block: index of that block.
+        correspondence_weight: weight of the terms that match the soft flow between frames, in latent pixels.
+        adversarial_weight: weight of the student's loss against DMD2's discriminator, a head on the fake score; it
+            needs data. 0 is none.
+        discriminator_weight: weight of the discriminator's loss beside the fake score's.
+        adversarial_block: index of the block whose features the head reads.
         cd_weight: weight of CD in the joint schedule.
         cd_learning_rate: of the student in the CD stage; None takes ``learning_rate``. After VSD a tenth of it is
             better: CD averages over what the student does not yet agree on, and so blurs what VSD made sharp.
@@ -80,9 +90,16 @@ class DistillationConfig:
     fake_learning_rate: float = 1e-5
     fake_updates: int = 5
     num_timesteps: int = 50
+    curriculum: bool = False
     solver_steps: int = 1
     ema_decay: float = 0.99
     temporal_weight: float = 0.0
+    feature_weight: float = 0.0
+    feature_block: int = 1
+    correspondence_weight: float = 0.0
+    adversarial_weight: float = 0.0
+    discriminator_weight: float = 0.01
+    adversarial_block: int = -1
     cd_weight: float = 1.0
     cd_learning_rate: float | None = None
     cd_ema_decay: float | None = None
@@ -113,7 +130,9 @@ class DistillationConfig:
         )
         if self.adapter_rank is not None:
             lowest["adapter_rank"] = 1
-        lowest |= dict.fromkeys(("vsd_steps", "cd_steps", "temporal_weight", "cd_weight", "max_grad_norm"), 0)
+        weights = "temporal feature correspondence adversarial discriminator cd".split()
+        lowest |= dict.fromkeys([f"{name}_weight" for name in weights], 0)
+        lowest |= dict.fromkeys(("vsd_steps", "cd_steps", "max_grad_norm"), 0)
         for name, least in lowest.items():
             if not getattr(self, name) >= least:
                 raise DistillationConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
@@ -169,8 +188,9 @@ class SettingsGuard:
     """
 
     def __init__(self, config: DistillationConfig, stage: str) -> None:
-        # Where the learning rate falls, the length of the stage decides how fast.
-        length = {"cd_steps" if stage == "cd" else "vsd_steps"} if config.learning_rate_floor < 1 else set()
+        # Where the learning rate or the gap of CD falls, the length of the stage decides how fast.
+        paced = config.learning_rate_floor < 1 or (config.curriculum and stage != "vsd")
+        length = {"cd_steps" if stage == "cd" else "vsd_steps"} if paced else set()
         free = _FREE.get(stage, _OUTSIDE) - length
         self.settings = {name: value for name, value in asdict(config).items() if name not in free}
         self._defaults = asdict(type(config)())

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from distillation.errors import DistillationConfigError, NoiseError
+from distillation.roles import Role
 
 _BLOCK_LISTS = ("blocks", "transformer_blocks")
 
@@ -37,7 +38,8 @@ class BlockFeatures:
     """
 
     def __init__(self, denoiser: nn.Module, block: int, *, early_exit: bool = True) -> None:
-        blocks = find_blocks(denoiser)
+        network = denoiser.roles.teacher if isinstance(denoiser, Role) else denoiser
+        blocks = find_blocks(network)
         if not -len(blocks) <= block < len(blocks):
             raise DistillationConfigError(
                 f"block must lie in 0..{len(blocks) - 1}, the blocks of this network; got {block}"
@@ -46,6 +48,22 @@ class BlockFeatures:
         self.block = blocks[block]
         index = block % len(blocks)
         self._next = blocks[index + 1] if early_exit and index + 1 < len(blocks) else None
+        self._network = network
+
+    @property
+    def dim(self) -> int:
+        """D, the channels of a token.
+
+        Raises:
+            DistillationConfigError: the network's configuration does not tell.
+        """
+        for module in self._network.modules():
+            config: Any = getattr(module, "config", None) or {}
+            if "num_attention_heads" in config and "attention_head_dim" in config:
+                return int(config["num_attention_heads"] * config["attention_head_dim"])
+        raise DistillationConfigError(
+            f"the configuration of {type(self._network).__name__} does not tell the channels of its blocks"
+        )
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any = None) -> Tensor:  # noqa: ANN401 - any Condition
         """Return the features of x_t [B, C, F, H, W] at t ([] or [B]): F frames of N tokens of D channels.

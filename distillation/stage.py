@@ -23,7 +23,6 @@ from distillation.student import FewStepStudent
 from distillation.vsd import adamw, sample_times, trainable
 from latent_rewards.training.loop import (
     Ema,
-    HasStateDict,
     LoopConfig,
     TrainingLoop,
     set_learning_rate,
@@ -81,6 +80,11 @@ def prepare(
     roles = roles_of(denoiser, student.denoiser, config.adapter_rank)
     _check_schedules(denoiser, student.denoiser)
     data = DistillationData(prompts_or_latents, getattr(teacher, "encode", None), guided=config.guides)
+    if data.latents is None and config.adversarial_weight:
+        raise DistillationConfigError(
+            f"adversarial_weight = {config.adversarial_weight} needs data to tell samples from; pass (latents, "
+            "prompts), or set it to 0"
+        )
     if data.latents is None:
         first = data.batch(torch.zeros(1, dtype=torch.long), "cpu")
         return Setup(config, student, roles, data, tuple(student.latent_shape(first.condition)))
@@ -88,24 +92,16 @@ def prepare(
 
 
 @dataclass(frozen=True)
-class Optimised:
-    """A network that is trained, and by what.
+class Extras:
+    """What a stage trains beside its student, by name.
 
     Attributes:
-        network: whose parameters that ask for gradients are trained.
-        optimizer: over them.
+        modules: networks.
+        optimizers: over their parameters.
     """
 
-    network: nn.Module
-    optimizer: Optimizer
-
-
-@dataclass(frozen=True)
-class Extras:
-    """What a stage trains or keeps beside its student, by name."""
-
-    optimised: Mapping[str, Optimised] = field(default_factory=dict)
-    stateful: Mapping[str, HasStateDict] = field(default_factory=dict)
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    optimizers: Mapping[str, Optimizer] = field(default_factory=dict)
 
 
 class Stage:
@@ -139,19 +135,18 @@ class Stage:
         self.config, self.data, self.latent_shape = setup.config, setup.data, setup.latent_shape
         self.student, self.teacher = setup.student, setup.roles.teacher
         network, extras = trainable(self.student.denoiser), extras or Extras()
-        optimised = {"student": Optimised(network, adamw(network, learning_rate, beta1=beta1)), **extras.optimised}
-        modules = {key: trained.network for key, trained in optimised.items()}
         if self.config.gradient_checkpointing:
-            save_activations(setup.roles, modules)
+            denoisers = {name: module for name, module in extras.modules.items() if name == "fake_score"}
+            save_activations(setup.roles, {"student": network, **denoisers})
         self.loop = TrainingLoop(
             self._loop_config(),
             name=name,
-            modules=modules,
-            optimizers={key: trained.optimizer for key, trained in optimised.items()},
+            modules={"student": network, **extras.modules},
+            optimizers={"student": adamw(network, learning_rate, beta1=beta1), **extras.optimizers},
         )
         self.teacher.to(self.loop.device)
         self.ema = Ema(network, ema_decay, average=setup.roles.target())
-        self.loop.stateful.update(ema=self.ema, settings=SettingsGuard(self.config, name), **extras.stateful)
+        self.loop.stateful.update(ema=self.ema, settings=SettingsGuard(self.config, name))
         wide = any(parameter.dtype == torch.float64 for parameter in network.parameters())
         self.dtype = torch.float64 if wide else torch.float32
         ranks = self.loop.ranks

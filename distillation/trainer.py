@@ -14,25 +14,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distillation.config import DistillationConfig
-from distillation.consistency import consistency_pair, pseudo_huber, time_grid
+from distillation.consistency import consistency_pair, curriculum_pairs, pseudo_huber, time_grid
 from distillation.data import Batch
 from distillation.denoiser import limited_guidance
+from distillation.monitors import channel_std, fake_score_lag, saturation
 from distillation.roles import SharedBase
-from distillation.stage import Extras, Optimised, Setup, Stage, TeacherModel, prepare
+from distillation.stage import Extras, Setup, Stage, TeacherModel, prepare
 from distillation.student import FewStepStudent
-from distillation.temporal import temporal_consistency_loss, temporal_vsd_loss
+from distillation.terms import Discriminator, TemporalTerms
 from distillation.vsd import (
     adamw,
     backward_simulation,
     fake_score_loss,
+    normalised,
+    score_difference,
     surrogate_loss,
     trainable,
-    vsd_gradient,
 )
 from latent_rewards.training.randomness import sample_index
+
+_STD_SAMPLES = 1024  # enough for the standard deviation of a channel
 
 
 @dataclass
@@ -41,9 +45,11 @@ class DistillationResult:
 
     Attributes:
         student: the trained student, on its EMA's weights.
-        history: for each stage one dict per update; "vsd_loss", "cd_loss", "fake_loss", "temporal_loss", "grad_norm",
-            "num_steps" and "exit_step" (the call that was trained), "learning_rate", and "x_std", the standard
-            deviation of the student's samples, which grows where VSD over-saturates.
+        history: for each stage one dict per update; the loss of each term before its weight ("vsd_loss", "cd_loss",
+            "fake_loss", "temporal_loss", ...), "grad_norm", "learning_rate", and with VSD "num_steps" and "exit_step"
+            (the call that was trained), "x_std", the standard deviation of the student's samples, with data
+            "saturation" (:func:`~distillation.monitors.saturation`, of the worst channel), and every ``log_every``
+            updates "fake_score_lag" (:func:`~distillation.monitors.fake_score_lag`).
     """
 
     student: FewStepStudent
@@ -124,17 +130,24 @@ class DistillationStage(Stage):
     def __init__(self, setup: Setup, name: str, num_steps: int, objectives: Sequence[str]) -> None:
         config = setup.config
         self.with_vsd, self.with_cd = "vsd" in objectives, "cd" in objectives
-        optimised = {}
+        self.temporal = TemporalTerms(config, setup.roles.teacher)
+        self.discriminator: Discriminator | None = None
+        extras = Extras()
         if self.with_vsd:
             self.fake_score = trainable(setup.roles.fake_score())
-            optimizer = adamw(self.fake_score, config.fake_learning_rate, beta1=0.0)
-            optimised["fake_score"] = Optimised(self.fake_score, optimizer)
+            modules: dict[str, nn.Module] = {"fake_score": self.fake_score}
+            if config.adversarial_weight:
+                self.discriminator = Discriminator(self.fake_score, config.adversarial_block, seed=config.seed)
+                modules["discriminator"] = self.discriminator.head
+            optimizer = adamw(nn.ModuleList(modules.values()), config.fake_learning_rate, beta1=0.0)
+            extras = Extras(modules, {"fake_score": optimizer})
         rate, decay = config.optimisation("vsd" if self.with_vsd else "cd")
         beta1 = 0.0 if self.with_vsd else 0.9
-        extras = Extras(optimised)
         super().__init__(setup, name, num_steps, learning_rate=rate, ema_decay=decay, beta1=beta1, extras=extras)
         self.calls = [(count, exit_step) for count in config.step_counts for exit_step in range(count)]
         self.samples: Tensor | None = None
+        latents = self.data.latents
+        self.data_std = None if latents is None else channel_std(latents[:_STD_SAMPLES])
 
     def loss(self, step: int, batch: Batch, logs: dict[str, float]) -> Tensor:
         """Return the sum of the stage's terms."""
@@ -142,18 +155,27 @@ class DistillationStage(Stage):
         if self.with_vsd:
             samples, (num_steps, exit_step) = self.draw_samples(step, "student", batch)
             losses.append(self.vsd_terms(step, samples, batch, exit_step, logs))
-            logs |= {"num_steps": num_steps, "exit_step": exit_step, "x_std": float(samples.detach().std())}
+            logs |= {"num_steps": num_steps, "exit_step": exit_step, **self.spread(samples.detach())}
             self.samples = samples.detach()
         if self.with_cd:
             weight = self.config.cd_weight if self.with_vsd else 1.0
             losses.append(weight * self.cd_terms(step, self.cd_data(step, batch), batch, logs))
         return torch.stack(losses).sum()
 
+    def spread(self, samples: Tensor) -> dict[str, float]:
+        """Return how far the student's samples spread, also against the data's channels where there is data."""
+        logs = {"x_std": float(samples.std())}
+        if self.data_std is not None:
+            logs["saturation"] = float(saturation(samples, self.data_std.to(samples)).max())
+        return logs
+
     def after_update(self, step: int, batch: Batch, logs: dict[str, float]) -> None:
         """Train the fake score: first on the samples the student was just updated with, then on fresh ones."""
         samples, self.samples = self.samples, None
         if samples is None:
             return
+        # The student's loss went through the fake score's features, and left a gradient there that is not its own.
+        self.loop.optimizers["fake_score"].zero_grad(set_to_none=True)
         for update in range(self.config.fake_updates):
             role = f"fake{update}"
             with self.loop.accelerator.autocast():
@@ -162,29 +184,50 @@ class DistillationStage(Stage):
                     with torch.no_grad():
                         samples, _ = self.draw_samples(step, role, batch)
                 t, noise = self.draw_times(step, role), self.draw_noise(step, role)
+                if not update and step % self.config.log_every == 0:
+                    lag = fake_score_lag(samples, self.fake_score, batch.condition, t, noise)
+                    logs["fake_score_lag"] = float(lag)
                 loss = fake_score_loss(samples, self.fake_score, batch.condition, t, noise)
-            logs["fake_loss"] = float(loss.detach())
+                logs["fake_loss"] = float(loss.detach())
+                if self.discriminator is not None:
+                    loss = loss + self.discriminator_terms(step, role, samples, batch, logs)
             logs["fake_grad_norm"] = self.loop.update("fake_score", loss)
 
+    def discriminator_terms(
+        self, step: int, role: str, samples: Tensor, batch: Batch, logs: dict[str, float]
+    ) -> Tensor:
+        """Return the weighted loss of telling noised data from noised samples."""
+        assert self.discriminator is not None and batch.latents is not None  # noqa: S101 - for the type checker
+        t = self.draw_times(step, f"{role}/discriminator")
+        noise = [self.draw_noise(step, f"{role}/discriminator/{kind}") for kind in ("real", "fake")]
+        loss = self.discriminator.loss(batch.latents.to(self.dtype), samples, batch.condition, t, noise[0], noise[1])
+        logs["discriminator_loss"] = float(loss.detach())
+        return self.config.discriminator_weight * loss
+
     def vsd_terms(self, step: int, x: Tensor, batch: Batch, exit_step: int, logs: dict[str, float]) -> Tensor:
-        """Return the VSD loss of samples that left the chain at ``exit_step``, and its temporal term."""
+        """Return the VSD loss of samples that left the chain at ``exit_step``, and the terms that go with it."""
         t, noise = self.draw_times(step, "vsd"), self.draw_noise(step, "vsd")
         config = self.config
         scale = limited_guidance(config.guidance(exit_step), t, config.guidance_start)
-        gradient = vsd_gradient(x, self.teacher, self.fake_score, batch.condition, t, noise, scale, batch.negative)
+        difference, distance = score_difference(
+            x, self.teacher, self.fake_score, batch.condition, t, noise, scale, batch.negative
+        )
+        gradient = normalised(difference, distance)
         loss = surrogate_loss(x, gradient)
         logs["vsd_loss"] = float(loss.detach())
-        if config.temporal_weight:
-            temporal = temporal_vsd_loss(x, gradient, mask_first=config.causal_first_frame)
-            logs["temporal_loss"] = float(temporal.detach())
-            loss = loss + config.temporal_weight * temporal
+        # The normaliser makes g a direction; terms that are not linear want what x would be, without it.
+        loss = loss + self.temporal.of_vsd(x, gradient, difference, batch.condition, logs)
+        if self.discriminator is not None:
+            t = self.draw_times(step, "adversarial")
+            adversarial = self.discriminator.students_loss(x, batch.condition, t, self.draw_noise(step, "adversarial"))
+            logs["adversarial_loss"] = float(adversarial.detach())
+            loss = loss + config.adversarial_weight * adversarial
         return loss
 
     def cd_terms(self, step: int, x0: Tensor, batch: Batch, logs: dict[str, float]) -> Tensor:
-        """Return the CD loss at a random interval of the grid."""
-        config, grid = self.config, time_grid(self.config.num_timesteps)
-        below = (self.draw_uniform(step, "interval") * config.num_timesteps).long()
-        t, s = (grid[k].to(device=x0.device, dtype=self.dtype) for k in (below + 1, below))
+        """Return the CD loss at a random interval of time."""
+        config = self.config
+        t, s = (time.to(device=x0.device, dtype=self.dtype) for time in self.interval(step))
         prediction, aim = consistency_pair(
             self.student.denoiser,
             self.ema.module,
@@ -200,16 +243,19 @@ class DistillationStage(Stage):
         )
         return self.cd_loss(step, prediction, aim, batch, logs)
 
+    def interval(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the ends (t, s) of CD's intervals, [B] on the CPU."""
+        uniform = self.draw_uniform(step, "interval")
+        if self.config.curriculum:
+            return curriculum_pairs(uniform, step / self.num_steps)
+        grid, below = time_grid(self.config.num_timesteps), (uniform * self.config.num_timesteps).long()
+        return grid[below + 1], grid[below]
+
     def cd_loss(self, step: int, prediction: Tensor, aim: Tensor, batch: Batch, logs: dict[str, float]) -> Tensor:
         """Return the distance of the prediction from its aim, and of their motion."""
-        config = self.config
-        loss = pseudo_huber(prediction, aim, config.huber_c)
+        loss = pseudo_huber(prediction, aim, self.config.huber_c)
         logs["cd_loss"] = float(loss.detach())
-        if config.temporal_weight:
-            temporal = temporal_consistency_loss(prediction, aim, mask_first=config.causal_first_frame)
-            logs["temporal_loss"] = logs.get("temporal_loss", 0.0) + float(temporal.detach())
-            loss = loss + config.temporal_weight * temporal
-        return loss
+        return loss + self.temporal.of_cd(prediction, aim, batch.condition, logs)
 
     def cd_data(self, step: int, batch: Batch) -> Tensor:
         """Return what CD noises: the data, else VSD's samples of this update, else samples at the most steps."""

@@ -41,6 +41,34 @@ def sample_times(u: Tensor, low: float = 0.02, high: float = 0.98, shift: float 
 
 
 @torch.no_grad()
+def score_difference(
+    x: Tensor,
+    teacher: nn.Module,
+    fake_score: nn.Module,
+    condition: Any,  # noqa: ANN401 - any Condition
+    t: Tensor,
+    noise: Tensor,
+    guidance_scale: float | Tensor = 1.0,
+    negative: Any = None,  # noqa: ANN401 - any Condition
+) -> tuple[Tensor, Tensor]:
+    """Return ``x0_fake - x0_teacher`` at noised x, and per sample ``mean |x - x0_teacher|`` [B, 1, ...]; no gradient.
+
+    Arguments are those of :func:`vsd_loss`.
+    """
+    x = x.detach().to(working_dtype(x))
+    schedule: Any = teacher.schedule
+    x_t = add_noise(schedule, x, noise, t)
+    real = guided(teacher, x_t, t, condition, negative, guidance_scale).x0
+    fake: Prediction = fake_score(x_t, t, condition)
+    return fake.x0 - real, (x - real).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def normalised(difference: Tensor, distance: Tensor) -> Tensor:
+    """Return the difference of :func:`score_difference` over its distance (DMD, arXiv 2311.18828, eq. 8)."""
+    return difference / (distance + NORMALISER_FLOOR)
+
+
+@torch.no_grad()
 def vsd_gradient(
     x: Tensor,
     teacher: nn.Module,
@@ -57,16 +85,8 @@ def vsd_gradient(
 
     Arguments are those of :func:`vsd_loss`.
     """
-    x = x.detach().to(working_dtype(x))
-    schedule: Any = teacher.schedule
-    x_t = add_noise(schedule, x, noise, t)
-    real = guided(teacher, x_t, t, condition, negative, guidance_scale).x0
-    fake: Prediction = fake_score(x_t, t, condition)
-    difference = fake.x0 - real
-    if not normalize:
-        return difference
-    distance = (x - real).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
-    return difference / (distance + NORMALISER_FLOOR)
+    difference, distance = score_difference(x, teacher, fake_score, condition, t, noise, guidance_scale, negative)
+    return normalised(difference, distance) if normalize else difference
 
 
 def vsd_target(x: Tensor, gradient: Tensor) -> Tensor:

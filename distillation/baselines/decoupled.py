@@ -87,7 +87,7 @@ class DecoupledTrainer:
     def train(self) -> DistillationResult:
         """Run both stages, continuing from what ``output_dir`` holds of them."""
         channels, _, height, width = self.setup.latent_shape
-        config = replace(self.config, temporal_weight=0.0)
+        config = replace(self.config, temporal_weight=0.0, feature_weight=0.0, correspondence_weight=0.0)
         images = replace(self.setup, config=config, latent_shape=(channels, 1, height, width))
         stages = self.config.stages
         history = {"image_cd": _ImageStage(images, "image_cd", stages["image_cd"], ("cd",)).run()}

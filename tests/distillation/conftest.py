@@ -97,3 +97,29 @@ def randn():
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
     return draw
+
+
+@pytest.fixture
+def tiny_wan():
+    """A float64 Wan denoiser of two blocks on latents [4, F, 4, 4], always with the same weights."""
+    from distillation.families import import_diffusers
+    from distillation.families.wan import WanDenoiser
+    from distillation.schedule import RectifiedFlow
+
+    def build():
+        torch.manual_seed(0)
+        transformer = import_diffusers().WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=8,
+            freq_dim=16,
+            ffn_dim=16,
+            num_layers=2,
+            rope_max_seq_len=16,
+        )
+        return WanDenoiser(transformer.double(), RectifiedFlow()).eval()
+
+    return build

@@ -8,36 +8,16 @@ from torch import nn
 import distillation as ds
 from distillation.condition import TextCondition
 from distillation.errors import DistillationConfigError
-from distillation.families import import_diffusers
-from distillation.families.wan import WanDenoiser
 from distillation.roles import Role, Separate, SharedBase, merged, roles_of, save_activations
-from distillation.schedule import RectifiedFlow
 from distillation.trainer import start_student
 from latent_rewards.training.checkpoint import latest_checkpoint, load_checkpoint
 
-SHAPE = (4, 2, 4, 4)
+SHAPE = (4, 2, 4, 4)  # what tiny_wan takes
 RANK = 3
 
 
-def tiny_wan() -> WanDenoiser:
-    torch.manual_seed(0)
-    transformer = import_diffusers().WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=16,
-        num_layers=2,
-        rope_max_seq_len=16,
-    )
-    return WanDenoiser(transformer.double(), RectifiedFlow()).eval()
-
-
 @pytest.fixture
-def base():
+def base(tiny_wan):
     return tiny_wan()
 
 
@@ -235,7 +215,7 @@ def _inner(name):
     return f"{layer}.base_layer.{end}"
 
 
-def test_checkpointing_and_a_kill_change_no_weight_and_checkpoints_are_small(randn, tmp_path):
+def test_checkpointing_and_a_kill_change_no_weight_and_checkpoints_are_small(tiny_wan, randn, tmp_path):
     def run(steps=(3, 3), **changes):
         base = tiny_wan()
         teacher = teacher_of(base, randn)
@@ -272,7 +252,7 @@ def test_a_merged_student_keeps_its_grids_and_parts(base, randn):
     assert own.merged() is own
 
 
-def test_mistakes_name_the_remedy(base, randn):
+def test_mistakes_name_the_remedy(tiny_wan, base, randn):
     teacher = teacher_of(base, randn)
     with pytest.raises(DistillationConfigError, match="adapter_rank must be at least 1; got 0"):
         settings(adapter_rank=0)

@@ -142,7 +142,7 @@ def test_calls_that_refine_have_a_guidance_of_their_own(world, numbers, monkeypa
 
         monkeypatch.setattr(trainer_module, function.__name__, recorded)
 
-    record("vsd", trainer_module.vsd_gradient)
+    record("vsd", trainer_module.score_difference)
     record("cd", trainer_module.consistency_pair)
     teacher, student = world()
     teacher.encode = lambda prompts: numbers(torch.zeros(len(prompts)))
@@ -191,8 +191,10 @@ def test_fake_score_sees_the_students_samples_and_then_fresh_ones(world, monkeyp
     from distillation import trainer as module
 
     steered, seen = [], []
-    gradient, loss = module.vsd_gradient, module.fake_score_loss
-    monkeypatch.setattr(module, "vsd_gradient", lambda x, *rest: (steered.append(x.detach()), gradient(x, *rest))[1])
+    gradient, loss = module.score_difference, module.fake_score_loss
+    monkeypatch.setattr(
+        module, "score_difference", lambda x, *rest: (steered.append(x.detach()), gradient(x, *rest))[1]
+    )
     monkeypatch.setattr(module, "fake_score_loss", lambda x, *rest: (seen.append(x), loss(x, *rest))[1])
     train(world, settings(vsd_steps=2, cd_steps=0, fake_updates=3))
     assert len(steered) == 2
