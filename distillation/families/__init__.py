@@ -22,7 +22,8 @@ from distillation.errors import DistillationError
 from distillation.student import LatentShape
 
 if TYPE_CHECKING:
-    from distillation.families.wan import WanCodec, WanParts
+    from distillation.families.codec import VideoCodec
+    from distillation.families.parts import PipelineParts
 
 MODEL_INDEX = "model_index.json"
 SIDECAR = "latent_rewards.json"
@@ -30,7 +31,8 @@ STUDENT_KIND = "few_step_student"
 TEACHER_KIND = "teacher"
 
 FAMILIES = {"WanPipeline": "distillation.families.wan"}
-"""Pipeline class named in ``model_index.json`` -> module with ``load_teacher_parts``."""
+"""Pipeline class named in ``model_index.json`` -> module with ``FAMILY``, ``latent_shape_of``, ``load``,
+``load_student`` and ``parts_of``."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -54,12 +56,12 @@ class Teacher:
     """
 
     denoiser: Denoiser
-    codec: WanCodec
+    codec: VideoCodec
     encode: Callable[[Sequence[Any]], TextCondition]
     latent_shape: LatentShape
     pipeline_path: Path
     family: str
-    exporter: WanParts
+    exporter: PipelineParts
 
 
 def load_teacher(
@@ -89,10 +91,19 @@ def load_teacher(
     sidecar = read_sidecar(folder)
     if sidecar.get("kind") == STUDENT_KIND:
         raise TeacherError(f"{folder} holds a few-step student; load it with distillation.families.export.load_student")
-    family = importlib.import_module(FAMILIES[_pipeline_class(folder / MODEL_INDEX)])
+    family = family_of(folder)
     shape: LatentShape = family.latent_shape_of(folder, (num_frames, height, width), sidecar.get("latent_shape"))
     teacher: Teacher = family.load(folder, device=device, dtype=dtype, latent_shape=shape, sidecar=sidecar)
     return teacher
+
+
+def family_of(folder: Path) -> Any:  # noqa: ANN401 - a module
+    """Return the module of the family whose pipeline is in ``folder``; see :data:`FAMILIES`.
+
+    Raises:
+        TeacherError: the class of the pipeline is not supported.
+    """
+    return importlib.import_module(FAMILIES[_pipeline_class(folder / MODEL_INDEX)])
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ the shift and the shape of the latents. Folders are committed whole or not at al
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,16 +19,18 @@ from torch import Tensor, nn
 
 from distillation.errors import DistillationError, MissingPartError
 from distillation.families import (
+    FAMILIES,
     MODEL_INDEX,
     SIDECAR,
     STUDENT_KIND,
     TEACHER_KIND,
+    TeacherError,
+    family_of,
     import_diffusers,
     read_sidecar,
 )
-from distillation.families.grids import build_scheduler, exportable, scheduler_folder
-from distillation.families.wan import FAMILY, WanDenoiser, WanParts, WanText, load_parts
-from distillation.schedule import RectifiedFlow
+from distillation.families.grids import build_scheduler, scheduler_folder
+from distillation.families.parts import PipelineParts
 from distillation.student import FewStepStudent, LatentShape
 from latent_rewards.training.checkpoint import MANIFEST, commit_directory, verify_directory
 
@@ -67,46 +70,38 @@ def save_student(student: FewStepStudent, path: str | Path, *, dtype: torch.dtyp
     replaced if it was written by this module.
 
     Args:
-        student: of a :class:`~distillation.families.wan.WanDenoiser`, built with ``latent_shape`` and
-            ``exporter=teacher.exporter``.
+        student: of a supported family's denoiser, built with ``latent_shape`` and ``exporter=teacher.exporter``.
         path: the folder.
         dtype: of the stored weights, e.g. ``torch.bfloat16``; layers that diffusers keeps in float32 stay so. None
             keeps them as they are.
 
     Raises:
-        TimestepsError: see :func:`~distillation.families.grids.exportable`; raised before anything is written.
+        TimestepsError: no stock scheduler reaches a grid; the message names it. Raised before anything is written.
         MissingPartError: the student lacks the parts of the pipeline, or its denoiser has no stock pipeline.
         FolderInUseError: the folder exists and holds something else.
     """
     student = student.merged()
     parts, denoiser = student.exporter, student.denoiser
-    if not isinstance(parts, WanParts):
+    if not isinstance(parts, PipelineParts):
         raise MissingPartError(
             f"the student was built with exporter={parts!r}, so the rest of the pipeline is missing; build it with "
             "exporter=teacher.exporter"
         )
-    if not isinstance(denoiser, WanDenoiser) or not isinstance(denoiser.schedule, RectifiedFlow):
-        raise MissingPartError(
-            f"a {type(denoiser).__name__} cannot be written as a stock pipeline; supported: WanDenoiser with "
-            "RectifiedFlow"
-        )
-    configurations = exportable(student.grids, student.eta, shift=denoiser.schedule.shift)
+    configurations = parts.configurations(denoiser, student.grids, student.eta)
     shape = student.latent_shape()
     _check_target(Path(path))
     with commit_directory(path) as folder:
-        default = max(configurations)
-        _write_pipeline(
-            folder, parts.codec.vae, parts.encode, denoiser.transformer, build_scheduler(configurations[default]), dtype
-        )
+        default = build_scheduler(configurations[max(configurations)])
+        _write_pipeline(folder, parts.pipeline_class, {**parts.components(denoiser), "scheduler": default}, dtype)
         for count, configuration in configurations.items():
             build_scheduler(configuration).save_pretrained(folder / scheduler_folder(count))
         sidecar = {
             "kind": STUDENT_KIND,
             "timesteps": {str(count): list(grid) for count, grid in student.grids.items()},
             "eta": student.eta,
-            "shift": denoiser.schedule.shift,
+            **parts.stated(denoiser),
         }
-        _write_sidecar(folder, sidecar, shape, parts.encode)
+        _write_sidecar(folder, sidecar, shape, parts)
         (folder / "README.md").write_text(_card(parts, configurations, shape), encoding="utf-8")
 
 
@@ -126,18 +121,24 @@ def load_student(
     """
     folder = Path(path)
     sidecar = read_sidecar(folder)
-    if sidecar.get("kind") != STUDENT_KIND or sidecar.get("family") != FAMILY:
-        found = f"kind {sidecar.get('kind')!r}, family {sidecar.get('family')!r}" if sidecar else f"no {SIDECAR}"
+    if sidecar.get("kind") != STUDENT_KIND:
+        found = f"kind {sidecar.get('kind')!r}" if sidecar else f"no {SIDECAR}"
         raise StudentError(
-            f"{folder} holds no student ({found}); expected a folder written by student.save_pretrained, kind "
-            f"{STUDENT_KIND!r} of the family {FAMILY!r}"
+            f"{folder} holds no student ({found}); expected a folder written by student.save_pretrained, of kind "
+            f"{STUDENT_KIND!r}"
+        )
+    family = family_of(folder)
+    if sidecar.get("family") != family.FAMILY:
+        raise StudentError(
+            f"{folder} holds a student of the family {sidecar.get('family')!r} in a pipeline of the family "
+            f"{family.FAMILY!r}; write it again"
         )
     if (folder / MANIFEST).is_file():
         verify_directory(folder)
-    transformer, parts, _ = load_parts(folder, device=device, dtype=dtype, sidecar=sidecar)
+    denoiser, parts = family.load_student(folder, device=device, dtype=dtype, sidecar=sidecar)
     channels, frames, height, width = sidecar["latent_shape"]
     return FewStepStudent(
-        WanDenoiser(transformer, RectifiedFlow(sidecar["shift"])),
+        denoiser,
         {int(count): grid for count, grid in sidecar["timesteps"].items()},
         sidecar["eta"],
         encode=parts.encode,
@@ -157,28 +158,42 @@ def save_teacher_pipeline(
     latent_shape: LatentShape,
     dtype: torch.dtype | None = torch.bfloat16,
     max_sequence_length: int | None = None,
+    pipeline_class: str = "WanPipeline",
 ) -> None:
-    """Write components as a stock ``WanPipeline`` folder that :func:`~distillation.families.load_teacher` reads.
+    """Write components as a stock pipeline folder that :func:`~distillation.families.load_teacher` reads.
 
     Args:
         path: the folder; one written by this module is replaced, whole or not at all.
-        transformer: ``WanTransformer3DModel``.
-        vae: ``AutoencoderKLWan``.
-        text_encoder: ``UMT5EncoderModel``.
+        transformer: of the family, e.g. ``WanTransformer3DModel``.
+        vae: e.g. ``AutoencoderKLWan``.
+        text_encoder: e.g. ``UMT5EncoderModel``.
         tokenizer: its tokenizer.
-        scheduler: a flow-matching scheduler; its shift becomes the teacher's.
+        scheduler: the teacher's noise schedule is read from its configuration, e.g. the shift.
         latent_shape: (C, F, H, W) of one video; stored beside ``model_index.json``.
         dtype: of the stored weights, see :func:`save_student`; None keeps them.
-        max_sequence_length: tokens per prompt the transformer was trained with; None: what the tokenizer states.
+        max_sequence_length: tokens per prompt the transformer was trained with; None: what the networks state.
+        pipeline_class: a supported class of diffusers, e.g. "CogVideoXPipeline".
 
     Raises:
+        TeacherError: the class is not supported.
         FolderInUseError: the folder exists and holds something else.
     """
+    if pipeline_class not in FAMILIES:
+        raise TeacherError(f"{pipeline_class!r} is not supported; choose one of {', '.join(sorted(FAMILIES))}")
     _check_target(Path(path))
-    text = WanText(tokenizer, text_encoder, max_sequence_length=max_sequence_length)
+    components = {
+        "tokenizer": tokenizer,
+        "text_encoder": text_encoder,
+        "vae": vae,
+        "transformer": transformer,
+        "scheduler": scheduler,
+    }
+    parts: PipelineParts = importlib.import_module(FAMILIES[pipeline_class]).parts_of(
+        components, max_sequence_length=max_sequence_length
+    )
     with commit_directory(path) as folder:
-        _write_pipeline(folder, vae, text, transformer, scheduler, dtype)
-        _write_sidecar(folder, {"kind": TEACHER_KIND}, latent_shape, text)
+        _write_pipeline(folder, pipeline_class, components, dtype)
+        _write_sidecar(folder, {"kind": TEACHER_KIND}, latent_shape, parts)
 
 
 def _check_target(path: Path) -> None:
@@ -189,34 +204,29 @@ def _check_target(path: Path) -> None:
         )
 
 
-def _write_sidecar(folder: Path, content: dict[str, Any], latent_shape: LatentShape, text: WanText) -> None:
+def _write_sidecar(folder: Path, content: dict[str, Any], latent_shape: LatentShape, parts: PipelineParts) -> None:
     content = {
         **content,
-        "family": FAMILY,
+        "family": parts.family,
         "latent_shape": list(latent_shape),
-        "max_sequence_length": text.max_sequence_length,
+        "max_sequence_length": parts.encode.max_sequence_length,
     }
     (folder / SIDECAR).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _write_pipeline(
-    folder: Path,
-    vae: nn.Module,
-    text: WanText,
-    transformer: nn.Module,
-    scheduler: Any,  # noqa: ANN401 - a diffusers scheduler
-    dtype: torch.dtype | None,
+    folder: Path, pipeline_class: str, components: Mapping[str, Any], dtype: torch.dtype | None
 ) -> None:
-    pipeline = import_diffusers().WanPipeline(
-        tokenizer=text.tokenizer, text_encoder=text.text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
-    )
-    pipeline.save_config(folder)
-    _write_model(transformer, folder / "transformer", dtype)
-    _write_model(vae, folder / "vae", dtype)
-    encoder: Any = text.text_encoder
-    encoder.save_pretrained(folder / "text_encoder", state_dict=_stored(encoder, dtype))
-    text.tokenizer.save_pretrained(folder / "tokenizer")
-    scheduler.save_pretrained(folder / "scheduler")
+    diffusers = import_diffusers()
+    getattr(diffusers, pipeline_class)(**components).save_config(folder)
+    for name, component in components.items():
+        if isinstance(component, diffusers.ModelMixin):
+            _write_model(component, folder / name, dtype)
+        elif isinstance(component, nn.Module):
+            transformers_model: Any = component
+            transformers_model.save_pretrained(folder / name, state_dict=_stored(component, dtype))
+        elif hasattr(component, "save_pretrained"):
+            component.save_pretrained(folder / name)
     for file in [folder / MODEL_INDEX, *folder.glob("*/*config.json")]:
         content = json.loads(file.read_text(encoding="utf-8"))
         # Where a component was loaded from is nobody's business and wrong elsewhere.
@@ -250,17 +260,17 @@ def _stored(model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:  # noqa
     return weights
 
 
-def _card(parts: WanParts, configurations: Mapping[int, Mapping[str, Any]], shape: LatentShape) -> str:
+def _card(parts: PipelineParts, configurations: Mapping[int, Mapping[str, Any]], shape: LatentShape) -> str:
     steps = max(configurations)
-    scale = parts.codec.vae.config.scale_factor_spatial
+    frames, height, width = parts.codec.video_size(shape)
     return _CARD.format(
-        pipeline="WanPipeline",
+        pipeline=parts.pipeline_class,
         counts=", ".join(map(str, configurations)),
         scheduler=configurations[steps]["_class_name"],
         subfolder=scheduler_folder(steps),
         steps=steps,
         length=parts.encode.max_sequence_length,
-        frames=4 * shape[1] - 3,
-        height=shape[2] * scale,
-        width=shape[3] * scale,
+        frames=frames,
+        height=height,
+        width=width,
     )

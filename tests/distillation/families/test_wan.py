@@ -9,7 +9,8 @@ from distillation.condition import TextCondition
 from distillation.denoiser import guided
 from distillation.errors import ConditionError
 from distillation.families import TeacherError, load_teacher
-from distillation.families.wan import CodecError, WanCodec, WanDenoiser, WanText
+from distillation.families.codec import CodecError
+from distillation.families.wan import WanCodec, WanDenoiser, WanText
 from distillation.sampler import sample_teacher
 from distillation.schedule import RectifiedFlow
 
