@@ -30,7 +30,10 @@ SIDECAR = "latent_rewards.json"
 STUDENT_KIND = "few_step_student"
 TEACHER_KIND = "teacher"
 
-FAMILIES = {"WanPipeline": "distillation.families.wan"}
+FAMILIES = {
+    "CogVideoXPipeline": "distillation.families.cogvideox",
+    "WanPipeline": "distillation.families.wan",
+}
 """Pipeline class named in ``model_index.json`` -> module with ``FAMILY``, ``latent_shape_of``, ``load``,
 ``load_student`` and ``parts_of``."""
 
