@@ -153,6 +153,7 @@ class CogVideoXParts(PipelineParts):
 
     family: ClassVar[str] = FAMILY
     pipeline_class: ClassVar[str] = "CogVideoXPipeline"
+    seeding: ClassVar[str] = "Seed it with `generator=`, which draws the initial noise and what the scheduler injects."
 
     def configurations(
         self,

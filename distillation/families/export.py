@@ -36,7 +36,7 @@ from latent_rewards.training.checkpoint import MANIFEST, commit_directory, verif
 
 _CARD = """---
 library_name: diffusers
-pipeline_tag: text-to-video
+pipeline_tag: {task}
 ---
 A few-step student for diffusers' stock `{pipeline}`. Step counts: {counts}; each has its own scheduler folder.
 
@@ -46,12 +46,12 @@ from diffusers import {pipeline}, {scheduler}
 pipe = {pipeline}.from_pretrained("<this folder>")
 pipe.scheduler = {scheduler}.from_pretrained("<this folder>", subfolder="{subfolder}")
 video = pipe(
-    prompt, num_inference_steps={steps}, guidance_scale=1.0, max_sequence_length={length},
+    {inputs}, num_inference_steps={steps}, guidance_scale=1.0, max_sequence_length={length},
     num_frames={frames}, height={height}, width={width},
 ).frames
 ```
 
-Seed it with `torch.manual_seed`: `generator=` reaches only the initial noise, not what the scheduler injects.
+{seeding}
 """
 
 
@@ -265,6 +265,9 @@ def _card(parts: PipelineParts, configurations: Mapping[int, Mapping[str, Any]],
     frames, height, width = parts.codec.video_size(shape)
     return _CARD.format(
         pipeline=parts.pipeline_class,
+        task=parts.task,
+        inputs=parts.inputs,
+        seeding=parts.seeding,
         counts=", ".join(map(str, configurations)),
         scheduler=configurations[steps]["_class_name"],
         subfolder=scheduler_folder(steps),

@@ -24,12 +24,18 @@ class PipelineParts:
         encode: of the family's text encoder.
         family: name of the family, e.g. "wan".
         pipeline_class: the stock diffusers pipeline.
+        task: what model hubs call what it does.
+        inputs: how the stock pipeline is given a prompt.
+        seeding: how a call of the stock pipeline is made reproducible.
     """
 
     codec: VideoCodec
     encode: TextEncoding
     family: ClassVar[str]
     pipeline_class: ClassVar[str]
+    task: ClassVar[str] = "text-to-video"
+    inputs: ClassVar[str] = "prompt"
+    seeding: ClassVar[str]
 
     def configurations(
         self,

@@ -140,6 +140,9 @@ class WanParts(PipelineParts):
 
     family: ClassVar[str] = FAMILY
     pipeline_class: ClassVar[str] = "WanPipeline"
+    seeding: ClassVar[str] = (
+        "Seed it with `torch.manual_seed`: `generator=` reaches only the initial noise, not what the scheduler injects."
+    )
 
     def configurations(
         self,

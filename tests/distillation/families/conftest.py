@@ -101,11 +101,11 @@ def build_cogvideox(**settings: Any) -> dict[str, Any]:
         "text_encoder": T5EncoderModel(config),
         "vae": vae,
         "transformer": transformer,
-        "scheduler": cogvideox_scheduler(),
+        "scheduler": build_cogvideox_scheduler(),
     }
 
 
-def cogvideox_scheduler(name: str = "CogVideoXDDIMScheduler", **settings: Any) -> Any:
+def build_cogvideox_scheduler(name: str = "CogVideoXDDIMScheduler", **settings: Any) -> Any:
     """The scheduler that the published CogVideoX-2B comes with."""
     return getattr(import_diffusers(), name)(
         **{
@@ -125,6 +125,16 @@ def cogvideox_scheduler(name: str = "CogVideoXDDIMScheduler", **settings: Any) -
 @pytest.fixture(scope="session")
 def components() -> dict[str, Any]:
     return build_components()
+
+
+@pytest.fixture(scope="session")
+def cogvideox_components() -> dict[str, Any]:
+    return build_cogvideox()
+
+
+@pytest.fixture
+def make_cogvideox_scheduler() -> Callable[..., Any]:
+    return build_cogvideox_scheduler
 
 
 @pytest.fixture(scope="session")

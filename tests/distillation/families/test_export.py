@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distillation.denoiser import GaussianDenoiser
-from distillation.errors import MissingPartError, TimestepsError
+from distillation.errors import MissingPartError
 from distillation.families import TeacherError, import_diffusers, load_teacher
 from distillation.families.export import (
     FolderInUseError,
@@ -71,26 +71,6 @@ def saved(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "student"
     student.save_pretrained(folder)
     return student, folder
-
-
-@pytest.mark.parametrize("num_steps", [1, 2, 4])
-def test_the_stock_pipeline_samples_what_the_student_samples(saved, num_steps):
-    student, folder = saved
-    with torch.no_grad():
-        expected = student.sample(student.encode(PROMPTS), drawn_noise(num_steps, seed=7), num_steps)
-    torch.testing.assert_close(stock_latents(folder, num_steps, seed=7), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("eta", "scheduler"), [(1.0, "FlowMatchLCMScheduler"), (0.0, "FlowMatchEulerDiscreteScheduler")]
-)
-def test_shifted_and_deterministic_students_too(teacher, tmp_path, eta, scheduler):
-    student = make_student(teacher, shift=3.0, timesteps={4: [1.0, 0.75, 0.5, 0.25]}, eta=eta)
-    student.save_pretrained(tmp_path / "student")
-    with torch.no_grad():
-        expected = student.sample(student.encode(PROMPTS), drawn_noise(4, seed=3), 4)
-    actual = stock_latents(tmp_path / "student", 4, seed=3, scheduler=scheduler)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_the_default_scheduler_is_that_of_the_largest_count(saved):
@@ -177,17 +157,6 @@ def test_adapters_are_merged(teacher, tmp_path):
     assert not getattr(loaded.denoiser.transformer, "peft_config", None)
 
 
-@pytest.mark.parametrize(
-    ("timesteps", "eta", "message"),
-    [({4: [1.0, 0.9, 0.5, 0.25]}, 1.0, r"\[1.0, 0.9, 0.5, 0.25\] cannot be exported"), (None, 0.5, "not eta = 0.5")],
-)
-def test_what_cannot_be_exported_writes_nothing(teacher, tmp_path, timesteps, eta, message):
-    student = make_student(teacher, timesteps=timesteps, eta=eta)
-    with pytest.raises(TimestepsError, match=message):
-        student.save_pretrained(tmp_path / "student")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_students_without_a_pipeline(teacher, tmp_path):
     bare = FewStepStudent(teacher.denoiser, latent_shape=SHAPE)
     with pytest.raises(MissingPartError, match="exporter=teacher.exporter"):
@@ -243,15 +212,3 @@ def test_a_shipped_teacher_states_its_size(components, tmp_path):
     assert load_teacher(tmp_path / "teacher", num_frames=5, height=16, width=16).latent_shape == SHAPE
     stock = import_diffusers().WanPipeline.from_pretrained(tmp_path / "teacher")
     assert stock.scheduler.config.shift == 3.0
-
-
-def test_the_card_says_how_to_sample(saved):
-    _, folder = saved
-    card = (folder / "README.md").read_text()
-    for line in (
-        "guidance_scale=1.0",
-        "max_sequence_length=8",
-        "num_frames=5, height=16, width=16",
-        "scheduler_4_steps",
-    ):
-        assert line in card

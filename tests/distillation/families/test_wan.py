@@ -6,12 +6,9 @@ import pytest
 import torch
 
 from distillation.condition import TextCondition
-from distillation.denoiser import guided
 from distillation.errors import ConditionError
 from distillation.families import TeacherError, load_teacher
-from distillation.families.codec import CodecError
 from distillation.families.wan import WanCodec, WanDenoiser, WanText
-from distillation.sampler import sample_teacher
 from distillation.schedule import RectifiedFlow
 
 PROMPTS = ["a digit moves left", "two digits rest"]
@@ -65,67 +62,6 @@ def test_what_is_no_prompt_is_refused(teacher, prompts):
         teacher.encode(prompts)
 
 
-def test_one_step_equals_the_stock_pipeline(teacher, stock):
-    """One guided Euler step of the pipeline from its own noise, and ours at the same noise level."""
-    latents = noise(2, *SHAPE)
-    stock.scheduler.set_timesteps(1)
-    assert stock.scheduler.sigmas.tolist() == [1.0, 0.0]
-    expected = run(stock, latents, num_inference_steps=1, guidance_scale=4.0)
-    condition, negative = teacher.encode(PROMPTS), teacher.encode(["", ""])
-    prediction = guided(teacher.denoiser, latents, torch.tensor(1.0), condition, negative, 4.0)
-    torch.testing.assert_close(prediction.x0, expected, rtol=0, atol=1e-4)
-
-
-def test_many_euler_steps_equal_the_stock_pipeline(teacher, stock):
-    latents, steps = noise(2, *SHAPE), 12
-    expected = run(stock, latents, num_inference_steps=steps, guidance_scale=4.0)
-    condition, negative = teacher.encode(PROMPTS), teacher.encode(["", ""])
-    stock.scheduler.set_timesteps(steps)
-    sigmas = stock.scheduler.sigmas.tolist()
-    x = latents
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
-        t = torch.tensor(teacher.denoiser.schedule.time_of(sigma), dtype=torch.float64)
-        with torch.no_grad():
-            x = x + (following - sigma) * guided(teacher.denoiser, x, t, condition, negative, 4.0).v
-    torch.testing.assert_close(x, expected, rtol=0, atol=1e-4)
-
-
-def test_the_teachers_sampler_equals_a_stock_scheduler_on_its_grid(teacher, stock, monkeypatch):
-    from distillation.families.grids import build_scheduler, exportable
-
-    grid = {10: [1 - i / 10 for i in range(10)]}
-    monkeypatch.setattr(stock, "scheduler", build_scheduler(exportable(grid, eta=0, shift=3.0)[10]))
-    latents = noise(2, *SHAPE)
-    expected = run(stock, latents, num_inference_steps=10, guidance_scale=3.0)
-    condition, negative = teacher.encode(PROMPTS), teacher.encode(["", ""])
-    actual = sample_teacher(teacher.denoiser, condition, latents, num_steps=10, guidance_scale=3.0, negative=negative)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
-
-
-def run(pipeline, latents: torch.Tensor, **settings) -> torch.Tensor:
-    return pipeline(
-        PROMPTS,
-        latents=latents,
-        height=16,
-        width=16,
-        num_frames=5,
-        max_sequence_length=8,
-        output_type="latent",
-        **settings,
-    ).frames
-
-
-def test_time_may_differ_between_samples(teacher):
-    x, t = noise(2, *SHAPE), torch.tensor([0.9, 0.2])
-    condition = teacher.encode(PROMPTS)
-    with torch.no_grad():
-        together = teacher.denoiser(x, t, condition).x0
-        for row in range(2):
-            index = torch.tensor([row])
-            alone = teacher.denoiser(x[index], t[row], condition.index_select(index)).x0
-            torch.testing.assert_close(together[index], alone, rtol=0, atol=1e-5)
-
-
 def test_the_network_sees_1000_sigma(components):
     seen = []
     transformer = copy.deepcopy(components["transformer"])
@@ -133,20 +69,6 @@ def test_the_network_sees_1000_sigma(components):
     condition = TextCondition(torch.zeros(2, 3, 32))
     WanDenoiser(transformer, RectifiedFlow(3.0))(noise(2, *SHAPE), torch.tensor(0.75), condition)
     assert seen[0].dtype == torch.float32 and seen[0].tolist() == [900.0, 900.0]
-
-
-def test_half_precision_network_has_float32_around_it(components):
-    transformer = copy.deepcopy(components["transformer"]).to(torch.bfloat16)
-    prediction = WanDenoiser(transformer, RectifiedFlow())(
-        noise(1, *SHAPE), torch.tensor(0.5), TextCondition(torch.zeros(1, 3, 32))
-    )
-    assert prediction.v.dtype == prediction.x0.dtype == torch.float32
-
-
-@pytest.mark.parametrize("condition", [None, TextCondition(torch.zeros(1, 3, 32))])
-def test_a_condition_of_the_latents_length_is_needed(teacher, condition):
-    with pytest.raises(ConditionError, match="2 latents came with"):
-        teacher.denoiser(noise(2, *SHAPE), torch.tensor(0.5), condition)
 
 
 def test_decoding_equals_the_stock_pipeline(teacher, stock):
@@ -167,19 +89,6 @@ def test_decoding_equals_the_stock_pipeline(teacher, stock):
     assert videos.shape == (3, 5, 3, 16, 16) and videos.dtype == torch.float32
     assert 0 <= videos.min() and videos.max() <= 1
     torch.testing.assert_close(videos, expected, rtol=0, atol=1e-5)
-
-
-def test_encoding_is_the_scaled_mode_and_chunks_do_not_matter(teacher, stock):
-    videos = torch.rand(3, 5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    mode = stock.vae.encode(videos.transpose(1, 2) * 2 - 1).latent_dist.mode()
-    mean = torch.tensor(stock.vae.config.latents_mean).view(1, -1, 1, 1, 1)
-    std = torch.tensor(stock.vae.config.latents_std).view(1, -1, 1, 1, 1)
-    latents = teacher.codec.encode(videos)
-    assert latents.shape == (3, *SHAPE)
-    torch.testing.assert_close(latents, (mode - mean) / std, rtol=0, atol=1e-5)
-    one_by_one = WanCodec(copy.deepcopy(stock.vae), chunk_size=1)
-    torch.testing.assert_close(one_by_one.encode(videos), latents, rtol=0, atol=1e-5)
-    torch.testing.assert_close(one_by_one.decode(latents), teacher.codec.decode(latents), rtol=0, atol=1e-5)
 
 
 def test_a_failed_call_leaves_nothing_behind(teacher):
@@ -211,19 +120,6 @@ def test_fingerprint_is_of_weights_and_scaling(stock, teacher):
     rescaled = copy.deepcopy(stock.vae)
     rescaled.register_to_config(latents_std=[2.0] * 16)
     assert WanCodec(rescaled).fingerprint != fingerprint
-
-
-@pytest.mark.parametrize("shape", [(1, 4, 3, 16, 16), (1, 5, 3, 20, 16), (1, 5, 1, 16, 16), (5, 3, 16, 16)])
-def test_videos_the_vae_would_cut_are_refused(teacher, shape):
-    with pytest.raises(CodecError, match=r"got \d frames|got \["):
-        teacher.codec.encode(torch.rand(shape))
-
-
-def test_latents_of_other_channels_are_refused(teacher):
-    with pytest.raises(CodecError, match=r"\[B, 16, F, H, W\].*got \[1, 4, 2, 2, 2\]"):
-        teacher.codec.decode(torch.zeros(1, 4, 2, 2, 2))
-    with pytest.raises(CodecError, match="chunk_size"):
-        WanCodec(teacher.codec.vae, chunk_size=0)
 
 
 def test_teacher_states_what_it_is(teacher, wan_folder):
@@ -262,7 +158,7 @@ def test_folders_that_are_no_teacher(tmp_path, wan_folder):
     with pytest.raises(TeacherError, match="neither a folder nor a hub id"):
         load_teacher(tmp_path / "missing")
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(TeacherError, match="'FluxPipeline'; supported: WanPipeline"):
+    with pytest.raises(TeacherError, match="'FluxPipeline'; supported: .*WanPipeline"):
         load_teacher(tmp_path)
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(TeacherError, match="not valid JSON"):
@@ -280,12 +176,4 @@ def test_two_expert_pipelines_are_refused(tmp_path, wan_folder):
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": 0.875}))
     with pytest.raises(TeacherError, match="boundary_ratio = 0.875"):
-        load_teacher(folder, num_frames=5, height=16, width=16)
-
-
-def test_missing_weights_are_named(tmp_path, wan_folder):
-    folder = tmp_path / "incomplete"
-    shutil.copytree(wan_folder, folder)
-    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(TeacherError, match="diffusion_pytorch_model.safetensors.*must be safetensors"):
         load_teacher(folder, num_frames=5, height=16, width=16)
