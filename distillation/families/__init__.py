@@ -32,6 +32,7 @@ TEACHER_KIND = "teacher"
 
 FAMILIES = {
     "CogVideoXPipeline": "distillation.families.cogvideox",
+    "WanImageToVideoPipeline": "distillation.families.wan_image",
     "WanPipeline": "distillation.families.wan",
 }
 """Pipeline class named in ``model_index.json`` -> module with ``FAMILY``, ``latent_shape_of``, ``load``,

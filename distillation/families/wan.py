@@ -1,8 +1,9 @@
-"""Wan: text-to-video rectified flow on a causal video VAE (diffusers' ``WanPipeline``).
+"""Wan 2.1 and 2.2: text-to-video rectified flow on a causal video VAE (diffusers' ``WanPipeline``).
 
 The transformer takes latents [B, C, F, H, W] normalised per channel, the noise level as ``1000 sigma`` and zero-padded
 T5 embeddings, and returns the flow ``v = eps - x0``. The VAE turns the first frame into one latent frame and every
-further four into another. Everything here equals what the stock pipeline computes.
+further four into another. Wan 2.2 14B has two transformers, one for high and one for low noise; Wan 2.2 5B is told the
+noise level of every token. Everything here equals what the stock pipeline computes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distillation.denoiser import Denoiser, Prediction
-from distillation.errors import ConditionError, MissingPartError
+from distillation.errors import ConditionError, DistillationConfigError, MissingPartError
 from distillation.families import MODEL_INDEX, Teacher, TeacherError, import_diffusers, read_json
 from distillation.families.codec import VideoCodec
 from distillation.families.grids import TRAIN_TIMESTEPS, exportable
@@ -33,19 +34,41 @@ _STOCK_MULTIPLE = 16  # WanPipeline refuses other heights and widths, whatever t
 
 
 class WanDenoiser(Denoiser):
-    """A ``WanTransformer3DModel`` and its noise schedule.
+    """One or two ``WanTransformer3DModel`` and their noise schedule.
 
-    The network runs in its own dtype (under the caller's autocast, if any); everything around it is float32.
+    The networks run in their own dtype (under the caller's autocast, if any); everything around them is float32.
 
     Args:
-        transformer: diffusers' ``WanTransformer3DModel``, text to video.
+        transformer: diffusers' ``WanTransformer3DModel``.
         schedule: normally :class:`~distillation.schedule.RectifiedFlow`.
+        transformer_2: the expert for noise levels below ``boundary_ratio`` (Wan 2.2 14B); chosen for each sample.
+        boundary_ratio: noise level in (0, 1]; goes with ``transformer_2``.
+        per_token: tell the transformer the noise level of every token (Wan 2.2 5B); here all are alike.
+
+    Raises:
+        DistillationConfigError: only one of ``transformer_2`` and ``boundary_ratio`` is given.
     """
 
-    def __init__(self, transformer: nn.Module, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        schedule: Schedule,
+        *,
+        transformer_2: nn.Module | None = None,
+        boundary_ratio: float | None = None,
+        per_token: bool = False,
+    ) -> None:
         super().__init__()
+        if (transformer_2 is None) != (boundary_ratio is None):
+            raise DistillationConfigError(
+                "transformer_2 and boundary_ratio go together; got "
+                f"{'no' if transformer_2 is None else 'a'} transformer_2 and boundary_ratio = {boundary_ratio}"
+            )
         self.transformer = transformer
+        self.transformer_2 = transformer_2
         self.schedule = schedule
+        self.boundary_ratio = boundary_ratio
+        self.per_token = per_token
 
     def forward(self, x_t: Tensor, t: Tensor | float, condition: Any = None) -> Prediction:  # noqa: ANN401
         """Predict the flow at x_t [B, C, F, H, W], t [] or [B], with a :class:`TextCondition` of length B.
@@ -57,15 +80,41 @@ class WanDenoiser(Denoiser):
             described = "no condition" if condition is None else f"a condition of {len(condition)} samples"
             raise ConditionError(f"{len(x_t)} latents came with {described}; encode one prompt per sample")
         _, sigma = self.schedule(as_time(t))
-        timestep = TRAIN_TIMESTEPS * sigma.to(device=x_t.device, dtype=torch.float32)
-        dtype: torch.dtype = self.transformer.dtype  # type: ignore[assignment]
-        (flow,) = self.transformer(
-            hidden_states=x_t.to(dtype),
-            timestep=timestep.expand(len(x_t)),
+        timestep = (TRAIN_TIMESTEPS * sigma.to(device=x_t.device, dtype=torch.float32)).expand(len(x_t))
+        if self.transformer_2 is None or self.boundary_ratio is None:
+            flow = self._flow(self.transformer, x_t, timestep, condition)
+        else:
+            high = timestep >= self.boundary_ratio * TRAIN_TIMESTEPS
+            experts = ((self.transformer, high), (self.transformer_2, ~high))
+            order, flows = [], []
+            for expert, chosen in experts:
+                rows = chosen.nonzero()[:, 0]
+                if len(rows):
+                    order.append(rows)
+                    flows.append(self._flow(expert, x_t[rows], timestep[rows], condition.index_select(rows)))
+            flow = torch.cat(flows)[torch.cat(order).argsort()]
+        return Prediction(x_t, t, self.schedule, v=flow.to(working_dtype(x_t)))
+
+    def _flow(self, network: Any, x_t: Tensor, timestep: Tensor, condition: Any) -> Tensor:  # noqa: ANN401
+        """Call one transformer on x_t, with ``timestep`` [B] and what the condition holds."""
+        dtype: torch.dtype = network.dtype
+        given = {name: value.to(device=x_t.device, dtype=dtype) for name, value in condition.extra.items()}
+        states = x_t.to(dtype)
+        if "image_latents" in given:
+            states = torch.cat([states, given["image_latents"]], dim=1)
+        if self.per_token:
+            _, rows, columns = network.config.patch_size
+            tokens = x_t.shape[2] * (x_t.shape[3] // rows) * (x_t.shape[4] // columns)
+            timestep = timestep[:, None].expand(-1, tokens)
+        (flow,) = network(
+            hidden_states=states,
+            timestep=timestep,
             encoder_hidden_states=condition.embeddings.to(device=x_t.device, dtype=dtype),
+            encoder_hidden_states_image=given.get("image_embeds"),
             return_dict=False,
         )
-        return Prediction(x_t, t, self.schedule, v=flow.to(working_dtype(x_t)))
+        result: Tensor = flow
+        return result
 
 
 class WanCodec(VideoCodec):
@@ -162,6 +211,15 @@ class WanParts(PipelineParts):
         """Return the shift of the schedule."""
         return {"shift": denoiser.schedule.shift}
 
+    def components(self, denoiser: Any) -> dict[str, Any]:  # noqa: ANN401 - a WanDenoiser
+        """Return the arguments of the stock pipeline's constructor except the scheduler."""
+        return {
+            **super().components(denoiser),
+            "transformer_2": denoiser.transformer_2,
+            "boundary_ratio": denoiser.boundary_ratio,
+            "expand_timesteps": denoiser.per_token,
+        }
+
 
 def parts_of(components: Mapping[str, Any], *, max_sequence_length: int | None = None) -> WanParts:
     """Return the parts of a pipeline with ``components`` "vae", "text_encoder" and "tokenizer"."""
@@ -177,13 +235,29 @@ def latent_shape_of(
     Raises:
         TeacherError: see :func:`~distillation.families.parts.fitting_shape`.
     """
+    transformer = read_json(folder / "transformer" / "config.json")
+    return fitting_wan_shape(folder, size, stated, channels=transformer.get("in_channels", 16))
+
+
+def fitting_wan_shape(
+    folder: Path,
+    size: tuple[int | None, int | None, int | None],
+    stated: Sequence[int] | None,
+    *,
+    channels: int,
+) -> LatentShape:
+    """Return (C, F, H, W) as :func:`latent_shape_of` does, for a denoiser of latents with ``channels``.
+
+    Raises:
+        TeacherError: see :func:`~distillation.families.parts.fitting_shape`.
+    """
     transformer, vae = read_json(folder / "transformer" / "config.json"), read_json(folder / "vae" / "config.json")
     patch, scale = transformer.get("patch_size", [1, 2, 2]), vae.get("scale_factor_spatial", 8)
     return fitting_shape(
         folder,
         size,
         stated,
-        channels=transformer.get("in_channels", 16),
+        channels=channels,
         vae_channels=vae.get("z_dim", 16),
         scale=scale,
         multiples=(math.lcm(_STOCK_MULTIPLE, scale * patch[1]), math.lcm(_STOCK_MULTIPLE, scale * patch[2])),
@@ -196,13 +270,11 @@ def load(
     """Return the pipeline in ``folder`` as a teacher; its schedule has the shift of the stored scheduler.
 
     Raises:
-        TeacherError: a Wan variant that needs more than one transformer or per-token timesteps, or missing weights.
+        TeacherError: one of two experts, or weights, are missing.
     """
-    pipeline, parts = _read(folder, device, dtype, sidecar)
-    scheduler = pipeline.scheduler.config
-    shift = scheduler.get("flow_shift", scheduler.get("shift")) or 1.0
-    denoiser = WanDenoiser(pipeline.transformer.requires_grad_(False), RectifiedFlow(shift=float(shift)))
-    return Teacher(denoiser.eval(), parts.codec, parts.encode, latent_shape, folder, FAMILY, parts)
+    pipeline = read_wan(folder, WanParts.pipeline_class, device=device, dtype=dtype)
+    parts = parts_of(pipeline.components, max_sequence_length=sidecar.get("max_sequence_length"))
+    return teacher_of(pipeline, parts, folder, latent_shape)
 
 
 def load_student(
@@ -213,19 +285,42 @@ def load_student(
     Raises:
         TeacherError: see :func:`load`.
     """
-    pipeline, parts = _read(folder, device, dtype, sidecar)
-    return WanDenoiser(pipeline.transformer, RectifiedFlow(sidecar["shift"])), parts
+    pipeline = read_wan(folder, WanParts.pipeline_class, device=device, dtype=dtype)
+    parts = parts_of(pipeline.components, max_sequence_length=sidecar.get("max_sequence_length"))
+    return denoiser_of(pipeline, sidecar["shift"]), parts
 
 
-def _read(
-    folder: Path, device: torch.device | str, dtype: torch.dtype, sidecar: dict[str, Any]
-) -> tuple[Any, WanParts]:
+def read_wan(folder: Path, pipeline_class: str, *, device: torch.device | str, dtype: torch.dtype) -> Any:  # noqa: ANN401
+    """Return the diffusers pipeline in ``folder``.
+
+    Raises:
+        TeacherError: it has a second transformer without a boundary, or the reverse (before any weights are read); or
+            weights are missing.
+    """
     index = read_json(folder / MODEL_INDEX)
-    if index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
+    second = (index.get("transformer_2") or [None])[0]
+    if (index.get("boundary_ratio") is None) != (second is None):
         raise TeacherError(
-            f"{folder} is a Wan 2.2 pipeline with boundary_ratio = {index.get('boundary_ratio')} and expand_timesteps "
-            f"= {index.get('expand_timesteps')}; supported are pipelines of one transformer and one timestep per video "
-            "(Wan 2.1 text-to-video)"
+            f"{folder} has boundary_ratio = {index.get('boundary_ratio')} and transformer_2 = "
+            f"{index.get('transformer_2')}; two experts need both, a single one neither: download or write it again"
         )
-    pipeline = read_pipeline(folder, WanParts.pipeline_class, device=device, dtype=dtype)
-    return pipeline, parts_of(pipeline.components, max_sequence_length=sidecar.get("max_sequence_length"))
+    return read_pipeline(folder, pipeline_class, device=device, dtype=dtype)
+
+
+def denoiser_of(pipeline: Any, shift: float) -> WanDenoiser:  # noqa: ANN401 - a diffusers pipeline
+    """Return the transformers of a stock pipeline as a denoiser."""
+    return WanDenoiser(
+        pipeline.transformer,
+        RectifiedFlow(shift=shift),
+        transformer_2=pipeline.transformer_2,
+        boundary_ratio=pipeline.config.boundary_ratio,
+        per_token=bool(pipeline.config.expand_timesteps),
+    )
+
+
+def teacher_of(pipeline: Any, parts: WanParts, folder: Path, latent_shape: LatentShape) -> Teacher:  # noqa: ANN401
+    """Return a stock pipeline as a frozen teacher; its schedule has the shift of the scheduler."""
+    scheduler = pipeline.scheduler.config
+    shift = scheduler.get("flow_shift", scheduler.get("shift")) or 1.0
+    denoiser = denoiser_of(pipeline, float(shift)).requires_grad_(False).eval()
+    return Teacher(denoiser, parts.codec, parts.encode, latent_shape, folder, FAMILY, parts)

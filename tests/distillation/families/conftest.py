@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from distillation.families import Teacher, import_diffusers, load_teacher
 from distillation.schedule import VariancePreserving
@@ -63,6 +64,63 @@ def build_wan_transformer(**settings: Any) -> Any:
             **settings,
         }
     )
+
+
+def build_experts() -> dict[str, Any]:
+    """Wan 2.2 14B: a second transformer below the noise level 0.875."""
+    components = build_components()
+    return {**components, "transformer_2": build_wan_transformer(), "boundary_ratio": 0.875}
+
+
+def build_per_token() -> dict[str, Any]:
+    """Wan 2.2 5B: a time per token, and a VAE of 16 pixels per latent."""
+    components = build_components()
+    vae = import_diffusers().AutoencoderKLWan(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=16,
+        dim_mult=[1] * 4,
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        scale_factor_spatial=16,
+    )
+    return {**components, "vae": vae, "expand_timesteps": True}
+
+
+def build_image_to_video() -> dict[str, Any]:
+    """Wan 2.1 image to video: the image on the channels, and CLIP features of it."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    components = build_components()
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return {
+        **components,
+        "transformer": build_wan_transformer(in_channels=36, image_dim=8, added_kv_proj_dim=24),
+        "image_encoder": CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=32, patch_size=16)),
+        "image_processor": CLIPImageProcessor(size=32, crop_size=32),
+    }
+
+
+def build_image_experts() -> dict[str, Any]:
+    """Wan 2.2 14B image to video: two transformers, and no CLIP features."""
+    components = build_components()
+    return {
+        **components,
+        "transformer": build_wan_transformer(in_channels=36),
+        "transformer_2": build_wan_transformer(in_channels=36),
+        "boundary_ratio": 0.875,
+        "image_encoder": None,
+        "image_processor": None,
+    }
+
+
+def picture(seed: int = 0) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 256, (20, 30, 3), generator=generator, dtype=torch.uint8).numpy())
 
 
 def build_cogvideox(**settings: Any) -> dict[str, Any]:
@@ -182,6 +240,10 @@ class Case:
         shape: of its latents, (C, F, H, W).
         frames_first: whether the stock pipeline has its latents as [B, F, C, H, W].
         raw: latents and the VAE's configuration -> the VAE's own latents, as the stock pipeline computes them.
+        height: in pixels.
+        width: in pixels.
+        text_length: tokens of a prompt.
+        image: what every prompt starts from, or None.
     """
 
     pipeline_class: str
@@ -192,10 +254,12 @@ class Case:
     raw: Callable[[torch.Tensor, Any], torch.Tensor]
     height: int = 16
     width: int = 32
+    text_length: int = TEXT_LENGTH
+    image: Image.Image | None = None
 
     def prompts(self, *texts: str) -> list[Any]:
         """Return what ``teacher.encode`` is given."""
-        return list(texts)
+        return list(texts) if self.image is None else [{"prompt": text, "image": self.image} for text in texts]
 
     def stock_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Return latents in the other layout; the map is its own inverse."""
@@ -205,8 +269,15 @@ class Case:
         """Sample with the stock pipeline, from ``latents`` or what it draws; final latents [B, C, F, H, W]."""
         given = None if latents is None else self.stock_latents(latents)
         size = {"num_frames": self.frames, "height": self.height, "width": self.width}
+        image = {} if self.image is None else {"image": self.image}
         output = stock(
-            texts, latents=given, max_sequence_length=TEXT_LENGTH, output_type="latent", **size, **settings
+            prompt=texts,
+            latents=given,
+            max_sequence_length=self.text_length,
+            output_type="latent",
+            **image,
+            **size,
+            **settings,
         ).frames
         return self.stock_latents(output)
 
@@ -237,6 +308,21 @@ CASES = {
         (4, 3, 2, 4),
         True,
         cogvideox_raw,
+    ),
+    "wan-2.2-14b": Case("WanPipeline", build_experts, 5, (16, 2, 2, 4), False, wan_raw),
+    "wan-2.2-5b": Case("WanPipeline", build_per_token, 5, (16, 2, 2, 4), False, wan_raw, height=32, width=64),
+    "wan-2.1-image": Case(
+        "WanImageToVideoPipeline",
+        build_image_to_video,
+        5,
+        (16, 2, 2, 4),
+        False,
+        wan_raw,
+        text_length=512,
+        image=picture(),
+    ),
+    "wan-2.2-14b-image": Case(
+        "WanImageToVideoPipeline", build_image_experts, 5, (16, 2, 2, 4), False, wan_raw, image=picture()
     ),
 }
 

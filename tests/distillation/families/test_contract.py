@@ -60,9 +60,11 @@ def test_the_teacher_states_what_it_is(family):
 
 def test_text_equals_the_stock_encoding(family):
     texts = [*TEXTS, "  a &amp;  digit\n moves ", "", "left " * 20]
-    expected, _ = family.stock.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=8)
+    expected, _ = family.stock.encode_prompt(
+        texts, do_classifier_free_guidance=False, max_sequence_length=family.case.text_length
+    )
     actual = family.teacher.encode(family.case.prompts(*texts)).embeddings
-    assert actual.shape == (5, 8, 32)
+    assert actual.shape == (5, family.case.text_length, 32)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
@@ -246,7 +248,7 @@ def test_the_card_can_be_followed(family, tmp_path):
     case = family.case
     for line in (
         f"from diffusers import {case.pipeline_class}, ",
-        "num_inference_steps=4, guidance_scale=1.0, max_sequence_length=8",
+        f"num_inference_steps=4, guidance_scale=1.0, max_sequence_length={case.text_length}",
         f"num_frames={case.frames}, height={case.height}, width={case.width}",
         'subfolder="scheduler_4_steps"',
     ):
@@ -302,7 +304,7 @@ def test_gradients_reach_the_network_and_the_latents(family):
     student = student_of(family)
     condition, _ = conditions(family)
     x = noise(2, *family.case.shape).requires_grad_()
-    student.denoiser(x, torch.tensor(0.5), condition).x0.square().mean().backward()
+    student.denoiser(x, torch.tensor([0.95, 0.2]), condition).x0.square().mean().backward()
     assert x.grad is not None and bool((x.grad != 0).any())
     assert all(weight.grad is not None for weight in student.denoiser.parameters() if weight.requires_grad)
 
