@@ -190,6 +190,11 @@ def cogvideox_components() -> dict[str, Any]:
     return build_cogvideox()
 
 
+@pytest.fixture(scope="session")
+def image_components() -> dict[str, Any]:
+    return build_image_to_video()
+
+
 @pytest.fixture
 def make_cogvideox_scheduler() -> Callable[..., Any]:
     return build_cogvideox_scheduler
@@ -212,6 +217,11 @@ def read_stock(folder: Path, pipeline_class: str) -> Any:
     pipeline = getattr(import_diffusers(), pipeline_class).from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def stock_pipeline() -> Callable[[Path, str], Any]:
+    return read_stock
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distillation.condition import TextCondition
-from distillation.errors import ConditionError
+from distillation.errors import ConditionError, DistillationConfigError
 from distillation.families import TeacherError, load_teacher
 from distillation.families.wan import WanCodec, WanDenoiser, WanText
 from distillation.schedule import RectifiedFlow
@@ -170,10 +170,48 @@ def test_folders_that_are_no_teacher(tmp_path, wan_folder):
         load_teacher("no-such-owner/no-such-model")
 
 
-def test_two_expert_pipelines_are_refused(tmp_path, wan_folder):
+@pytest.mark.parametrize(
+    "settings", [{"boundary_ratio": 0.875}, {"transformer_2": ["diffusers", "WanTransformer3DModel"]}]
+)
+def test_half_a_pair_of_experts_is_refused(tmp_path, wan_folder, settings, monkeypatch):
+    monkeypatch.setattr("distillation.families.wan.read_pipeline", None)
     folder = tmp_path / "two"
     shutil.copytree(wan_folder, folder)
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "boundary_ratio": 0.875}))
-    with pytest.raises(TeacherError, match="boundary_ratio = 0.875"):
+    (folder / "model_index.json").write_text(json.dumps({**index, **settings}))
+    with pytest.raises(TeacherError, match=r"boundary_ratio = .* and transformer_2 = .*two experts need both"):
         load_teacher(folder, num_frames=5, height=16, width=16)
+
+
+def test_the_expert_is_chosen_for_each_sample_by_its_noise_level(components):
+    high, low = (copy.deepcopy(components["transformer"]) for _ in range(2))
+    with torch.no_grad():
+        for weight in low.parameters():
+            weight.mul_(1.5)
+    x, times = noise(4, *SHAPE), torch.tensor([0.2, 0.9, 0.875, 0.874])
+    condition = TextCondition(noise(4, 3, 32, seed=1))
+    both = WanDenoiser(high, RectifiedFlow(), transformer_2=low, boundary_ratio=0.875)
+    with torch.no_grad():
+        actual = both(x, times, condition).v
+        by_high = WanDenoiser(high, RectifiedFlow())(x, times, condition).v
+        by_low = WanDenoiser(low, RectifiedFlow())(x, times, condition).v
+    assert bool(((by_high - by_low).abs().flatten(1).amax(dim=1) > 1e-2).all()), "the experts differ"
+    expected = torch.stack([by_low[0], by_high[1], by_high[2], by_low[3]])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_experts_and_their_boundary_go_together(components):
+    with pytest.raises(DistillationConfigError, match="go together; got no transformer_2 and boundary_ratio = 0.9"):
+        WanDenoiser(components["transformer"], RectifiedFlow(), boundary_ratio=0.9)
+
+
+def test_every_token_may_be_told_the_time(components):
+    seen = []
+    transformer = copy.deepcopy(components["transformer"])
+    transformer.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
+    condition = TextCondition(torch.zeros(2, 3, 32))
+    WanDenoiser(transformer, RectifiedFlow(), per_token=True)(
+        noise(2, 16, 3, 4, 6), torch.tensor([0.5, 0.1]), condition
+    )
+    assert seen[0].shape == (2, 3 * 2 * 3)
+    assert seen[0].amin(dim=1).tolist() == seen[0].amax(dim=1).tolist() == [500.0, pytest.approx(100.0)]
