@@ -52,7 +52,7 @@ class Teacher:
     Attributes:
         denoiser: the network and its noise schedule, frozen.
         codec: latents [B, C, F, H, W] <-> videos [B, T, 3, H', W'].
-        encode: prompts (texts, or mappings with "prompt") -> condition.
+        encode: prompts (texts, or mappings with "prompt", and with "image" where one is animated) -> condition.
         latent_shape: (C, F, H, W) of one video.
         pipeline_path: the folder it was read from.
         family: name of the family, e.g. "wan".
@@ -83,7 +83,8 @@ def load_teacher(
         path_or_hub_id: a folder with ``model_index.json``, or ``"owner/name"`` on the hub.
         device: where the networks go.
         dtype: of the denoiser and the text encoder; the codec stays in float32.
-        num_frames: frames of a video. The three sizes go together, and are needed unless the folder states a shape.
+        num_frames: frames of a video. The three sizes go together, and are needed unless the folder states a shape, or
+            its transformer was made for one (CogVideoX).
         height: pixels.
         width: pixels.
 
