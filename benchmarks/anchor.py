@@ -14,9 +14,9 @@ from pathlib import Path
 
 from benchmarks.digits import CONFIG, STUDENT, paired, seeded
 from benchmarks.provenance import provenance
+from latent_rewards.training.run_folder import RunFolder
 from recipes.dollar import Dollar
 from recipes.moving_digits.benchmark import DigitsBenchmark
-from recipes.run_folder import RunFolder
 
 RESULT = Path(__file__).parent / "results" / "anchor.json"
 TRAINER = "differentiable"

@@ -11,33 +11,11 @@ Every setting of ``ProxyConfig`` is a flag of the same name.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import inspect
-import re
 import sys
-from collections.abc import Callable, Sequence
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any
 
 from latent_rewards.contracts import DataError
-
-_READERS: dict[type, Callable[[str], Any]] = {int: int, float: float, str: str}
-
-
-class SettingsParser(argparse.ArgumentParser):
-    """Gets the flags of a dataclass when it is first used, so that building all commands does not import it."""
-
-    settings: Callable[[], type] | None = None
-    left_out: Sequence[str] = ()
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]  # noqa: ANN401
-        """Parse as usual, with the flags."""
-        if self.settings is not None:
-            settings, self.settings = self.settings, None
-            add_settings(self, settings(), self.left_out)
-        return super().parse_known_args(args, namespace)
+from latent_rewards.training.flags import SettingsParser, chosen_settings
 
 
 def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers have no public type
@@ -63,57 +41,6 @@ def _proxy_config() -> type:
     from latent_rewards.proxies.config import ProxyConfig
 
     return ProxyConfig
-
-
-def add_settings(parser: argparse.ArgumentParser, settings: type, left_out: Sequence[str] = ()) -> None:
-    """Add a flag for every field of a dataclass; what is not given on the command line is not in the namespace.
-
-    Args:
-        parser: gets the flags, in a group named after the dataclass.
-        settings: a dataclass whose docstring describes its fields under ``Attributes:``.
-        left_out: fields that the command decides itself.
-    """
-    group = parser.add_argument_group(settings.__name__)
-    described, hints = attribute_docs(settings), get_type_hints(settings)
-    for field in dataclasses.fields(settings):
-        if field.name in left_out:
-            continue
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        text = f"{described.get(field.name, '')} (default: {default})".replace("%", "%%")
-        flag = "--" + field.name.replace("_", "-")
-        if hints[field.name] is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            group.add_argument(
-                flag, type=_reader(hints[field.name]), default=argparse.SUPPRESS, metavar="VALUE", help=text
-            )
-
-
-def attribute_docs(settings: type) -> dict[str, str]:
-    """Return ``{field: text}`` of the ``Attributes:`` section of a class's docstring, each text on one line."""
-    _, _, section = (inspect.getdoc(settings) or "").partition("Attributes:\n")
-    entries = re.split(r"^    (?=\w+:)", section.partition("\n\n")[0], flags=re.MULTILINE)[1:]
-    pairs = (entry.partition(":") for entry in entries)
-    return {name: " ".join(text.split()) for name, _, text in pairs}
-
-
-def _reader(hint: Any) -> Callable[[str], Any]:  # noqa: ANN401 - a type hint
-    """Return what turns a flag's text into a value of the type ``hint``; others than numbers and texts are YAML."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    readers = [_READERS.get(kind, yaml.safe_load) for kind in kinds if kind is not type(None)]
-    optional = type(None) in kinds
-
-    def read(text: str) -> Any:  # noqa: ANN401
-        return None if optional and text.lower() == "none" else readers[0](text)
-
-    read.__name__ = getattr(kinds[0], "__name__", "value")
-    return read
-
-
-def chosen_settings(options: argparse.Namespace, settings: type) -> dict[str, Any]:
-    """Return the fields of ``settings`` that the command line gave."""
-    names = {field.name for field in dataclasses.fields(settings)}
-    return {name: value for name, value in vars(options).items() if name in names}
 
 
 def fit_command(options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from latent_rewards.collect_command import POLICIES, codec_of, load_stored, make_oracle, prompt_lines
 from latent_rewards.contracts import ConfigError, DataError, unknown_name
-from latent_rewards.fit_command import SettingsParser, chosen_settings
+from latent_rewards.training.flags import SettingsParser, chosen_settings
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -30,11 +30,11 @@ from distillation.families import Teacher
 from distillation.families.export import load_student
 from distillation.vsd import VSDAnchor
 from latent_rewards.training.ranks import current_ranks
+from latent_rewards.training.run_folder import RunFolder
 from latent_rewards.training.settings import SettingsError, read_settings
 from recipes.anchor import AnchorConfig, warm_anchor
 from recipes.page import REPORT, write_report
 from recipes.prompted import Benchmark, PromptBenchmark, read_prompts
-from recipes.run_folder import RunFolder
 
 TRAINERS = {"reinforce": lr.ReinforceTrainer, "differentiable": lr.DifferentiableRewardTrainer}
 
@@ -145,7 +145,7 @@ class Dollar:
         if self.folder.ranks.index:
             return self.folder.path / REPORT
         curves = {name: result for name, (_, result) in tuned.items()}
-        histories = {name: self.folder.history(name) for name in ("vsd", "cd", "joint")}
+        histories = {name: self.folder.history(f"distillation/{name}") for name in ("vsd", "cd", "joint")}
         return write_report(self.folder.path, self.settings, benchmark, proxy.report, histories, curves)
 
     def distil(self, name: str, **overrides: Any) -> ds.FewStepStudent:  # noqa: ANN401 - distillation settings

@@ -1,6 +1,5 @@
 """`latent-rewards fit`: a dataset becomes a stored proxy, and every setting is a flag with its help."""
 
-import argparse
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -11,8 +10,8 @@ import torch
 from latent_rewards import collect_command
 from latent_rewards.cli import build_parser, main
 from latent_rewards.dataset import RewardDataset
-from latent_rewards.fit_command import add_settings, attribute_docs, chosen_settings
 from latent_rewards.proxies import ProxyConfig, RewardProxy
+from latent_rewards.training.flags import attribute_docs, chosen_settings
 
 
 @pytest.fixture(scope="module")
@@ -90,31 +89,6 @@ def test_only_what_was_given_is_chosen_and_read_as_its_type():
     assert chosen_settings(options, ProxyConfig) == {
         "num_updates": None, "width": 32, "learning_rate": 1e-3, "device": "cpu",
     }  # fmt: skip
-
-
-def test_fields_of_other_types_are_yaml():
-    @dataclasses.dataclass
-    class Settings:
-        """Of a test.
-
-        Attributes:
-            sizes: several,
-                on two lines: 50 % of them odd.
-            many: an optional list.
-        """
-
-        sizes: tuple[int, ...] = (1,)
-        many: list[str] | None = None
-
-    parser = argparse.ArgumentParser()
-    add_settings(parser, Settings)
-    assert attribute_docs(Settings) == {
-        "sizes": "several, on two lines: 50 % of them odd.",
-        "many": "an optional list.",
-    }
-    options = parser.parse_args(["--sizes", "[1, 2]", "--many", "None"])
-    assert chosen_settings(options, Settings) == {"sizes": [1, 2], "many": None}
-    assert "50 % of them odd" in " ".join(parser.format_help().split())
 
 
 @pytest.mark.parametrize(

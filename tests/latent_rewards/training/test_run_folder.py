@@ -4,8 +4,8 @@ from dataclasses import dataclass
 import pytest
 
 from latent_rewards.training.checkpoint import commit_directory
+from latent_rewards.training.run_folder import RunFolder
 from latent_rewards.training.settings import SettingsError
-from recipes.run_folder import RunFolder
 
 
 @dataclass
@@ -57,7 +57,7 @@ def test_a_part_that_was_not_finished_is_made_anew(tmp_path):
 
 def test_the_history_of_a_stage_that_did_not_run_is_empty(tmp_path):
     folder = RunFolder(tmp_path)
-    assert folder.history("vsd") == []
+    assert folder.history("distillation/vsd") == []
     (tmp_path / "distillation" / "vsd").mkdir(parents=True)
     (tmp_path / "distillation" / "vsd" / "history.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
-    assert folder.history("vsd") == [{"step": 0}, {"step": 1}]
+    assert folder.history("distillation/vsd") == [{"step": 0}, {"step": 1}]

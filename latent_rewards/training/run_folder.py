@@ -83,6 +83,6 @@ class RunFolder:
             (self.path / name).write_text(json.dumps(value, indent=1))
 
     def history(self, stage: str) -> list[dict[str, Any]]:
-        """Return the logged updates of a distillation stage, empty if it did not run."""
-        file = self.path / "distillation" / stage / "history.jsonl"
+        """Return the logged updates of the training stage in the folder ``stage``, empty if it did not run."""
+        file = self.path / stage / "history.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []

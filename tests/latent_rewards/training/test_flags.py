@@ -1,0 +1,29 @@
+import argparse
+import dataclasses
+
+from latent_rewards.training.flags import add_settings, attribute_docs, chosen_settings
+
+
+def test_fields_of_other_types_are_yaml():
+    @dataclasses.dataclass
+    class Settings:
+        """Of a test.
+
+        Attributes:
+            sizes: several,
+                on two lines: 50 % of them odd.
+            many: an optional list.
+        """
+
+        sizes: tuple[int, ...] = (1,)
+        many: list[str] | None = None
+
+    parser = argparse.ArgumentParser()
+    add_settings(parser, Settings)
+    assert attribute_docs(Settings) == {
+        "sizes": "several, on two lines: 50 % of them odd.",
+        "many": "an optional list.",
+    }
+    options = parser.parse_args(["--sizes", "[1, 2]", "--many", "None"])
+    assert chosen_settings(options, Settings) == {"sizes": [1, 2], "many": None}
+    assert "50 % of them odd" in " ".join(parser.format_help().split())
