@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +67,17 @@ class Numbers:
 
     def to(self, device):
         return Numbers(self.values.to(device))
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(tmp_path_factory):
+    """The folder of the tiny Wan pipeline that the families' tests build: 5 frames of 16 x 16."""
+    from distillation.families import import_diffusers
+
+    components = runpy.run_path(str(Path(__file__).parent / "families" / "conftest.py"))["build_components"]()
+    folder = tmp_path_factory.mktemp("tiny_wan") / "pipeline"
+    import_diffusers().WanPipeline(**components).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

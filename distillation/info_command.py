@@ -1,0 +1,135 @@
+"""``latent-distill info``: what a folder holds, as JSON.
+
+    latent-distill info runs/distilled/student
+    latent-distill info runs/distilled
+    latent-distill info cache --check
+
+Of a student: its family, the shape of its latents, its grids with the noise levels they stand for, and its fingerprint
+(sha256 of the manifest that lists every file). Of a teacher: family and sizes. Of a run: its settings and how far each
+stage is. Of a cache: what it was encoded with. Only small files are read; --check reads all of them, compares them with
+their manifests and adds the codec's fingerprint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from distillation.errors import DistillationError
+
+
+class InfoError(DistillationError, ValueError):
+    """A folder holds nothing this library knows."""
+
+
+def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers have no public type
+    """Add the command to those of ``latent-distill``."""
+    command = rooms.add_parser(
+        "info",
+        help="describe a student, teacher, run or cache",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("folder", metavar="FOLDER", help="of a student, a teacher, a run or a cache")
+    command.add_argument("--check", action="store_true", help="read and verify every file; slow for large weights")
+    command.set_defaults(run=info_command)
+
+
+def info_command(options: argparse.Namespace) -> int:
+    """Print what the folder holds."""
+    print(json.dumps(describe(Path(options.folder), check=options.check), indent=1))
+    return 0
+
+
+def describe(folder: Path, *, check: bool = False) -> dict[str, Any]:
+    """Return what a folder holds, as JSON can hold it; ``check`` reads and verifies all of it.
+
+    Raises:
+        InfoError: it holds nothing this library knows.
+        CheckpointError: a file is missing or altered.
+        TeacherError: a pipeline cannot be loaded; only where its weights are read.
+    """
+    from distillation.cached import SETTINGS
+    from distillation.families import MODEL_INDEX
+
+    kinds: list[tuple[Path, Callable[..., dict[str, Any]]]] = [
+        (folder / MODEL_INDEX, pipeline),
+        (folder / SETTINGS / "settings.json", worked_in),
+    ]
+    for mark, told in kinds:
+        if mark.is_file():
+            return told(folder, check=check)
+    raise InfoError(f"{folder} holds no pipeline, run or cache: it has neither {MODEL_INDEX} nor {SETTINGS}/")
+
+
+def pipeline(folder: Path, *, check: bool) -> dict[str, Any]:
+    """Return what a stored student or teacher is."""
+    import torch
+
+    from distillation.families import FAMILIES, MODEL_INDEX, STUDENT_KIND, read_json, read_sidecar
+    from latent_rewards.training.checkpoint import MANIFEST, file_sha256, verify_directory
+
+    sidecar, name = read_sidecar(folder), read_json(folder / MODEL_INDEX).get("_class_name")
+    whole = (folder / MANIFEST).is_file()
+    facts: dict[str, Any] = {
+        "kind": sidecar.get("kind", "diffusers pipeline"),
+        "pipeline": name,
+        "supported": name in FAMILIES,
+        "family": sidecar.get("family"),
+        "latent_shape": sidecar.get("latent_shape"),
+        "video": video_size(folder, sidecar.get("latent_shape")),
+        "fingerprint": file_sha256(folder / MANIFEST) if whole else None,
+    }
+    if sidecar.get("kind") == STUDENT_KIND:
+        facts |= {"step_counts": sorted(map(int, sidecar["timesteps"])), "timesteps": sidecar["timesteps"]}
+        facts |= {key: value for key, value in sidecar.items() if key not in facts}
+    if not check:
+        return facts
+    if whole:
+        verify_directory(folder)
+    if sidecar.get("kind") == STUDENT_KIND:
+        from distillation.families.export import load_student
+
+        student = load_student(folder)
+        schedule: Any = student.denoiser.schedule
+        levels = {n: schedule(torch.tensor(grid, dtype=torch.float64))[1] for n, grid in student.grids.items()}
+        facts["noise_levels"] = {str(count): sigma.tolist() for count, sigma in levels.items()}
+        return {**facts, "schedule": str(schedule), "codec": student.exporter.codec.fingerprint, "checked": True}
+    from distillation.families import load_teacher
+
+    teacher = load_teacher(folder)
+    return {**facts, "schedule": str(teacher.denoiser.schedule), "codec": teacher.codec.fingerprint, "checked": True}
+
+
+def video_size(folder: Path, latent_shape: Sequence[int] | None) -> dict[str, int] | None:
+    """Return frames, height and width of a video, or None where latents or scales of the VAE are not stated."""
+    from distillation.families import read_json
+
+    vae = read_json(folder / "vae" / "config.json") if (folder / "vae" / "config.json").is_file() else {}
+    in_time, in_space = vae.get("scale_factor_temporal"), vae.get("scale_factor_spatial")
+    if latent_shape is None or in_time is None or in_space is None:
+        return None
+    _, frames, height, width = latent_shape
+    return {"num_frames": (frames - 1) * in_time + 1, "height": height * in_space, "width": width * in_space}
+
+
+def worked_in(folder: Path, *, check: bool) -> dict[str, Any]:
+    """Return what a run or a cache is, and how far it is."""
+    from distillation.cached import COMPLETE, SETTINGS
+    from latent_rewards.training.checkpoint import MANIFEST, latest_checkpoint, verify_directory
+
+    content = json.loads((folder / SETTINGS / "settings.json").read_text(encoding="utf-8"))
+    if check:
+        for manifest in sorted(folder.glob(f"*/{MANIFEST}")) + sorted(folder.glob(f"*/*/{MANIFEST}")):
+            verify_directory(manifest.parent)
+    checked = {"checked": True} if check else {}
+    if "cache" in content:
+        shards = {kind: len(list(folder.glob(f"{kind}-*"))) for kind in ("texts", "clips")}
+        return {"kind": "cache", "finished": (folder / COMPLETE).is_dir(), "shards": shards} | content | checked
+    newest = {stage: latest_checkpoint(folder / stage) for stage in ("vsd", "cd", "joint")}
+    updates = {stage: int(path.name.removeprefix("step-")) for stage, path in newest.items() if path is not None}
+    finished = (folder / "student" / MANIFEST).is_file()
+    return {"kind": "run", "finished": finished, "updates": updates, "settings": content} | checked
