@@ -11,7 +11,7 @@ from recipes import dollar
 from recipes.dollar import SECTIONS, Dollar
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("[!d]*.yaml"))
 
 TINY = {
     "run": {
