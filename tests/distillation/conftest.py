@@ -80,6 +80,25 @@ def tiny_wan(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_teacher(tiny_wan):
+    """The tiny pipeline as a teacher."""
+    from distillation.families import load_teacher
+
+    return load_teacher(tiny_wan, num_frames=5, height=16, width=16)
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory, tiny_teacher):
+    """The folder of an untrained student of the tiny teacher."""
+    from distillation.student import FewStepStudent
+
+    teacher, folder = tiny_teacher, tmp_path_factory.mktemp("student") / "student"
+    parts = {"encode": teacher.encode, "latent_shape": teacher.latent_shape, "exporter": teacher.exporter}
+    FewStepStudent(teacher.denoiser, **parts).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def affine():
     return AffineDenoiser

@@ -15,6 +15,8 @@ import yaml
 import distillation as ds
 from distillation.cached import CacheError, load_cache, text_fingerprint
 from distillation.cli import main
+from distillation.encode_command import pixel_size
+from distillation.families.wan import WanCodec, WanText
 from distillation.videos import read_clip, write_mp4
 from latent_rewards.training.checkpoint import CheckpointError
 
@@ -36,11 +38,6 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.fixture(scope="module")
-def teacher(tiny_wan):
-    return ds.load_teacher(tiny_wan, **SIZE)
-
-
 @pytest.fixture
 def clips(tmp_path):
     """Four videos with captions, of another size than the teacher takes."""
@@ -58,14 +55,14 @@ def encode(tiny_wan, *arguments):
     return main(["encode", str(tiny_wan), *map(str, arguments), *FLAGS])
 
 
-def test_videos_become_latents_and_prompts_embeddings(tiny_wan, teacher, clips, tmp_path, capsys):
+def test_videos_become_latents_and_prompts_embeddings(tiny_wan, tiny_teacher, clips, tmp_path, capsys):
     assert encode(tiny_wan, "--videos", clips, "--output", tmp_path / "c", "--shard-size", 3, "--batch-size", 2) == 0
     assert "4 of 4 videos and 4 distinct texts" in capsys.readouterr().out
     data = load_cache(tmp_path / "c")
     videos = torch.stack([read_clip(clips / "deep" / f"{index}.mp4", 5, 16, 16) for index in range(4)])
-    torch.testing.assert_close(data.latents, teacher.codec.encode(videos), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(data.latents, tiny_teacher.codec.encode(videos), rtol=1e-5, atol=1e-5)
     assert data.prompts == PROMPTS and data.source[0] is data.latents and data.source[1] is data.prompts
-    looked_up, encoded = data.encode(["", "two digits rest"]), teacher.encode(["", "two digits rest"])
+    looked_up, encoded = data.encode(["", "two digits rest"]), tiny_teacher.encode(["", "two digits rest"])
     torch.testing.assert_close(looked_up.embeddings, encoded.embeddings, rtol=1e-5, atol=1e-6)
     assert looked_up.extra.keys() == encoded.extra.keys()
     with pytest.raises(CacheError, match="does not hold the prompt 'a fish'"):
@@ -124,8 +121,6 @@ def test_a_run_on_a_cache_loads_no_text_encoder_and_checks_the_codec(tiny_wan, c
         "distillation": {**steps, "output_dir": str(tmp_path / "run")},
     }
     (tmp_path / "d.yaml").write_text(yaml.safe_dump(content))
-    from distillation.families.wan import WanText
-
     with monkeypatch.context() as patch:
         patch.setattr(WanText, "__call__", lambda *a: pytest.fail("a prompt was encoded"))
         assert main(["run", "--config", str(tmp_path / "d.yaml")]) == 0
@@ -134,8 +129,6 @@ def test_a_run_on_a_cache_loads_no_text_encoder_and_checks_the_codec(tiny_wan, c
     other.symlink_to(tiny_wan)
     content["teacher"]["path"], content["distillation"]["output_dir"] = str(other), str(tmp_path / "run2")
     (tmp_path / "d.yaml").write_text(yaml.safe_dump(content))
-    from distillation.families.wan import WanCodec
-
     mine = ds.load_teacher(tiny_wan, **SIZE).codec.fingerprint
     monkeypatch.setattr(WanCodec, "fingerprint", "another-vae")
     capsys.readouterr()
@@ -143,13 +136,13 @@ def test_a_run_on_a_cache_loads_no_text_encoder_and_checks_the_codec(tiny_wan, c
     assert f"with the codec {mine}, and the teacher's is another-vae" in capsys.readouterr().err
 
 
-def test_prompts_alone_are_a_cache_too(tiny_wan, teacher, tmp_path):
+def test_prompts_alone_are_a_cache_too(tiny_wan, tiny_teacher, tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     assert encode(tiny_wan, "--prompts", tmp_path / "p.txt", "--output", tmp_path / "c", "--shard-size", 2) == 0
     data = load_cache(tmp_path / "c")
     assert data.latents is None and data.source == PROMPTS and len(list((tmp_path / "c").glob("texts-*"))) == 2
-    torch.testing.assert_close(data.encode(PROMPTS).embeddings, teacher.encode(PROMPTS).embeddings)
-    data.check(codec="any", text=text_fingerprint(teacher.encode), latent_shape=(1, 1, 1, 1), folder="c")
+    torch.testing.assert_close(data.encode(PROMPTS).embeddings, tiny_teacher.encode(PROMPTS).embeddings)
+    data.check(codec="any", text=text_fingerprint(tiny_teacher.encode), latent_shape=(1, 1, 1, 1), folder="c")
     with pytest.raises(CacheError, match="with the text encoder text-"):
         data.check(codec="any", text="text-other", latent_shape=(1, 1, 1, 1), folder="c")
     # Other prompts are another cache.
@@ -157,12 +150,12 @@ def test_prompts_alone_are_a_cache_too(tiny_wan, teacher, tmp_path):
     assert encode(tiny_wan, "--prompts", tmp_path / "p.txt", "--output", tmp_path / "c", "--shard-size", 2) == 2
 
 
-def test_a_text_encoder_is_known_by_its_weights(teacher, tiny_wan):
+def test_a_text_encoder_is_known_by_its_weights(tiny_teacher, tiny_wan):
     again = ds.load_teacher(tiny_wan, **SIZE).encode
-    assert text_fingerprint(again) == text_fingerprint(teacher.encode)
+    assert text_fingerprint(again) == text_fingerprint(tiny_teacher.encode)
     with torch.no_grad():
         next(again.text_encoder.parameters()).mul_(2)
-    assert text_fingerprint(again) != text_fingerprint(teacher.encode)
+    assert text_fingerprint(again) != text_fingerprint(tiny_teacher.encode)
     again.max_sequence_length, before = 4, text_fingerprint(again)
     assert text_fingerprint(again) != before
     assert text_fingerprint(SimpleNamespace(fingerprint="its own")) == "its own"
@@ -203,10 +196,5 @@ def test_no_captions_at_all_is_refused_before_the_teacher_is_loaded(clips, tmp_p
     assert "no 0.txt beside it" in capsys.readouterr().err
 
 
-def test_the_size_of_a_video_is_asked_of_the_codec_where_the_folder_says(teacher, clips, tmp_path):
-    student = ds.FewStepStudent(
-        teacher.denoiser, encode=teacher.encode, latent_shape=teacher.latent_shape, exporter=teacher.exporter
-    )
-    from distillation.encode_command import pixel_size
-
-    assert student.latent_shape() == teacher.latent_shape and pixel_size(teacher) == SIZE
+def test_the_size_of_a_video_is_asked_of_the_codec_where_the_folder_says(tiny_teacher):
+    assert pixel_size(tiny_teacher) == SIZE

@@ -1,0 +1,72 @@
+"""`latent-distill sample`: the student's own videos, whatever the batch size, and as many as were asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import distillation as ds
+from distillation.cli import main
+from latent_rewards.training.randomness import sample_noise
+
+
+def decoded(path):
+    import av
+
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def test_a_sample_is_the_students_video(student_folder, tmp_path, capsys):
+    out = tmp_path / "videos" / "out.mp4"
+    command = ["sample", str(student_folder), "--prompt", "two digits rest", "--seed", "3", "--device", "cpu"]
+    assert main([*command, "--num-steps", "2", "--output", str(out)]) == 0
+    frames = torch.from_numpy(np.stack(decoded(out))).float() / 255
+    student = ds.FewStepStudent.from_pretrained(student_folder)
+    noise = torch.stack([sample_noise(3, f"sample/{k}", 0, [0], student.latent_shape()) for k in range(2)])
+    with torch.no_grad():
+        latents = student.sample(student.encode(["two digits rest"]), noise, 2)
+        expected = student.exporter.codec.decode(latents)[0].permute(0, 2, 3, 1)
+    assert frames.shape == expected.shape == (5, 16, 16, 3)
+    # H.264 halves the resolution of colour, so grey values are compared.
+    assert (frames.mean(-1) - expected.mean(-1)).abs().mean() < 0.03
+
+
+def test_a_folder_of_samples_goes_on_and_no_batch_size_changes_a_video(student_folder, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a digit moves left\ntwo digits rest\n")
+    command = ["sample", str(student_folder), "--prompts", str(tmp_path / "p.txt"), "--num-steps", "1"]
+    command += ["--device", "cpu", "--per-prompt", "2", "--output", str(tmp_path / "out")]
+    assert main([*command, "--batch-size", "4"]) == 0
+    videos = sorted((tmp_path / "out").glob("*.mp4"))
+    assert [video.with_suffix(".txt").read_text() for video in videos] == [
+        *["a digit moves left\n"] * 2, *["two digits rest\n"] * 2
+    ]  # fmt: skip
+    before = {video.name: video.read_bytes() for video in videos}
+    videos[2].unlink()
+    kept = videos[1].stat().st_mtime_ns
+    assert main(command) == 0
+    assert {video.name: video.read_bytes() for video in videos} == before
+    assert len(set(before.values())) == 4 and videos[1].stat().st_mtime_ns == kept
+    assert main([*command, "--seed", "1"]) == 2
+    assert "sample.seed = 0, now 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--num-steps", "3"], "samples in 1, 2, 4 steps; got --num-steps 3"),
+        (["--prompt", "  "], "the prompt is empty"),
+        (["--per-prompt", "2"], "is one file, for 2 videos"),
+        (["--fps", "0"], "--fps must be positive"),
+    ],
+)
+def test_samples_that_cannot_be_drawn_say_why(student_folder, tmp_path, capsys, changes, message):
+    command = ["sample", str(student_folder), "--prompt", "a", "--output", str(tmp_path / "o.mp4"), *changes]
+    assert main([*command, "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "o.mp4").exists()
+
+
+def test_a_teacher_is_no_student(tiny_wan, tmp_path, capsys):
+    assert main(["sample", str(tiny_wan), "--prompt", "a", "--output", str(tmp_path / "o.mp4")]) == 2
+    assert "holds no student" in capsys.readouterr().err
