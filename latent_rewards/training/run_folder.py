@@ -39,8 +39,8 @@ class RunFolder:
                 for key, value in values.items():
                     if (was := before.get(section, {}).get(key)) != value:
                         raise SettingsError(
-                            f"{self.path} was begun with {section}.{key} = {was!r}, now {value!r}; restore it, or run "
-                            "under another name"
+                            f"{self.path} was begun with {section}.{key} = {was!r}, now {value!r}; restore it, or use "
+                            "another folder"
                         )
         elif self.ranks.index == 0:
             with commit_directory(stored.parent) as temporary:
