@@ -13,7 +13,6 @@ command continues a run that was killed.
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import hashlib
 import sys
@@ -232,23 +231,15 @@ def train(settings: dict[str, Any], device: str) -> Any:  # noqa: ANN401 - a Few
 
     import distillation as ds
     from distillation.cached import CachedData, load_cache, text_fingerprint
-    from distillation.families.grids import exportable
     from distillation.prompts import read_prompts
 
     data: DataSection = settings["data"]
     cached: CachedData | None = load_cache(data.cache) if data.cache is not None else None
     teacher = load_teacher(settings["teacher"], cached)
-    student = ds.FewStepStudent(
-        copy.deepcopy(teacher.denoiser),
-        settings["student"].timesteps,
-        settings["student"].eta,
-        encode=teacher.encode,
-        latent_shape=teacher.latent_shape,
-        exporter=teacher.exporter,
-    )
-    if isinstance(teacher.denoiser.schedule, ds.RectifiedFlow):  # refused now, and not after days of training
-        exportable(student.grids, student.eta, shift=teacher.denoiser.schedule.shift)
     section = dataclasses.replace(settings["distillation"], device=device)
+    student = ds.start_student(teacher, section, settings["student"].timesteps, settings["student"].eta)
+    # Refused now, and not after days of training.
+    teacher.exporter.configurations(teacher.denoiser, student.grids, student.eta)
     if cached is not None:
         spoken = {"codec": teacher.codec.fingerprint, "text": text_fingerprint(teacher.encode)}
         cached.check(**spoken, latent_shape=teacher.latent_shape, folder=str(data.cache))

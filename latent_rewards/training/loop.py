@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -145,6 +146,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         """Prepare modules and optimisers for the device and the number of ranks."""
+        _allow_precision(self.config.mixed_precision)
         self.accelerator = Accelerator(
             cpu=self.config.device == "cpu",
             mixed_precision=self.config.mixed_precision,
@@ -261,3 +263,10 @@ class TrainingLoop:
             part.load_state_dict(state["parts"][f"{index}"])
         self.step, self.history = step, state["history"]
         return True
+
+
+def _allow_precision(mixed_precision: str) -> None:
+    """Let a stage compute in another precision than the one before it in this process, which accelerate refuses."""
+    shared = AcceleratorState._shared_state
+    if shared and shared.get("_mixed_precision") != mixed_precision:
+        AcceleratorState._reset_state()

@@ -70,7 +70,7 @@ class Numbers:
 
 
 @pytest.fixture(scope="session")
-def tiny_wan(tmp_path_factory):
+def wan_pipeline(tmp_path_factory):
     """The folder of the tiny Wan pipeline that the families' tests build: 5 frames of 16 x 16."""
     from distillation.families import import_diffusers
 
@@ -81,11 +81,11 @@ def tiny_wan(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_teacher(tiny_wan):
+def tiny_teacher(wan_pipeline):
     """The tiny pipeline as a teacher."""
     from distillation.families import load_teacher
 
-    return load_teacher(tiny_wan, num_frames=5, height=16, width=16)
+    return load_teacher(wan_pipeline, num_frames=5, height=16, width=16)
 
 
 @pytest.fixture(scope="session")

@@ -51,12 +51,14 @@ def clips(tmp_path):
     return folder
 
 
-def encode(tiny_wan, *arguments):
-    return main(["encode", str(tiny_wan), *map(str, arguments), *FLAGS])
+def encode(wan_pipeline, *arguments):
+    return main(["encode", str(wan_pipeline), *map(str, arguments), *FLAGS])
 
 
-def test_videos_become_latents_and_prompts_embeddings(tiny_wan, tiny_teacher, clips, tmp_path, capsys):
-    assert encode(tiny_wan, "--videos", clips, "--output", tmp_path / "c", "--shard-size", 3, "--batch-size", 2) == 0
+def test_videos_become_latents_and_prompts_embeddings(wan_pipeline, tiny_teacher, clips, tmp_path, capsys):
+    assert (
+        encode(wan_pipeline, "--videos", clips, "--output", tmp_path / "c", "--shard-size", 3, "--batch-size", 2) == 0
+    )
     assert "4 of 4 videos and 4 distinct texts" in capsys.readouterr().out
     data = load_cache(tmp_path / "c")
     videos = torch.stack([read_clip(clips / "deep" / f"{index}.mp4", 5, 16, 16) for index in range(4)])
@@ -69,14 +71,14 @@ def test_videos_become_latents_and_prompts_embeddings(tiny_wan, tiny_teacher, cl
         data.encode(["a fish"])
 
 
-def test_what_cannot_be_read_is_accounted_for_and_tried_again(tiny_wan, clips, tmp_path, capsys):
+def test_what_cannot_be_read_is_accounted_for_and_tried_again(wan_pipeline, clips, tmp_path, capsys):
     (clips / "junk.mp4").write_bytes(b"no video at all")
     (clips / "junk.txt").write_text("two digits rest")
     write_mp4(clips / "short.mp4", torch.zeros(3, 3, 16, 16))
     (clips / "short.txt").write_text("a digit rest")
     write_mp4(clips / "unnamed.mp4", torch.zeros(5, 3, 16, 16))
     arguments = ("--videos", clips, "--output", tmp_path / "c", "--shard-size", 4)
-    assert encode(tiny_wan, *arguments) == 1
+    assert encode(wan_pipeline, *arguments) == 1
     told = capsys.readouterr()
     assert told.err.count("failed: ") == 3 and "4 of 7 videos" in told.out
     for why in ("junk.mp4: ", "gives 3 frames, and 5 are needed", "no unnamed.txt beside it"):
@@ -86,16 +88,25 @@ def test_what_cannot_be_read_is_accounted_for_and_tried_again(tiny_wan, clips, t
     first = (tmp_path / "c" / "clips-00000" / "manifest.json").stat().st_mtime_ns
     (clips / "unnamed.txt").write_text("right digits")
     write_mp4(clips / "junk.mp4", torch.ones(5, 3, 16, 16))
-    assert encode(tiny_wan, *arguments) == 1
+    assert encode(wan_pipeline, *arguments) == 1
     mended = load_cache(tmp_path / "c")
     assert set(mended.failures) == {"short.mp4"} and mended.prompts[-2:] == ["two digits rest", "right digits"]
     assert len(mended.encode(["right digits"])) == 1
     assert (tmp_path / "c" / "clips-00000" / "manifest.json").stat().st_mtime_ns == first
 
 
-def test_killed_it_goes_on_to_the_same_cache(tiny_wan, clips, tmp_path):
+def test_killed_it_goes_on_to_the_same_cache(wan_pipeline, clips, tmp_path):
     arguments = ["--videos", str(clips), "--shard-size", "2", *FLAGS]
-    command = [sys.executable, "-c", KILLED, "encode", str(tiny_wan), *arguments, "--output", str(tmp_path / "killed")]
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        "encode",
+        str(wan_pipeline),
+        *arguments,
+        "--output",
+        str(tmp_path / "killed"),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     died = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert died.returncode == -signal.SIGKILL, died.stderr
@@ -104,19 +115,21 @@ def test_killed_it_goes_on_to_the_same_cache(tiny_wan, clips, tmp_path):
     with pytest.raises(CacheError, match="is not finished"):
         load_cache(killed)
     first = (killed / "clips-00000" / "manifest.json").stat().st_mtime_ns
-    assert main(["encode", str(tiny_wan), *arguments, "--output", str(killed)]) == 0
-    assert main(["encode", str(tiny_wan), *arguments, "--output", str(tmp_path / "whole")]) == 0
+    assert main(["encode", str(wan_pipeline), *arguments, "--output", str(killed)]) == 0
+    assert main(["encode", str(wan_pipeline), *arguments, "--output", str(tmp_path / "whole")]) == 0
     assert (killed / "clips-00000" / "manifest.json").stat().st_mtime_ns == first
     ours, theirs = load_cache(killed), load_cache(tmp_path / "whole")
     assert torch.equal(ours.latents, theirs.latents) and ours.prompts == theirs.prompts
 
 
-def test_a_run_on_a_cache_loads_no_text_encoder_and_checks_the_codec(tiny_wan, clips, tmp_path, monkeypatch, capsys):
-    assert encode(tiny_wan, "--videos", clips, "--output", tmp_path / "c", "--dtype", "bfloat16") == 0
+def test_a_run_on_a_cache_loads_no_text_encoder_and_checks_the_codec(
+    wan_pipeline, clips, tmp_path, monkeypatch, capsys
+):
+    assert encode(wan_pipeline, "--videos", clips, "--output", tmp_path / "c", "--dtype", "bfloat16") == 0
     assert load_cache(tmp_path / "c").latents.dtype == torch.bfloat16
     steps = {"vsd_steps": 1, "cd_steps": 1, "batch_size": 2, "fake_updates": 1, "progress": False}
     content = {
-        "teacher": {"path": str(tiny_wan), "device": "cpu"},  # the cache says how large a video is
+        "teacher": {"path": str(wan_pipeline), "device": "cpu"},  # the cache says how large a video is
         "data": {"cache": str(tmp_path / "c")},
         "distillation": {**steps, "output_dir": str(tmp_path / "run")},
     }
@@ -126,19 +139,19 @@ def test_a_run_on_a_cache_loads_no_text_encoder_and_checks_the_codec(tiny_wan, c
         assert main(["run", "--config", str(tmp_path / "d.yaml")]) == 0
     assert main(["info", str(tmp_path / "c"), "--check"]) == 0
     other = tmp_path / "other"
-    other.symlink_to(tiny_wan)
+    other.symlink_to(wan_pipeline)
     content["teacher"]["path"], content["distillation"]["output_dir"] = str(other), str(tmp_path / "run2")
     (tmp_path / "d.yaml").write_text(yaml.safe_dump(content))
-    mine = ds.load_teacher(tiny_wan, **SIZE).codec.fingerprint
+    mine = ds.load_teacher(wan_pipeline, **SIZE).codec.fingerprint
     monkeypatch.setattr(WanCodec, "fingerprint", "another-vae")
     capsys.readouterr()
     assert main(["run", "--config", str(tmp_path / "d.yaml")]) == 2
     assert f"with the codec {mine}, and the teacher's is another-vae" in capsys.readouterr().err
 
 
-def test_prompts_alone_are_a_cache_too(tiny_wan, tiny_teacher, tmp_path):
+def test_prompts_alone_are_a_cache_too(wan_pipeline, tiny_teacher, tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    assert encode(tiny_wan, "--prompts", tmp_path / "p.txt", "--output", tmp_path / "c", "--shard-size", 2) == 0
+    assert encode(wan_pipeline, "--prompts", tmp_path / "p.txt", "--output", tmp_path / "c", "--shard-size", 2) == 0
     data = load_cache(tmp_path / "c")
     assert data.latents is None and data.source == PROMPTS and len(list((tmp_path / "c").glob("texts-*"))) == 2
     torch.testing.assert_close(data.encode(PROMPTS).embeddings, tiny_teacher.encode(PROMPTS).embeddings)
@@ -147,11 +160,11 @@ def test_prompts_alone_are_a_cache_too(tiny_wan, tiny_teacher, tmp_path):
         data.check(codec="any", text="text-other", latent_shape=(1, 1, 1, 1), folder="c")
     # Other prompts are another cache.
     (tmp_path / "p.txt").write_text("right\n")
-    assert encode(tiny_wan, "--prompts", tmp_path / "p.txt", "--output", tmp_path / "c", "--shard-size", 2) == 2
+    assert encode(wan_pipeline, "--prompts", tmp_path / "p.txt", "--output", tmp_path / "c", "--shard-size", 2) == 2
 
 
-def test_a_text_encoder_is_known_by_its_weights(tiny_teacher, tiny_wan):
-    again = ds.load_teacher(tiny_wan, **SIZE).encode
+def test_a_text_encoder_is_known_by_its_weights(tiny_teacher, wan_pipeline):
+    again = ds.load_teacher(wan_pipeline, **SIZE).encode
     assert text_fingerprint(again) == text_fingerprint(tiny_teacher.encode)
     with torch.no_grad():
         next(again.text_encoder.parameters()).mul_(2)
@@ -161,9 +174,9 @@ def test_a_text_encoder_is_known_by_its_weights(tiny_teacher, tiny_wan):
     assert text_fingerprint(SimpleNamespace(fingerprint="its own")) == "its own"
 
 
-def test_damage_is_named(tiny_wan, tmp_path):
+def test_damage_is_named(wan_pipeline, tmp_path):
     (tmp_path / "p.txt").write_text("right\n")
-    assert encode(tiny_wan, "--prompts", tmp_path / "p.txt", "--output", tmp_path / "c") == 0
+    assert encode(wan_pipeline, "--prompts", tmp_path / "p.txt", "--output", tmp_path / "c") == 0
     file = tmp_path / "c" / "texts-00000" / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="tensors.safetensors differs"):
@@ -181,11 +194,11 @@ def test_damage_is_named(tiny_wan, tmp_path):
         (["--videos", "{root}/clips", "--num-frames", "6"], "4 n + 1 frames"),
     ],
 )
-def test_what_cannot_be_encoded_says_why(tiny_wan, clips, tmp_path, capsys, arguments, message):
+def test_what_cannot_be_encoded_says_why(wan_pipeline, clips, tmp_path, capsys, arguments, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "p.txt").write_text("right\n")
     command = [argument.format(root=tmp_path) for argument in arguments]
-    assert main(["encode", str(tiny_wan), *FLAGS, *command, "--output", str(tmp_path / "c")]) == 2
+    assert main(["encode", str(wan_pipeline), *FLAGS, *command, "--output", str(tmp_path / "c")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "c").exists()
 
 

@@ -44,13 +44,13 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.fixture
-def write(tmp_path, tiny_wan):
+def write(tmp_path, wan_pipeline):
     """Write a settings file for the tiny pipeline; returns its path."""
 
     def write(output="run", **changes):
         (tmp_path / "prompts.txt").write_text("a digit moves left\n\ntwo digits rest\n")
         content = {
-            "teacher": {"path": str(tiny_wan), **SIZE, "device": "cpu"},
+            "teacher": {"path": str(wan_pipeline), **SIZE, "device": "cpu"},
             "data": {"prompts_file": str(tmp_path / "prompts.txt")},
             "distillation": {**DISTILLATION, "output_dir": str(tmp_path / output)},
         }
@@ -77,7 +77,7 @@ class Stored:
             (folder / "weights").write_text("1")
 
 
-def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(write, tmp_path, tiny_wan, capsys):
+def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(write, tmp_path, wan_pipeline, capsys):
     assert main(["run", "--config", write("whole")]) == 0
     command = [sys.executable, "-c", KILLED, "run", "--config", write("killed")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -89,7 +89,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(write, tmp_pa
     assert json.loads(capsys.readouterr().out.partition("\n")[2])["updates"] == {"vsd": 2}
     assert main(["run", "--config", write("killed")]) == 0
     ours, theirs = weights(killed / "student"), weights(tmp_path / "whole" / "student")
-    untrained = ds.load_teacher(tiny_wan, **SIZE).denoiser.state_dict()
+    untrained = ds.load_teacher(wan_pipeline, **SIZE).denoiser.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert any(not torch.equal(ours[name], untrained[name]) for name in theirs)
     told = json.loads((killed / "summary.json").read_text())

@@ -67,6 +67,6 @@ def test_samples_that_cannot_be_drawn_say_why(student_folder, tmp_path, capsys, 
     assert message in capsys.readouterr().err and not (tmp_path / "o.mp4").exists()
 
 
-def test_a_teacher_is_no_student(tiny_wan, tmp_path, capsys):
-    assert main(["sample", str(tiny_wan), "--prompt", "a", "--output", str(tmp_path / "o.mp4")]) == 2
+def test_a_teacher_is_no_student(wan_pipeline, tmp_path, capsys):
+    assert main(["sample", str(wan_pipeline), "--prompt", "a", "--output", str(tmp_path / "o.mp4")]) == 2
     assert "holds no student" in capsys.readouterr().err

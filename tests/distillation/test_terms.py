@@ -77,7 +77,7 @@ def test_terms_of_weight_zero_are_not_computed(randn):
 def test_a_target_that_moves_like_the_prediction_costs_nothing(tiny_wan, randn, condition):
     terms = TemporalTerms(settings(feature_weight=1.0, correspondence_weight=1.0, temporal_weight=1.0), tiny_wan())
     x = randn(2, *SHAPE)
-    assert float(terms.of_cd(x, x.clone(), condition, {})) == 0
+    assert float(terms.of_cd(x, x.clone(), condition, {}).detach()) == 0
     still = x[:, :, :1].expand(-1, -1, 3, -1, -1)
     logs = {}
     terms.of_cd(still, x, condition, logs)
@@ -246,3 +246,26 @@ def test_mistakes_are_found_before_training(world):
     for name in ("feature_weight", "correspondence_weight", "adversarial_weight", "discriminator_weight"):
         with pytest.raises(DistillationConfigError, match=f"{name} must be at least 0; got -1"):
             settings(**{name: -1.0})
+
+
+def test_vsd_hands_over_its_direction_and_its_difference(world, monkeypatch):
+    seen, difference = [], []
+    of_vsd, score_difference = TemporalTerms.of_vsd, ds.trainer.score_difference
+
+    def recorded(self, *args):
+        seen.append(args[1:3])
+        return of_vsd(self, *args)
+
+    def known(*args):
+        difference.append(score_difference(*args))
+        return difference[-1]
+
+    monkeypatch.setattr(TemporalTerms, "of_vsd", recorded)
+    monkeypatch.setattr(ds.trainer, "score_difference", known)
+    teacher, data = world()
+    config = settings(cd_steps=0)
+    ds.DistillationTrainer(teacher, start_student(teacher, config), data, config).train()
+    for (direction, moved), (wanted, distance) in zip(seen, difference, strict=True):
+        assert torch.equal(moved, wanted)
+        torch.testing.assert_close(direction, wanted / (distance + 1e-6), rtol=1e-12, atol=0)
+    assert float(seen[-1][1].abs().max()) > 0

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
 
 from distillation import cli
 from distillation.families import import_diffusers
@@ -37,7 +36,10 @@ class TinyPipeline:
     width: int = 16
 
 
-TINY = {"WanPipeline": TinyPipeline(FAMILIES["build_components"])}
+TINY = {
+    "WanPipeline": TinyPipeline(FAMILIES["build_components"]),
+    "CogVideoXPipeline": TinyPipeline(FAMILIES["build_cogvideox"]),
+}
 """Pipeline class -> its tiny pipeline; a family's configurations run as soon as it stands here."""
 
 PIPELINES = {
@@ -126,13 +128,6 @@ def shrunk(tmp_path, folders):
         return file, content
 
     return shrink
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Let each run choose its precision, as its own program would."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def updates(folder: Path) -> int:

@@ -13,6 +13,7 @@ from distillation.families import FAMILIES, TeacherError, import_diffusers, load
 from distillation.families.codec import CodecError
 from distillation.families.export import load_student
 from distillation.families.grids import scheduler_folder
+from distillation.roles import SharedBase
 from distillation.sampler import ode_step, sample_teacher
 from distillation.schedule import coefficients
 from distillation.student import FewStepStudent
@@ -240,6 +241,23 @@ def test_a_saved_student_samples_the_same_in_stock_diffusers_and_loaded_again(fa
             sampled = loaded.sample(condition, drawn, count)
             assert torch.equal(sampled, student.sample(condition, drawn, count))
         torch.testing.assert_close(sampled, expected, rtol=0, atol=1e-5)
+
+
+def test_a_student_of_adapters_is_saved_with_them_merged(family, tmp_path):
+    roles = SharedBase(copy.deepcopy(family.teacher.denoiser), 2)
+    parts = {"latent_shape": family.teacher.latent_shape, "exporter": family.teacher.exporter}
+    student = FewStepStudent(roles.student, {1: [1.0]}, encode=family.teacher.encode, **parts)
+    condition, noise = student.encode(family.case.prompts(*TEXTS)), torch.randn(1, 2, *family.case.shape)
+    with torch.no_grad():
+        teachers = student.sample(condition, noise, 1)
+        assert torch.equal(FewStepStudent(family.teacher.denoiser, {1: [1.0]}).sample(condition, noise, 1), teachers)
+        for parameter in student.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+        moved = student.sample(condition, noise, 1)
+        student.save_pretrained(tmp_path / "student")
+        stored = load_student(tmp_path / "student").sample(condition, noise, 1)
+    assert float((moved - teachers).abs().max()) > 1e-3
+    torch.testing.assert_close(stored, moved, rtol=0, atol=1e-5)
 
 
 def test_the_card_can_be_followed(family, tmp_path):

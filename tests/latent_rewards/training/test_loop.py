@@ -117,3 +117,22 @@ def test_learning_rate_schedule():
 def test_bad_settings_are_named(field):
     with pytest.raises(ValueError, match=field):
         LoopConfig(**{"num_steps": 1, field: 0})
+
+
+@pytest.mark.parametrize("order", [("no", "bf16", "no"), ("bf16", "no", "bf16")])
+def test_stages_of_one_process_may_differ_in_precision(order):
+    for precision in order:
+        loop, module, _ = build(mixed_precision=precision)
+        with loop.accelerator.autocast():
+            computed = module(torch.zeros(1, 3)).dtype
+        assert computed == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def test_ema_moves_the_module_it_is_given():
+    module = torch.nn.Linear(2, 1)
+    average = torch.nn.Linear(2, 1).requires_grad_(False)
+    start = average.weight.clone()
+    ema = Ema(module, 0.75, average=average)
+    ema.update()
+    assert ema.module is average
+    torch.testing.assert_close(average.weight, 0.75 * start + 0.25 * module.weight.detach())
