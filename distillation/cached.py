@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from distillation.condition import TextCondition
 from distillation.errors import ConditionError, DistillationError, MissingPartError
+from distillation.fingerprints import add_weights
 from latent_rewards.training.checkpoint import commit_directory, verify_directory
 
 COMPLETE, SETTINGS = "complete", "settings"
@@ -272,7 +273,5 @@ def text_fingerprint(encode: Any) -> str:  # noqa: ANN401 - a family's text enco
     vocabulary = sorted(encode.tokenizer.get_vocab().items())
     settings = [type(encoder).__name__, encode.max_sequence_length, vocabulary]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).reshape(-1).view(torch.uint8).numpy().tobytes())
+    add_weights(digest, encoder.state_dict())
     return f"text-{digest.hexdigest()[:32]}"

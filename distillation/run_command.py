@@ -95,10 +95,12 @@ class StudentSection:
     Attributes:
         timesteps: ``{step count: times in (0, 1], noise first}``; None: 1, 2 and 4 steps, uniform.
         eta: 1 re-noises with fresh noise at each step, 0 is deterministic.
+        merge_adapters: with ``adapter_rank``, False exports the adapter alone.
     """
 
     timesteps: dict[int, list[float]] | None = None
     eta: float = 1.0
+    merge_adapters: bool = True
 
 
 @dataclass
@@ -151,7 +153,7 @@ def run_command(options: argparse.Namespace) -> int:
         path = folder.cached(
             "student",
             lambda: train(settings, device),
-            lambda student, path: student.save_pretrained(path),
+            lambda student, path: student.save_pretrained(path, merge_adapters=settings["student"].merge_adapters),
             lambda path: path,
         )
     except NonFiniteError as error:
@@ -191,6 +193,7 @@ def as_remembered(settings: dict[str, Any]) -> dict[str, Any]:
         "student": StudentSection(
             {str(count): grid for count, grid in (settings["student"].timesteps or {}).items()} or None,  # type: ignore[misc]
             settings["student"].eta,
+            settings["student"].merge_adapters,
         ),
         "distillation": dataclasses.replace(settings["distillation"], **free),
     }
@@ -204,6 +207,7 @@ def check(settings: dict[str, Any]) -> SourceFacts:
         CacheError: the cache is none, or not finished.
         TimestepsError: a grid cannot be sampled.
         StepCountError: a step count has no grid.
+        DistillationConfigError: the adapter shall be kept of a student that has none.
     """
     from distillation.cached import read_cache_settings
     from distillation.prompts import read_prompts
@@ -211,6 +215,8 @@ def check(settings: dict[str, Any]) -> SourceFacts:
     from distillation.student import DEFAULT_TIMESTEPS
 
     grids = check_timesteps(settings["student"].timesteps or DEFAULT_TIMESTEPS)
+    if settings["distillation"].adapter_rank is None and not settings["student"].merge_adapters:
+        raise DistillationConfigError("merge_adapters is false but there are none; set adapter_rank, or leave it out")
     for count in settings["distillation"].step_counts:
         if count not in grids:
             raise StepCountError(

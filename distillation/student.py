@@ -182,11 +182,21 @@ class FewStepStudent(nn.Module):
         """Call :meth:`sample`."""
         return self.sample(condition, noise, num_steps)
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write the student as a folder a stock diffusers pipeline loads; see :mod:`distillation.families.export`."""
+    def save_pretrained(self, path: str | Path, *, merge_adapters: bool = True) -> None:
+        """Write the student as a folder a stock diffusers pipeline loads; see :mod:`distillation.families.export`.
+
+        Args:
+            path: the folder.
+            merge_adapters: False writes the adapter alone, for a pipeline that has the teacher; see
+                :mod:`distillation.families.adapters`.
+        """
+        from distillation.families.adapters import save_adapter
         from distillation.families.export import save_student
 
-        save_student(self, path)
+        if merge_adapters:
+            save_student(self, path)
+        else:
+            save_adapter(self, path)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> FewStepStudent:

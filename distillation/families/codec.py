@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from distillation.errors import DistillationError
+from distillation.fingerprints import add_weights
 from distillation.student import LatentShape
 
 FRAMES_PER_LATENT = 4
@@ -84,10 +85,7 @@ class VideoCodec:
         """
         settings = {key: value for key, value in dict(self._config).items() if not key.startswith("_")}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.vae.state_dict().items()):
-            rounded = tensor.detach().to("cpu", torch.bfloat16).reshape(-1)
-            digest.update(f"{name}{list(tensor.shape)}".encode())
-            digest.update(rounded.view(torch.uint8).numpy().tobytes())
+        add_weights(digest, self.vae.state_dict())
         return f"{self.family}-vae-{digest.hexdigest()[:32]}"
 
     def video_size(self, latent_shape: LatentShape) -> tuple[int, int, int]:

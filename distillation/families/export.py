@@ -89,12 +89,11 @@ def save_student(student: FewStepStudent, path: str | Path, *, dtype: torch.dtyp
         )
     configurations = parts.configurations(denoiser, student.grids, student.eta)
     shape = student.latent_shape()
-    _check_target(Path(path))
+    check_target(Path(path))
     with commit_directory(path) as folder:
         default = build_scheduler(configurations[max(configurations)])
         _write_pipeline(folder, parts.pipeline_class, {**parts.components(denoiser), "scheduler": default}, dtype)
-        for count, configuration in configurations.items():
-            build_scheduler(configuration).save_pretrained(folder / scheduler_folder(count))
+        write_schedulers(folder, configurations)
         sidecar = {
             "kind": STUDENT_KIND,
             "timesteps": {str(count): list(grid) for count, grid in student.grids.items()},
@@ -125,7 +124,7 @@ def load_student(
         found = f"kind {sidecar.get('kind')!r}" if sidecar else f"no {SIDECAR}"
         raise StudentError(
             f"{folder} holds no student ({found}); expected a folder written by student.save_pretrained, of kind "
-            f"{STUDENT_KIND!r}"
+            f"{STUDENT_KIND!r}; an adapter is loaded with distillation.families.adapters.load_adapter"
         )
     family = family_of(folder)
     if sidecar.get("family") != family.FAMILY:
@@ -180,7 +179,7 @@ def save_teacher_pipeline(
     """
     if pipeline_class not in FAMILIES:
         raise TeacherError(f"{pipeline_class!r} is not supported; choose one of {', '.join(sorted(FAMILIES))}")
-    _check_target(Path(path))
+    check_target(Path(path))
     components = {
         "tokenizer": tokenizer,
         "text_encoder": text_encoder,
@@ -196,12 +195,23 @@ def save_teacher_pipeline(
         _write_sidecar(folder, {"kind": TEACHER_KIND}, latent_shape, parts)
 
 
-def _check_target(path: Path) -> None:
+def check_target(path: Path) -> None:
+    """Check that a folder may be written: it is new, empty, or was written by this library.
+
+    Raises:
+        FolderInUseError: it holds something else.
+    """
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / SIDECAR).is_file()):
         raise FolderInUseError(
             f"{path} exists and was not written by this library (it has no {SIDECAR}); writing there would remove what "
             "it holds: give a new folder"
         )
+
+
+def write_schedulers(folder: Path, configurations: Mapping[int, Mapping[str, Any]]) -> None:
+    """Write one scheduler folder per step count, of what ``PipelineParts.configurations`` returned."""
+    for count, configuration in configurations.items():
+        build_scheduler(configuration).save_pretrained(folder / scheduler_folder(count))
 
 
 def _write_sidecar(folder: Path, content: dict[str, Any], latent_shape: LatentShape, parts: PipelineParts) -> None:
