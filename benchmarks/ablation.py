@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -33,7 +34,7 @@ from distillation.baselines.progressive import ProgressiveConfig, ProgressiveTra
 from distillation.baselines.turbo import TurboConfig, TurboTrainer
 from latent_rewards.contracts import ConfigError, unknown_name
 from recipes.dollar import Dollar, counted
-from recipes.moving_digits.benchmark import DigitsBenchmark
+from recipes.moving_digits.benchmark import REAL_CLIPS, DigitsBenchmark
 
 RESULTS = Path(__file__).parent / "results" / "ablation"
 CONFIG = "recipes/configs/moving_digits_full.yaml"
@@ -100,15 +101,15 @@ class Ablation:
 
     def measure(self, method: str, seed: int) -> dict[str, Any]:
         """Train (or continue), sample, score; ``seconds`` are those of the training, without parts before a kill."""
-        pipeline = self._pipeline(seed)
+        pipeline = self.pipeline(seed)
         begun = time.perf_counter()
         students = _METHODS[method](self, pipeline, self.runs / f"{method}-seed{seed}")
         seconds = time.perf_counter() - begun
-        benchmark = self._benchmark(pipeline, f"{method}-seed{seed}")
+        benchmark = self.benchmark(pipeline, f"{method}-seed{seed}")
         for steps in STEPS:
             sampler = pipeline.student_sampler(students[steps], steps)
             benchmark.add(f"{TITLES[method]}, {counted(steps)}", sampler, num_steps=steps, network_evaluations=steps)
-        mine, base = self._rows(benchmark), self._benchmark(pipeline, REFERENCE)
+        mine, base = self._rows(benchmark), self.benchmark(pipeline, REFERENCE)
         base.load_rows()
         benchmark.rows[TEACHER] = base.rows[TEACHER]
         return {
@@ -123,8 +124,8 @@ class Ablation:
 
     def reference(self) -> dict[str, Any]:
         """Score real clips, their reconstruction, and the teacher in 50, 8, 4 and 1 steps."""
-        pipeline, begun = self._pipeline(0), time.perf_counter()
-        benchmark = self._benchmark(pipeline, REFERENCE)
+        pipeline, begun = self.pipeline(0), time.perf_counter()
+        benchmark = self.benchmark(pipeline, REFERENCE)
         benchmark.add_ceilings()
         guidance = float(pipeline.config.guidance_scale or 1.0)
         for steps in (50, 8, 4, 1):
@@ -134,7 +135,8 @@ class Ablation:
         seconds = time.perf_counter() - begun
         return {"method": REFERENCE, "seed": 0, "rows": self._rows(benchmark), "seconds": seconds, **provenance()}
 
-    def _pipeline(self, seed: int) -> Dollar:
+    def pipeline(self, seed: int) -> Dollar:
+        """Return the pipeline of a seed: teacher, data and evaluation."""
         settings = seeded(self.config, seed)
         changes: dict[str, Any] = {"output_dir": str(self.runs), "device": self.device}
         if self.num_prompts is not None:
@@ -142,9 +144,15 @@ class Ablation:
         settings["run"] = dataclasses.replace(settings["run"], **changes)
         return Dollar(settings)
 
-    def _benchmark(self, pipeline: Dollar, name: str) -> DigitsBenchmark:
+    def benchmark(self, pipeline: Dollar, name: str) -> DigitsBenchmark:
+        """Return the evaluation whose rows are kept under a name."""
         count = pipeline.config.num_eval_prompts
         folder = self.runs / "evaluation" / name
+        known = self.runs / "evaluation" / REFERENCE / REAL_CLIPS
+        if known.is_file() and not (folder / REAL_CLIPS).is_file():
+            # All are compared with the same real clips, whose features take a while.
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(known, folder / REAL_CLIPS)
         return DigitsBenchmark(pipeline.codec, pipeline.teacher.latent_shape, folder, num_prompts=count)
 
     @staticmethod

@@ -139,12 +139,14 @@ class SharedBase:
     def merged(self, name: RoleName = "student") -> nn.Module:
         """Return a copy of the denoiser with the adapter of a role added to its weights, and no adapters."""
         plain = copy.deepcopy(self.teacher)
-        for path, layer in [(path, module) for path, module in plain.named_modules() if _is_adapter_layer(module)]:
+        for layer in _adapter_layers(plain):
             layer.merge(adapter_names=[name])
-            parent, _, child = path.rpartition(".")
-            setattr(plain.get_submodule(parent), child, layer.get_base_layer())
-        del plain.peft_config
+        _unwrap(plain)
         return plain.requires_grad_(True)
+
+    def remove(self) -> None:
+        """Take the adapters off the teacher, which can then be the base of others; the roles are of no use any more."""
+        _unwrap(self.teacher)
 
     def adapter(self, name: RoleName) -> dict[str, nn.Parameter]:
         """Return the parameters of a role's adapter; roles have the same names."""
@@ -295,6 +297,14 @@ def _inject(denoiser: nn.Module, rank: int, targets: Sequence[str] | None) -> li
         for name in _ROLES:
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen), denoiser, name)
     return _adapter_layers(denoiser)
+
+
+def _unwrap(denoiser: nn.Module) -> None:
+    """Put the layers that were wrapped back in their places."""
+    for path, layer in [(path, module) for path, module in denoiser.named_modules() if _is_adapter_layer(module)]:
+        parent, _, child = path.rpartition(".")
+        setattr(denoiser.get_submodule(parent), child, layer.get_base_layer())
+    del denoiser.peft_config
 
 
 def _is_adapter_layer(module: nn.Module) -> bool:

@@ -153,14 +153,12 @@ class Dollar:
         section = self.section("distillation", "distillation", device=self.device, **overrides)
 
         def train() -> ds.FewStepStudent:
-            student = ds.FewStepStudent(
-                copy.deepcopy(self.teacher.denoiser),
-                encode=self.teacher.encode,
-                latent_shape=self.teacher.latent_shape,
-                exporter=self.teacher.exporter,
-            )
+            student = ds.start_student(self.teacher, section)
             ds.DistillationTrainer(self.teacher, student, self.distillation_data(), section).train()
-            return student
+            own = student.merged()
+            if own is not student:
+                student.denoiser.roles.remove()  # the teacher is as it was
+            return own
 
         return self.folder.cached(name, train, lambda s, path: s.save_pretrained(path), self.load_student)
 

@@ -35,6 +35,8 @@ from recipes.moving_digits.world import draw_specs, render, write_prompt
 from recipes.prompted import Sampler
 
 TUNED = "digits.legibility"
+REAL_CLIPS = "reference.safetensors"
+"""File with what the real clips are to the judge; it depends on the number of prompts alone."""
 SHOWN = (TUNED, "digits.legibility_holdout", "digits.direction")
 """Values reported beside the benchmark's dimensions."""
 
@@ -84,7 +86,7 @@ class DigitsBenchmark:
         self.shown_prompts = self.prompts[:num_shown]
         self.judge = Judge.load()
         self.rows: dict[str, Row] = {}
-        stored, ranks = self.folder / "reference.safetensors", current_ranks()
+        stored, ranks = self.folder / REAL_CLIPS, current_ranks()
         if ranks.agree(stored.is_file()):
             self.reference = Reference.load(stored)
         else:

@@ -145,6 +145,15 @@ def test_a_merged_role_is_a_network_like_the_teachers(base, inputs, randn):
     assert merged(plain) is plain
 
 
+def test_a_teacher_can_be_rid_of_its_adapters_and_given_others(base, inputs):
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    SharedBase(base, RANK).remove()
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    alone = base(*inputs).v
+    assert torch.equal(SharedBase(base, 1).student(*inputs).v, alone)
+
+
 def test_a_role_is_its_adapter_alone_but_moves_and_copies_with_its_base(base, inputs, randn):
     roles = SharedBase(base, RANK)
     student = shaken(roles.student, randn)

@@ -1,0 +1,114 @@
+import json
+import sys
+
+import pytest
+import yaml
+
+from benchmarks import ablation, temporal
+from benchmarks.ablation import CLAIMS, TITLES, passes, summarise
+from distillation.config import DistillationConfig
+from latent_rewards.contracts import ConfigError
+from recipes.moving_digits.benchmark import DigitsBenchmark
+
+SCORES = ("total", "quality", "semantic", "diversity", "frechet", "accuracy/digit", "digits.legibility")
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes", "expected"),
+    [
+        ("cd", {"guidance_scale": 1.0}, 1 + 3 + 1),
+        ("cd", {"guidance_scale": 3.0, "solver_steps": 2}, 4 + 3 + 1),
+        ("vsd", {"step_counts": [1], "fake_updates": 1, "guidance_scale": 1.0}, 0 + 3 + 1 + 1 + 3),
+        # Calls (1, 0), (2, 0), (2, 1), (4, 0..3): one step of the chain before the call that is trained, on average.
+        ("vsd", {"step_counts": [1, 2, 4], "fake_updates": 3}, 1 + 3 + 2 + 1 + 3 + 2 * (1 + 1 + 3)),
+        ("joint", {"step_counts": [1], "fake_updates": 1}, (3 + 2 + 1 + 3) + (2 + 3 + 1)),
+        ("progressive", {}, 2 + 3),
+    ],
+)
+def test_passes_of_an_update(objective, changes, expected):
+    assert passes(DistillationConfig(**changes), objective) == expected
+
+
+def test_an_image_costs_its_share_of_a_clip():
+    config = DistillationConfig()
+    assert passes(config, "image_cd", frames=5) == pytest.approx(passes(config, "cd") / 5)
+
+
+def result(method, seed, total):
+    rows = {
+        f"{TITLES[method]}, {steps}": {"scores": dict.fromkeys(SCORES, total + bonus)}
+        for steps, bonus in (("4 steps", 2.0), ("2 steps", 1.0), ("1 step", 0.0))
+    }
+    differences = {
+        f"{label} minus teacher, 50 steps": {score: {"difference": 1.0} for score in SCORES} for label in rows
+    }
+    return {"method": method, "seed": seed, "rows": rows, "differences": differences}
+
+
+def test_orderings_are_told_over_the_seeds_both_have():
+    results = [result("vsd_cd", seed, total) for seed, total in ((0, 60.0), (1, 50.0), (2, 70.0))]
+    results += [result("cd", seed, total) for seed, total in ((0, 55.0), (1, 53.0))]
+    summary, markdown = summarise(results)
+    told = summary["orderings"]["VSD→CD above CD alone"]["4 steps"]
+    assert told == {"difference": pytest.approx(1.0), "agree": 1, "seeds": 2}
+    assert set(summary["orderings"]) == {"VSD→CD above CD alone"}
+    assert summary["rows"]["VSD→CD, 4 steps"]["total"]["mean"] == pytest.approx(62.0)
+    assert summary["seeds"] == {"vsd_cd": [0, 1, 2], "cd": [0, 1]}
+    assert "| VSD→CD above CD alone | +1.0 (1 of 2) | +1.0 (1 of 2) | +1.0 (1 of 2) |" in markdown
+
+
+def test_every_claim_is_of_methods_there_are():
+    assert {method for pair in CLAIMS.values() for method in pair} <= set(TITLES)
+
+
+def test_the_share_of_terms_is_that_of_the_loss_they_go_with():
+    history = [{"vsd_loss": 1.0, "temporal_loss": 2.0, "feature_loss": 4.0}] * 10 + [{"cd_loss": 4.0}] * 10
+    weights = {"temporal_weight": 0.1, "feature_weight": 0.05, "correspondence_weight": 3.0}
+    assert temporal.share_of_terms(history, weights) == {"first": pytest.approx(0.4), "last": 0.0}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The demo's settings with eight encoded clips."""
+    settings = yaml.safe_load(open("recipes/configs/moving_digits.yaml"))
+    settings["run"] |= {"num_latents": 8, "num_prompts": 8}
+    settings["distillation"] |= {"batch_size": 2, "progress": False}
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
+    module.main()
+
+
+def test_methods_are_trained_scored_and_compared(small, tmp_path, monkeypatch, capsys):
+    results, real_pipeline = tmp_path / "results", DigitsBenchmark.add
+
+    def shorter(self, label, sample, *, num_steps, network_evaluations):
+        if label in ("teacher, 8 steps", "teacher, 4 steps"):
+            return None
+        return real_pipeline(self, label, sample, num_steps=num_steps, network_evaluations=network_evaluations)
+
+    monkeypatch.setattr(DigitsBenchmark, "add", shorter)
+    where = ("--runs", tmp_path / "runs", "--device", "cpu", "--config", small, "--results")
+    some = ("--share", 0.0002, "--prompts", 2, "--seeds", 0)
+    run(ablation, monkeypatch, *where, results, *some, "--methods", "progressive", "turbo")
+    found = json.loads((results / "progressive-seed0.json").read_text())
+    assert list(found["rows"]) == [f"progressive distillation, {steps}" for steps in ("4 steps", "2 steps", "1 step")]
+    assert all(set(SCORES) <= set(row["scores"]) for row in found["rows"].values())
+    seeds = json.loads((results / "summary.json").read_text())["seeds"]
+    assert seeds == {"reference": [0], "progressive": [0], "turbo": [0]}
+    capsys.readouterr()
+    run(ablation, monkeypatch, *where, results, "--summary")
+    assert "| T2V-Turbo, 1 step |" in capsys.readouterr().out
+    run(temporal, monkeypatch, *where, tmp_path / "motion", *some, "--terms", "feature")
+    told = json.loads((tmp_path / "motion" / "feature-seed0.json").read_text())
+    assert set(told["metrics"]) == set(temporal.METRICS) and told["shares"]["vsd"]["first"] > 0
+
+
+@pytest.mark.parametrize(("module", "flag"), [(ablation, "--methods"), (temporal, "--terms")])
+def test_what_there_is_none_of_is_named(module, flag, monkeypatch):
+    with pytest.raises(ConfigError, match="nothing"):
+        run(module, monkeypatch, flag, "nothing")
