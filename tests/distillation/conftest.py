@@ -53,6 +53,56 @@ class LearnableGaussian(Denoiser):
         return Prediction(x_t, t, self.schedule, v=p * mean + (p * alpha * variance + q * sigma) * whitened)
 
 
+class IdealMap(Denoiser):
+    """x0 such that the consistency function is m + (s / sqrt v_t)(x_t - alpha m), with m and s learnable.
+
+    As a student every call of its every chain puts out N(m, s^2).
+    """
+
+    def __init__(self, schedule, mean=0.0, std=1.0):
+        super().__init__()
+        self.schedule = schedule
+        self.mean = nn.Parameter(torch.tensor(float(mean), dtype=torch.float64))
+        self.std = nn.Parameter(torch.tensor(float(std), dtype=torch.float64))
+
+    def forward(self, x_t, t, condition=None):
+        alpha, sigma = coefficients(self.schedule, t, x_t)
+        scale = self.std / torch.sqrt(alpha**2 * self.std**2 + sigma**2)
+        ideal = self.mean + scale * (x_t - alpha * self.mean)
+        c_skip, c_out = (expand(c, x_t) for c in self.schedule.boundary(t))
+        return Prediction(x_t, t, self.schedule, x0=(ideal - c_skip * x_t) / c_out.clamp(min=1e-30))
+
+
+class ExactStep(Denoiser):
+    """The velocity whose single step from t to s(t) lands on the exact probability-flow map of N(mean, std^2)."""
+
+    def __init__(self, schedule, mean, std, s):
+        super().__init__()
+        self.schedule, self.mean, self.std, self.s = schedule, mean, std, s
+
+    def forward(self, x_t, t, condition=None):
+        (alpha, sigma), (alpha_s, sigma_s) = (coefficients(self.schedule, time, x_t) for time in (t, self.s(t)))
+        spread_t, spread_s = ((a**2 * self.std**2 + b**2).sqrt() for a, b in ((alpha, sigma), (alpha_s, sigma_s)))
+        x_s = alpha_s * self.mean + spread_s / spread_t * (x_t - alpha * self.mean)
+        x0 = (sigma * x_s - sigma_s * x_t) / (alpha_s * sigma - alpha * sigma_s)
+        return Prediction(x_t, t, self.schedule, x0=x0)
+
+
+class Table(Denoiser):
+    """f(x, t_k) = gain_k x + shift_k on the grid k / n; free at every level but data."""
+
+    def __init__(self, schedule, n):
+        super().__init__()
+        self.schedule, self.n = schedule, n
+        self.gains = nn.Parameter(torch.full((n + 1,), 0.1, dtype=torch.float64))
+        self.shifts = nn.Parameter(torch.zeros(n + 1, dtype=torch.float64))
+
+    def forward(self, x_t, t, condition=None):
+        k = (t * self.n).round().long()
+        x0 = expand(self.gains[k], x_t) * x_t + expand(self.shifts[k], x_t)
+        return Prediction(x_t, t, self.schedule, x0=x0)
+
+
 @dataclasses.dataclass
 class Numbers:
     """A condition of one number per sample."""
@@ -107,6 +157,21 @@ def affine():
 @pytest.fixture
 def learnable_gaussian():
     return LearnableGaussian
+
+
+@pytest.fixture
+def ideal_map():
+    return IdealMap
+
+
+@pytest.fixture
+def exact_step():
+    return ExactStep
+
+
+@pytest.fixture
+def table():
+    return Table
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from distillation.consistency import (
     consistency_function,
@@ -15,62 +14,10 @@ from distillation.consistency import (
 )
 from distillation.denoiser import Denoiser, GaussianDenoiser, Prediction
 from distillation.errors import DistillationConfigError
-from distillation.schedule import RectifiedFlow, VariancePreserving, coefficients, expand
+from distillation.schedule import RectifiedFlow, VariancePreserving
 
 M, S = 0.3, 0.7
 SCHEDULES = [RectifiedFlow(), RectifiedFlow(shift=3.0), VariancePreserving(), VariancePreserving("linear")]
-
-
-def spread(schedule, t):
-    alpha, sigma = schedule(t)
-    return torch.sqrt(alpha**2 * S**2 + sigma**2)
-
-
-class IdealMap(Denoiser):
-    """x0 such that the consistency function is m + (s / sqrt v_t)(x_t - alpha m)."""
-
-    def __init__(self, schedule):
-        super().__init__()
-        self.schedule = schedule
-
-    def forward(self, x_t, t, condition=None):
-        alpha, _ = coefficients(self.schedule, t, x_t)
-        ideal = M + S / expand(spread(self.schedule, t), x_t) * (x_t - alpha * M)
-        c_skip, c_out = (expand(c, x_t) for c in self.schedule.boundary(t))
-        return Prediction(x_t, t, self.schedule, x0=(ideal - c_skip * x_t) / c_out.clamp(min=1e-30))
-
-
-class ExactStep(Denoiser):
-    """The velocity whose single step from t to s lands on the exact probability-flow map."""
-
-    def __init__(self, schedule, s):
-        super().__init__()
-        self.schedule, self.s = schedule, s
-
-    def forward(self, x_t, t, condition=None):
-        (alpha, sigma), (alpha_s, sigma_s) = (
-            coefficients(self.schedule, t, x_t),
-            coefficients(self.schedule, self.s, x_t),
-        )
-        ratio = expand(spread(self.schedule, self.s) / spread(self.schedule, t), x_t)
-        x_s = alpha_s * M + ratio * (x_t - alpha * M)
-        x0 = (sigma * x_s - sigma_s * x_t) / (alpha_s * sigma - alpha * sigma_s)
-        return Prediction(x_t, t, self.schedule, x0=x0)
-
-
-class Table(Denoiser):
-    """f(x, t_k) = gain_k x + shift_k on the grid k / n; free at every level but data."""
-
-    def __init__(self, schedule, n):
-        super().__init__()
-        self.schedule, self.n = schedule, n
-        self.gains = nn.Parameter(torch.full((n + 1,), 0.1, dtype=torch.float64))
-        self.shifts = nn.Parameter(torch.zeros(n + 1, dtype=torch.float64))
-
-    def forward(self, x_t, t, condition=None):
-        k = (t * self.n).round().long()
-        x0 = expand(self.gains[k], x_t) * x_t + expand(self.shifts[k], x_t)
-        return Prediction(x_t, t, self.schedule, x0=x0)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -83,22 +30,22 @@ def test_boundary_holds_for_any_network(schedule, affine, learnable_gaussian, ra
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("k", [1, 5, 9])
-def test_ideal_map_and_exact_step_have_no_loss(schedule, k, randn):
+def test_ideal_map_and_exact_step_have_no_loss(schedule, k, randn, ideal_map, exact_step):
     t, s = time_grid(10)[k], time_grid(10)[k - 1]
-    student = IdealMap(schedule)
+    student = ideal_map(schedule, M, S).requires_grad_(False)
     x0, noise = M + S * randn(64, 1, 1, 1, 1), randn(64, 1, 1, 1, 1, seed=1)
-    loss = consistency_loss(student, student, ExactStep(schedule, s), x0, None, noise, t, s)
+    loss = consistency_loss(student, student, exact_step(schedule, M, S, lambda t: s), x0, None, noise, t, s)
     assert float(loss) <= 1e-24
     # The guard can fail: one DDIM step of the teacher is not the exact map.
     discrete = consistency_loss(student, student, GaussianDenoiser(M, S, schedule), x0, None, noise, t, s)
     assert float(discrete) > 1e-6
 
 
-def test_several_solver_steps_lead_to_where_the_teachers_sampler_does(randn):
+def test_several_solver_steps_lead_to_where_the_teachers_sampler_does(randn, ideal_map):
     # Row 4: from t = 1 to 0.5 in 1, 2 and 4 steps of the rectified flow; the student's target is what lies there.
     schedule, seen = RectifiedFlow(), []
 
-    class Target(IdealMap):
+    class Target(ideal_map):
         def forward(self, x_t, t, condition=None):
             seen.append(x_t)
             return super().forward(x_t, t, condition)
@@ -107,7 +54,8 @@ def test_several_solver_steps_lead_to_where_the_teachers_sampler_does(randn):
     t, s = (torch.tensor(time, dtype=torch.float64) for time in (1.0, 0.5))
     teacher = GaussianDenoiser(M, S, schedule)
     for steps in (1, 2, 4):
-        consistency_loss(IdealMap(schedule), Target(schedule), teacher, x0, None, noise, t, s, solver_steps=steps)
+        student, target = ideal_map(schedule, M, S), Target(schedule, M, S)
+        consistency_loss(student, target, teacher, x0, None, noise, t, s, solver_steps=steps)
         gain = math.prod(
             ((1 - b) * (1 - a) * S**2 + b * a) / ((1 - a) ** 2 * S**2 + a**2)
             for a, b in ((1 - 0.5 * k / steps, 1 - 0.5 * (k + 1) / steps) for k in range(steps))
@@ -116,10 +64,10 @@ def test_several_solver_steps_lead_to_where_the_teachers_sampler_does(randn):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES[:3])
-def test_fixed_point_is_the_teachers_discrete_sampler(schedule, randn):
+def test_fixed_point_is_the_teachers_discrete_sampler(schedule, randn, table):
     # Row 5: trained with the public loss on a grid of 4, the gain at noise is the DDIM product, not s.
     n, teacher = 4, GaussianDenoiser(M, S, schedule)
-    student, target, grid = Table(schedule, n), Table(schedule, n), time_grid(n)
+    student, target, grid = table(schedule, n), table(schedule, n), time_grid(n)
     x0, noise = M + S * randn(8, 1, 1, 1, 1), randn(8, 1, 1, 1, 1, seed=1)
     for k in range(1, n + 1):
         optimizer = torch.optim.LBFGS(student.parameters(), max_iter=60, tolerance_grad=1e-14, tolerance_change=0)
@@ -237,11 +185,12 @@ def test_curriculum_begins_at_the_data_and_ends_near_t():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("progress", [0.0, 0.4, 1.0])
-def test_curriculum_pairs_have_no_loss_at_the_ideal_map(schedule, progress, randn):
+def test_curriculum_pairs_have_no_loss_at_the_ideal_map(schedule, progress, randn, ideal_map, exact_step):
     # Row 3 away from the grid: a pair per sample, with s = 0 among them at first.
     t, s = curriculum_pairs(torch.linspace(0, 0.95, 32, dtype=torch.float64), progress)
-    student, x0, noise = IdealMap(schedule), M + S * randn(32, 1, 1, 1, 1), randn(32, 1, 1, 1, 1, seed=1)
-    assert float(consistency_loss(student, student, ExactStep(schedule, s), x0, None, noise, t, s)) <= 1e-24
+    student, teacher = ideal_map(schedule, M, S).requires_grad_(False), exact_step(schedule, M, S, lambda t: s)
+    x0, noise = M + S * randn(32, 1, 1, 1, 1), randn(32, 1, 1, 1, 1, seed=1)
+    assert float(consistency_loss(student, student, teacher, x0, None, noise, t, s)) <= 1e-24
 
 
 def test_curriculum_refuses_what_cannot_be_scheduled():
