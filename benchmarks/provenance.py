@@ -19,19 +19,19 @@ def provenance() -> dict[str, Any]:
     """Return the command, the commit, package versions and the machine."""
     return {
         "command": " ".join(["python", "-m", _module(), *map(_nameless, sys.argv[1:])]),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parent),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
     }
 
 
-def _commit() -> str | None:
-    """Return the commit, or None where there is no git or no repository."""
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of a folder, or None where there is no git or no repository."""
     try:
         told = subprocess.run(  # noqa: S603 - a fixed command
             ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
-            cwd=Path(__file__).parent,
+            cwd=folder,
             capture_output=True,
             text=True,
             check=False,

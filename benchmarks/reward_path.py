@@ -13,8 +13,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 
 import latent_rewards as lr
 from benchmarks.checkpointed_decoder import CheckpointedWan
+from benchmarks.interpreter import run_apart
 from benchmarks.provenance import provenance
 from benchmarks.proxy_speed import PROMPTS, SPARE, device_name, free_mib, mebibytes, memory, prepare, read_size, settle
 from latent_rewards.lro.estimators import smoothed
@@ -43,8 +42,6 @@ GPU_SIZES = ((5, 64, 64), (9, 240, 416), (17, 480, 832), (81, 480, 832))
 
 NUM_DRAWS, HEAD_STD = 8, 0.1
 """LROConfig's defaults."""
-
-KILLED = -9
 
 Size = tuple[int, int, int]
 Loss = Callable[[Tensor], Tensor]
@@ -189,17 +186,7 @@ def measure(run: Run) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed.
     """
-    command = [sys.executable, "-m", "benchmarks.reward_path", "--run", json.dumps(asdict(run))]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - this module
-    if ended.returncode == KILLED:
-        return {"out_of_memory": "the interpreter was killed"}
-    # Some of CUDA's libraries have errors of their own.
-    if ended.returncode and "out of memory" in ended.stderr.lower():
-        return {"out_of_memory": ended.stderr.strip().splitlines()[-1]}
-    if ended.returncode:
-        raise RuntimeError(f"{run.way} ended with status {ended.returncode}: {ended.stderr[-2000:]}")
-    told: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    return told
+    return run_apart("benchmarks.reward_path", run.way, asdict(run))
 
 
 def read_pixels(way: Way, size: Size) -> int:
