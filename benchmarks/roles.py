@@ -302,17 +302,20 @@ def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def bars(compared: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return whether the last size of :func:`ratios` keeps the bars, each like for like: with checkpointing or without.
+    """Return whether the size of most weights keeps the bars, each like for like: with checkpointing or without.
 
-    Memory of shared roles over that of full networks: at most a third. Seconds over the peer's: at most 1; None where
-    there was no peer.
+    Args:
+        compared: of :func:`ratios`, one or more.
+
+    Returns:
+        Memory of shared roles over that of full networks, at most a third where ``memory_kept``; seconds over the
+        peer's, at most 1 where ``seconds_kept``; None where one of both is not measured.
     """
-    if not compared:
-        return {}
-    last, told = compared[-1], {}
+    largest = max(compared, key=lambda entry: expected_mib(Way("shared", False), SIZES[entry["size"]]))
+    told: dict[str, Any] = {}
     for checkpointed in (False, True):
         full, shared, peer = (Way(kind, checkpointed).name for kind in KINDS)
-        over = last["over"].get(shared, {})
+        over = largest["over"].get(shared, {})
         memory_ratio, seconds = over.get(full, {}).get("memory"), over.get(peer, {}).get("seconds")
         told[shared] = {
             "memory_over_full": memory_ratio,
@@ -320,7 +323,7 @@ def bars(compared: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "seconds_over_peer": seconds,
             "seconds_kept": None if seconds is None else seconds <= 1,
         }
-    return {"size": last["size"], **told}
+    return {"size": largest["size"], **told}
 
 
 def main() -> None:
