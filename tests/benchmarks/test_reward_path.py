@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from benchmarks import interpreter, reward_path
+from benchmarks import reward_path
 from benchmarks.checkpointed_decoder import CheckpointedWan
 from benchmarks.proxy_speed import prepare, read_size
 from benchmarks.reward_path import (
@@ -156,19 +156,6 @@ def test_a_run_has_an_interpreter_of_its_own_and_says_what_failed(folder, tmp_pa
     assert len(told["seconds"]) == 1
     with pytest.raises(RuntimeError, match=r"^proxy ended with status 1(.|\n)*latents.safetensors"):
         measure(Run("proxy", str(tmp_path), 1, 60.0, "cpu"))
-
-
-@pytest.mark.parametrize(
-    ("status", "written", "said"),
-    [
-        (interpreter.KILLED, "", "the interpreter was killed"),
-        (1, "Traceback\nRuntimeError: CUDA error: out of memory\n", "RuntimeError: CUDA error: out of memory"),
-    ],
-)
-def test_one_that_was_killed_or_says_so_ran_out_of_memory(status, written, said, monkeypatch):
-    ended = Namespace(returncode=status, stderr=written)
-    monkeypatch.setattr(interpreter.subprocess, "run", lambda *arguments, **named: ended)
-    assert measure(Run("decoder", "", 1, 60.0, "cpu")) == {"out_of_memory": said}
 
 
 def test_a_way_that_fails_is_a_row_too():
