@@ -15,6 +15,7 @@ import yaml
 
 import distillation as ds
 from distillation.cli import build_parser, main
+from distillation.families.adapters import load_adapter
 
 SIZE = {"num_frames": 5, "height": 16, "width": 16}
 DISTILLATION = {
@@ -70,7 +71,8 @@ def weights(folder):
 class Stored:
     """Something that is saved as a run's student is."""
 
-    def save_pretrained(self, path):
+    def save_pretrained(self, path, *, merge_adapters):
+        assert merge_adapters
         from latent_rewards.training.checkpoint import commit_directory
 
         with commit_directory(path) as folder:
@@ -111,6 +113,20 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(writ
     assert "sources.data" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("merged", [True, False])
+def test_adapters_are_trained_and_exported_as_asked(write, tmp_path, wan_pipeline, merged):
+    changes = {"adapter_rank": 2, "vsd_steps": 2, "cd_steps": 1, "gradient_checkpointing": True}
+    assert main(["run", "--config", write(distillation=changes, student={"merge_adapters": merged})]) == 0
+    folder = tmp_path / "run" / "student"
+    if merged:
+        assert not list(folder.glob("*/*lora*")) and weights(folder)
+        return
+    teacher = ds.load_teacher(wan_pipeline, **SIZE)
+    student = load_adapter(folder, teacher)
+    assert student.denoiser.roles.rank == 2
+    assert max(float(p.detach().abs().max()) for n, p in student.named_parameters() if n.endswith("lora_B")) > 0
+
+
 def test_flags_win_over_the_file(write, tmp_path):
     from distillation.run_command import settings_of
 
@@ -135,6 +151,8 @@ def test_two_processes_share_a_run_and_the_first_writes_it(write, tmp_path, laun
     ("changes", "message"),
     [
         ({"distillation": {"guidance_scale": 0}}, "guidance_scale must be positive; got 0"),
+        ({"distillation": {"adapter_rank": 0}}, "adapter_rank must be at least 1; got 0"),
+        ({"student": {"merge_adapters": False}}, "merge_adapters is false but there are none"),
         ({"distillation": {"vsd_step": 3}}, "did you mean 'vsd_steps'"),
         ({"techer": {}}, "did you mean 'teacher'"),
         ({"distillation": {"step_counts": [3]}}, "step_counts holds 3, and the student samples in 1, 2, 4 steps"),
