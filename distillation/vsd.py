@@ -306,7 +306,7 @@ class VSDAnchor:
             t, noise = self._draw(f"anchor/fake/{update}", x)
             fake_score_loss(x, self.fake_score, condition, t, noise).backward()
             parameters = self.optimizer.param_groups[0]["params"]
-            current_ranks().average(p.grad for p in parameters if p.grad is not None)
+            current_ranks().average_gradients(parameters)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

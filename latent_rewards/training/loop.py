@@ -173,10 +173,9 @@ class TrainingLoop:
                 f"{self.name}: loss {float(loss.detach())} at step {self.step} ({optimizer_name}); parameters kept"
             )
         self.accelerator.backward(loss)
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.ranks.average(parameter.grad for parameter in parameters if parameter.grad is not None)
-        limit = self.config.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(parameters, limit)) if parameters else 0.0
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.ranks.average_gradients(parameters)
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf))
         if not math.isfinite(norm):
             optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(

@@ -65,6 +65,26 @@ class Ranks:
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    @torch.no_grad()
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Replace each gradient by its mean over the processes; where only some have one, that of the others is 0.
+
+        A batch may leave out a part of a network (one of two experts) here and not there; a parameter that was used
+        nowhere keeps no gradient, so that an optimiser passes over it as it does in a single process.
+
+        Args:
+            parameters: the same ones, in the same order, in every process.
+        """
+        if self.count == 1 or not parameters:
+            return
+        used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+        used = used.to(parameters[0].device)
+        torch.distributed.all_reduce(used, op=torch.distributed.ReduceOp.MAX)
+        for parameter, anywhere in zip(parameters, used.tolist(), strict=True):
+            if anywhere and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.average(parameter.grad for parameter in parameters if parameter.grad is not None)
+
     def share(self, items: Sequence[Item], make: Callable[[Item], Made], progress: str | None = None) -> list[Made]:
         """Return ``[make(item) for item in items]``: each process makes its part, and all get the whole.
 

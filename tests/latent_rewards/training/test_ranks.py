@@ -26,6 +26,12 @@ told["afterwards"] = torch.get_num_threads()
 tensors = [torch.full((2, 2), float(ranks.index)), torch.full((3,), 4.0 * ranks.index, dtype=torch.float64)]
 ranks.average(tensors)
 told["mean"] = [tensor.flatten().tolist() for tensor in tensors]
+parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+parameters[1].grad = torch.full((2,), 1.0 + 2 * ranks.index)
+if ranks.index == 0:
+    parameters[2].grad = torch.full((2,), 6.0)  # an expert that only one process called
+ranks.average_gradients(parameters)
+told["gradients"] = [None if p.grad is None else p.grad.tolist() for p in parameters]
 if ranks.index == 0:
     time.sleep(0.5)
     (root / "there").touch()
@@ -48,6 +54,7 @@ def test_two_processes_share_gather_agree_and_wait(launch, tmp_path):
     assert first["agree"] == [True, False]
     assert (first["threads"], first["afterwards"]) == (min(2, os.cpu_count()), 1)
     assert first["mean"] == [[0.5] * 4, [2.0] * 3] and first["waited"]
+    assert first["gradients"] == [None, [2.0, 2.0], [3.0, 3.0]]
 
 
 def test_one_process_does_everything_itself(capsys):
