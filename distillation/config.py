@@ -7,9 +7,12 @@ from typing import Any, Literal
 
 from distillation.errors import DistillationConfigError
 
-_OUTSIDE = frozenset(
-    "output_dir log_with log_every checkpoint_every progress device schedule cd_steps gradient_checkpointing".split()
-)  # they change no weights, or only how far a stage goes
+FREE_SETTINGS = frozenset(
+    "output_dir log_with log_every checkpoint_every progress device gradient_checkpointing".split()
+)
+"""Settings that change no weights."""
+
+_OUTSIDE = FREE_SETTINGS | {"schedule", "cd_steps"}  # the latter say only how far a stage goes
 _CD_ONLY = frozenset("num_timesteps curriculum solver_steps huber_c cd_weight cd_learning_rate cd_ema_decay".split())
 _FREE = {
     "vsd": _OUTSIDE | _CD_ONLY | {"vsd_steps"},
@@ -48,8 +51,8 @@ class DistillationConfig:
         feature_weight: weight of the terms that match how alike a teacher block's features of two frames are.
         feature_block: index of that block.
         correspondence_weight: weight of the terms that match the soft flow between frames, in latent pixels.
-        adversarial_weight: weight of the student's loss against DMD2's discriminator, a head on the fake score; it
-            needs data. 0 is none.
+        adversarial_weight: weight of the student's loss against DMD2's discriminator, a head on VSD's fake score, so
+            in stages with VSD; it needs data. 0 is none.
         discriminator_weight: weight of the discriminator's loss beside the fake score's.
         adversarial_block: index of the block whose features the head reads.
         cd_weight: weight of CD in the joint schedule.
@@ -190,7 +193,7 @@ class SettingsGuard:
     def __init__(self, config: DistillationConfig, stage: str) -> None:
         # Where the learning rate or the gap of CD falls, the length of the stage decides how fast.
         paced = config.learning_rate_floor < 1 or (config.curriculum and stage != "vsd")
-        length = {"cd_steps" if stage == "cd" else "vsd_steps"} if paced else set()
+        length = {"cd_steps" if stage in ("cd", "clip_cd") else "vsd_steps"} if paced else set()
         free = _FREE.get(stage, _OUTSIDE) - length
         self.settings = {name: value for name, value in asdict(config).items() if name not in free}
         self._defaults = asdict(type(config)())

@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from distillation.families import Teacher
     from latent_rewards.training.run_folder import RunFolder
 
-_FREE = ("output_dir", "log_with", "log_every", "checkpoint_every", "progress", "device")
-"""Settings that change no weights, so that a run may go on with others."""
-
 _TEXT_BATCH = 64
 
 
@@ -185,8 +182,10 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def as_remembered(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the sections with what may change between two starts of a run at its default."""
+    from distillation.config import FREE_SETTINGS
+
     default = sections()["distillation"]()
-    free = {name: getattr(default, name) for name in _FREE}
+    free = {name: getattr(default, name) for name in FREE_SETTINGS}
     return {
         **settings,
         "teacher": dataclasses.replace(settings["teacher"], device=None),

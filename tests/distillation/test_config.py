@@ -65,7 +65,10 @@ def test_a_checkpoint_from_before_a_setting_existed_is_continued_with_its_defaul
         SettingsGuard(DistillationConfig(learning_rate_floor=0.5), "vsd").load_state_dict(older)
 
 
-@pytest.mark.parametrize(("stage", "steps"), [("vsd", "vsd_steps"), ("cd", "cd_steps"), ("joint", "vsd_steps")])
+@pytest.mark.parametrize(
+    ("stage", "steps"),
+    [("vsd", "vsd_steps"), ("cd", "cd_steps"), ("joint", "vsd_steps"), ("clip_cd", "cd_steps")],
+)
 def test_a_falling_learning_rate_fixes_the_length_of_its_stage(stage, steps):
     falling = DistillationConfig(learning_rate_floor=0.1)
     SettingsGuard(falling, stage).load_state_dict(SettingsGuard(falling, stage).state_dict())

@@ -107,7 +107,7 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(writ
     assert main(["run", "--config", file, "--learning-rate", "0.5"]) == 2
     assert "distillation.learning_rate = 0.001, now 0.5" in capsys.readouterr().err
     # What changes no weights may differ; what the prompts file holds may not.
-    assert main(["run", "--config", file, "--log-every", "3"]) == 0
+    assert main(["run", "--config", file, "--log-every", "3", "--gradient-checkpointing"]) == 0
     (tmp_path / "prompts.txt").write_text("something else\n")
     assert main(["run", "--config", file]) == 2
     assert "sources.data" in capsys.readouterr().err
