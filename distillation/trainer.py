@@ -36,7 +36,7 @@ from distillation.vsd import (
 )
 from latent_rewards.training.randomness import sample_index
 
-_STD_SAMPLES = 1024  # enough for the standard deviation of a channel
+_STD_VALUES = 2**26  # in samples as large as these, enough for the standard deviation of a channel
 
 
 @dataclass
@@ -146,8 +146,7 @@ class DistillationStage(Stage):
         super().__init__(setup, name, num_steps, learning_rate=rate, ema_decay=decay, beta1=beta1, extras=extras)
         self.calls = [(count, exit_step) for count in config.step_counts for exit_step in range(count)]
         self.samples: Tensor | None = None
-        latents = self.data.latents
-        self.data_std = None if latents is None else channel_std(latents[:_STD_SAMPLES])
+        self.data_std = _std_of_some(self.data.latents) if self.with_vsd and self.data.latents is not None else None
 
     def loss(self, step: int, batch: Batch, logs: dict[str, float]) -> Tensor:
         """Return the sum of the stage's terms."""
@@ -279,3 +278,8 @@ class DistillationStage(Stage):
         num_steps, exit_step = self.calls[call]
         stack = self.draw_stack(step, role, num_steps)
         return backward_simulation(self.student, batch.condition, stack, num_steps, exit_step), (num_steps, exit_step)
+
+
+def _std_of_some(latents: Tensor) -> Tensor:
+    """Return the standard deviation of each channel over the first samples; all would not fit into memory twice."""
+    return channel_std(latents[: max(1, _STD_VALUES // latents[0].numel())])

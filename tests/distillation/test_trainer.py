@@ -13,6 +13,7 @@ import distillation
 import distillation.trainer as trainer_module
 from distillation.config import DistillationConfig
 from distillation.errors import DistillationConfigError, MissingPartError, StepCountError
+from distillation.monitors import channel_std
 from distillation.schedule import RectifiedFlow, VariancePreserving
 from distillation.student import FewStepStudent
 from distillation.trainer import DistillationTrainer
@@ -282,3 +283,13 @@ def test_public_names_exist_and_the_package_is_cheap_to_import():
         _ = distillation.nothing
     code = "import sys, distillation; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_datas_spread_is_of_so_many_numbers_that_they_fit_into_memory(world, randn, monkeypatch):
+    latents = randn(6, *SHAPE)
+    monkeypatch.setattr(trainer_module, "_STD_VALUES", 2 * latents[0].numel() + 1)
+    told = []
+    monkeypatch.setattr(trainer_module, "channel_std", lambda few: told.append(len(few)) or channel_std(few))
+    history = train(world, settings(vsd_steps=1, cd_steps=1), (latents, PROMPTS * 3)).history
+    assert told == [2], "once, for VSD alone"
+    assert history["vsd"][0]["saturation"] > 0
