@@ -34,7 +34,7 @@ class BlockFeatures:
             that is sharded (FSDP) and so must run to its end.
 
     Raises:
-        DistillationConfigError: the denoiser has no list of blocks, or no such block.
+        DistillationConfigError: the denoiser has no list of blocks, or several (two experts), or no such block.
     """
 
     def __init__(self, denoiser: nn.Module, block: int, *, early_exit: bool = True) -> None:
@@ -97,15 +97,15 @@ def find_blocks(denoiser: nn.Module) -> nn.ModuleList:
     """Return the transformer blocks of a denoiser.
 
     Raises:
-        DistillationConfigError: there is no list of blocks.
+        DistillationConfigError: there is no list of blocks, or several: of two experts each sees only some samples.
     """
-    for module in denoiser.modules():
-        for name in _BLOCK_LISTS:
-            blocks = getattr(module, name, None)
-            if isinstance(blocks, nn.ModuleList) and len(blocks):
-                return blocks
+    attributes = (getattr(module, name, None) for module in denoiser.modules() for name in _BLOCK_LISTS)
+    found = [blocks for blocks in attributes if isinstance(blocks, nn.ModuleList) and len(blocks)]
+    if len(found) == 1:
+        return found[0]
     raise DistillationConfigError(
-        f"{type(denoiser).__name__} has no list of blocks ({' or '.join(_BLOCK_LISTS)}); pass a function "
+        f"{type(denoiser).__name__} has {len(found) or 'no'} lists of blocks ({' or '.join(_BLOCK_LISTS)}), and "
+        "features are of the only one; set feature_weight and adversarial_weight to 0, or pass a function "
         "latents -> [B, F, N, D] in place of BlockFeatures"
     )
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -130,8 +132,11 @@ def test_the_first_of_several_outputs_is_the_video(denoiser, condition, x):
 def test_mistakes_are_errors(denoiser, affine, condition, x):
     with pytest.raises(DistillationConfigError, match=r"0\.\.2, the blocks of this network; got 3"):
         BlockFeatures(denoiser, 3)
-    with pytest.raises(DistillationConfigError, match="AffineDenoiser has no list of blocks"):
+    with pytest.raises(DistillationConfigError, match="AffineDenoiser has no lists of blocks"):
         BlockFeatures(affine(RectifiedFlow()), 0)
+    experts = {"transformer_2": copy.deepcopy(denoiser.transformer), "boundary_ratio": 0.5}
+    with pytest.raises(DistillationConfigError, match="WanDenoiser has 2 lists of blocks .*set feature_weight"):
+        BlockFeatures(WanDenoiser(denoiser.transformer, RectifiedFlow(), **experts), 0)
     find_blocks(denoiser)[0].forward = lambda hidden_states, *rest: hidden_states[:, :-1]
     with pytest.raises(NoiseError, match="for 3 latent frames"):
         BlockFeatures(denoiser, 0)(x, T, condition)
