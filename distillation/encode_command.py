@@ -140,7 +140,7 @@ def load(options: argparse.Namespace, named: Mapping[str, Any], device: str) -> 
     listed = json.dumps(list(named.values()) if options.prompts is not None else list(named))
     pixels: dict[str, int | None] = dict.fromkeys(size)
     if options.videos is not None:
-        pixels = size if options.num_frames is not None else pixel_size(teacher)
+        pixels = dict(zip(size, teacher.codec.video_size(teacher.latent_shape), strict=True))
     settings = CacheSettings(
         text=text_fingerprint(teacher.encode),
         codec=teacher.codec.fingerprint if options.videos is not None else None,
@@ -153,15 +153,6 @@ def load(options: argparse.Namespace, named: Mapping[str, Any], device: str) -> 
         **pixels,
     )
     return teacher, settings
-
-
-def pixel_size(teacher: Teacher) -> dict[str, int | None]:
-    """Return frames, height and width of a teacher's videos, as its codec decodes an empty one."""
-    import torch
-
-    with torch.no_grad():
-        video = teacher.codec.decode(torch.zeros(1, *teacher.latent_shape))
-    return {"num_frames": video.shape[1], "height": video.shape[3], "width": video.shape[4]}
 
 
 def shards(root: Path, kind: str, count: int, shard_size: int) -> list[Path]:

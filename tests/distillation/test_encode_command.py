@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +15,10 @@ import torch
 import yaml
 
 import distillation as ds
-from distillation.cached import CacheError, load_cache, text_fingerprint
+from distillation.cached import CacheError, load_cache, read_cache_settings, text_fingerprint
 from distillation.cli import main
-from distillation.encode_command import pixel_size
+from distillation.families import SIDECAR
+from distillation.families.codec import VideoCodec
 from distillation.families.wan import WanCodec, WanText
 from distillation.videos import read_clip, write_mp4
 from latent_rewards.training.checkpoint import CheckpointError
@@ -209,5 +212,13 @@ def test_no_captions_at_all_is_refused_before_the_teacher_is_loaded(clips, tmp_p
     assert "no 0.txt beside it" in capsys.readouterr().err
 
 
-def test_the_size_of_a_video_is_asked_of_the_codec_where_the_folder_says(tiny_teacher):
-    assert pixel_size(tiny_teacher) == SIZE
+def test_the_size_of_a_video_is_the_codecs_where_the_folder_says_and_none_is_decoded(
+    wan_pipeline, tiny_teacher, clips, tmp_path, monkeypatch
+):
+    stated = shutil.copytree(wan_pipeline, tmp_path / "stated")
+    (stated / SIDECAR).write_text(json.dumps({"latent_shape": tiny_teacher.latent_shape}))
+    monkeypatch.delattr(VideoCodec, "decode")
+    command = ["encode", str(stated), "--videos", str(clips), "--output", str(tmp_path / "c"), "--device", "cpu"]
+    assert main(command) == 0
+    settings = read_cache_settings(tmp_path / "c")
+    assert {name: getattr(settings, name) for name in SIZE} == SIZE
