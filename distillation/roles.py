@@ -138,7 +138,8 @@ class SharedBase:
 
     def merged(self, name: RoleName = "student") -> nn.Module:
         """Return a copy of the denoiser with the adapter of a role added to its weights, and no adapters."""
-        plain = copy.deepcopy(self.teacher)
+        # The memo: blocks that checkpoint hold this object, all of whose adapters would be copied too.
+        plain = copy.deepcopy(self.teacher, {id(self): self})
         for layer in _adapter_layers(plain):
             layer.merge(adapter_names=[name])
         _unwrap(plain)
@@ -300,7 +301,12 @@ def _inject(denoiser: nn.Module, rank: int, targets: Sequence[str] | None) -> li
 
 
 def _unwrap(denoiser: nn.Module) -> None:
-    """Put the layers that were wrapped back in their places."""
+    """Put the layers that were wrapped back in their places, and stop checkpointing as a role."""
+    modules: list[Any] = [
+        module for module in denoiser.modules() if getattr(module, "is_gradient_checkpointing", False)
+    ]
+    for module in modules:
+        module.disable_gradient_checkpointing()
     for path, layer in [(path, module) for path, module in denoiser.named_modules() if _is_adapter_layer(module)]:
         parent, _, child = path.rpartition(".")
         setattr(denoiser.get_submodule(parent), child, layer.get_base_layer())

@@ -145,6 +145,26 @@ def test_a_merged_role_is_a_network_like_the_teachers(base, inputs, randn):
     assert merged(plain) is plain
 
 
+def test_what_is_freed_of_its_adapters_checkpoints_as_no_role_and_holds_no_adapter(base, inputs):
+    roles = SharedBase(base, RANK)
+    save_activations(roles, {"student": roles.student})
+    plain = roles.merged()
+    assert base.transformer.is_gradient_checkpointing and not plain.transformer.is_gradient_checkpointing
+    roles.remove()
+    assert not base.transformer.is_gradient_checkpointing
+    for network in (plain, base):
+        for module in network.modules():
+            held = getattr(getattr(module, "_gradient_checkpointing_func", None), "__self__", None)
+            assert not isinstance(held, SharedBase)
+
+
+def test_a_merged_role_that_checkpointed_copies_no_adapters_along(base, monkeypatch):
+    roles = SharedBase(base, RANK)
+    save_activations(roles, {"student": roles.student})
+    monkeypatch.setattr(SharedBase, "__deepcopy__", lambda *_: pytest.fail("the roles were copied"), raising=False)
+    roles.merged()
+
+
 def test_a_teacher_can_be_rid_of_its_adapters_and_given_others(base, inputs):
     before = {name: value.clone() for name, value in base.state_dict().items()}
     SharedBase(base, RANK).remove()
