@@ -3,9 +3,10 @@ r"""``latent-distill sample``: videos of a few-step student.
     latent-distill sample runs/distilled/student --prompt "a red digit moves left" --output out.mp4
     latent-distill sample runs/distilled/student --prompts prompts.txt --num-steps 2 --per-prompt 4 --output videos/
 
-A video depends on the student, its prompt, the seed and its place in the list, and on nothing else: the batch size and
-the number of processes change no pixel. A folder gets `00000.mp4` and so on, each with its prompt beside it as .txt,
-and the same command goes on where it was killed. Videos need PyAV (`pip install 'latent-rewards[report]'`).
+A video depends on the student, its prompt, the seed and its place in the list, and, up to the rounding of the device's
+arithmetic, neither on the batch size nor on the number of processes. A folder gets `00000.mp4` and so on, each with its
+prompt beside it as .txt, and the same command goes on where it was killed. Videos need PyAV
+(`pip install 'latent-rewards[report]'`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class SampleSettings:
     seed: int
     per_prompt: int
     fps: float
+    dtype: str
 
 
 def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers have no public type
@@ -117,18 +119,27 @@ def begun(folder: Path, listed: Sequence[str], options: argparse.Namespace) -> l
     Raises:
         FolderInUseError: the folder holds something else.
         SettingsError: it was begun with another student, other prompts or other settings.
+        StudentError: the student's folder has no manifest.
     """
+    from distillation.families.export import StudentError
     from distillation.places import begin_folder
     from latent_rewards.training.checkpoint import MANIFEST, file_sha256
     from latent_rewards.training.run_folder import RunFolder
 
+    manifest = Path(options.student) / MANIFEST
+    if not manifest.is_file():
+        raise StudentError(
+            f"{options.student} has no {MANIFEST}, by which a folder of videos knows its student: write the student "
+            "again, or give a file as --output"
+        )
     settings = SampleSettings(
-        student=file_sha256(Path(options.student) / MANIFEST),
+        student=file_sha256(manifest),
         prompts=hashlib.sha256(json.dumps(list(listed)).encode()).hexdigest(),
         num_steps=options.num_steps,
         seed=options.seed,
         per_prompt=options.per_prompt,
         fps=options.fps,
+        dtype=options.dtype,
     )
     RunFolder(begin_folder(folder)).remember({"sample": settings})
     return [folder / f"{index:05d}.mp4" for index in range(len(listed))]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 import distillation as ds
 from distillation.cli import main
+from latent_rewards.training.checkpoint import MANIFEST
 from latent_rewards.training.randomness import sample_noise
 
 
@@ -50,6 +53,16 @@ def test_a_folder_of_samples_goes_on_and_no_batch_size_changes_a_video(student_f
     assert len(set(before.values())) == 4 and videos[1].stat().st_mtime_ns == kept
     assert main([*command, "--seed", "1"]) == 2
     assert "sample.seed = 0, now 1" in capsys.readouterr().err
+    assert main([*command, "--dtype", "bfloat16"]) == 2
+    assert "sample.dtype = 'float32', now 'bfloat16'" in capsys.readouterr().err
+
+
+def test_a_folder_of_videos_needs_a_student_that_can_be_told_from_others(student_folder, tmp_path, capsys):
+    bare = shutil.copytree(student_folder, tmp_path / "bare")
+    (bare / MANIFEST).unlink()
+    command = ["sample", str(bare), "--prompt", "two digits rest", "--num-steps", "1", "--device", "cpu"]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    assert "has no manifest.json" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
