@@ -102,7 +102,7 @@ class TurboTrainer:
     ) -> None:
         if image_reward is None and video_reward is None:
             raise DistillationConfigError(
-                "T2V-Turbo needs image_reward or video_reward; without, set vsd_steps=0 in CD"
+                "T2V-Turbo needs image_reward or video_reward; for CD alone use DistillationTrainer with vsd_steps = 0"
             )
         self.config = config or TurboConfig()
         self.setup = prepare(teacher, student, prompts_or_latents, self.config)
