@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -152,6 +153,8 @@ class TrainingLoop:
             mixed_precision=self.config.mixed_precision,
             log_with=self.config.log_with,
             project_dir=self.config.output_dir,
+            # Older torch keeps a weight that was cast under no_grad, and later calls then give it no gradient.
+            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         )
         self.device, self.ranks = self.accelerator.device, current_ranks()
         for module in self.modules.values():

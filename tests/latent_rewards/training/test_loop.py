@@ -128,6 +128,17 @@ def test_stages_of_one_process_may_differ_in_precision(order):
         assert computed == (torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
+def test_a_weight_used_without_gradient_first_gets_its_gradient_in_bf16():
+    loop, module, _ = build(mixed_precision="bf16")
+    with loop.accelerator.autocast():
+        assert not torch.is_autocast_cache_enabled(), "older torch would keep the weight that was cast under no_grad"
+        with torch.no_grad():
+            module(torch.zeros(1, 3))
+        loss = module(torch.ones(1, 3)).float().sum()
+    loss.backward()
+    torch.testing.assert_close(module.weight.grad, torch.ones(1, 3))
+
+
 def test_ema_moves_the_module_it_is_given():
     module = torch.nn.Linear(2, 1)
     average = torch.nn.Linear(2, 1).requires_grad_(False)
