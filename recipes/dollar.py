@@ -34,7 +34,7 @@ from latent_rewards.training.run_folder import RunFolder
 from latent_rewards.training.settings import SettingsError, read_settings
 from recipes.anchor import AnchorConfig, warm_anchor
 from recipes.page import REPORT, write_report
-from recipes.prompted import Benchmark, PromptBenchmark, read_prompts
+from recipes.prompted import Benchmark, PromptBenchmark, split_prompts
 
 TRAINERS = {"reinforce": lr.ReinforceTrainer, "differentiable": lr.DifferentiableRewardTrainer}
 
@@ -129,7 +129,7 @@ class Dollar:
 
             self.prompts, self.eval_prompts = training_prompts(self.config.num_prompts, seed=self.config.seed), []
         else:
-            self.prompts, self.eval_prompts = read_prompts(str(self.config.prompts_file), self.config.num_eval_prompts)
+            self.prompts, self.eval_prompts = split_prompts(str(self.config.prompts_file), self.config.num_eval_prompts)
         self.oracle = lr.MetricOracle(self.codec, self.config.metrics)
         self.holdout = lr.MetricOracle(self.codec, self.config.holdout) if self.config.holdout else None
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from latent_rewards.contracts import Codec, DataError, check_prompts
+from distillation.prompts import PromptsError, read_prompts
+from latent_rewards.contracts import Codec
 from latent_rewards.metrics import create_metric
 from latent_rewards.training.randomness import sample_noise
 from latent_rewards.training.ranks import current_ranks
@@ -91,23 +91,13 @@ class PromptBenchmark:
         return self.shown
 
 
-def read_prompts(path: str, num_eval: int) -> tuple[list[str], list[str]]:
+def split_prompts(path: str, num_eval: int) -> tuple[list[str], list[str]]:
     """Return training and evaluation prompts of a text file with one prompt a line; the last ``num_eval`` are kept.
 
     Raises:
-        DataError: the file is missing, is no text, is empty, or leaves no prompt for training.
+        PromptsError: the file is missing, is no text, is empty, or leaves no prompt for training.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"no prompt file {file}; give a text file with one prompt a line")
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text ({error.reason}); give one prompt a line") from error
-    try:
-        prompts = [str(prompt) for prompt in check_prompts([line for line in lines if line])]
-    except DataError as error:
-        raise DataError(f"{file}: {error}") from error
+    prompts = read_prompts(path)
     if len(prompts) <= num_eval:
-        raise DataError(f"{file} holds {len(prompts)} prompts and {num_eval} are kept for evaluation; add prompts")
+        raise PromptsError(f"{path} holds {len(prompts)} prompts and {num_eval} are kept for evaluation; add prompts")
     return prompts[: len(prompts) - num_eval], prompts[len(prompts) - num_eval :]

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from latent_rewards.contracts import DataError
+from distillation.prompts import PromptsError
 from latent_rewards.metrics import register_metric
-from recipes.prompted import PromptBenchmark, read_prompts
+from recipes.prompted import PromptBenchmark, split_prompts
 
 
 class TwiceCodec:
@@ -18,7 +18,7 @@ class TwiceCodec:
 
 def test_prompts_are_split_and_blank_lines_skipped(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n\n a dog \na cow\n")
-    assert read_prompts(str(tmp_path / "p.txt"), 1) == (["a cat", "a dog"], ["a cow"])
+    assert split_prompts(str(tmp_path / "p.txt"), 1) == (["a cat", "a dog"], ["a cow"])
 
 
 @pytest.mark.parametrize(
@@ -27,13 +27,13 @@ def test_prompts_are_split_and_blank_lines_skipped(tmp_path):
 )
 def test_files_that_cannot_serve_are_named(tmp_path, content, message):
     (tmp_path / "p.txt").write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read_prompts(str(tmp_path / "p.txt"), 1)
+    with pytest.raises(PromptsError, match=message):
+        split_prompts(str(tmp_path / "p.txt"), 1)
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere.txt"):
-        read_prompts(str(tmp_path / "nowhere.txt"), 1)
+    with pytest.raises(PromptsError, match="nowhere.txt"):
+        split_prompts(str(tmp_path / "nowhere.txt"), 1)
 
 
 def test_rows_hold_means_and_the_same_noise_for_every_row():
