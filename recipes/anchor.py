@@ -49,7 +49,7 @@ def warm_anchor(
         student: is sampled, not changed.
         prompts: of the samples, one after the other and again.
         config: see :class:`AnchorConfig`.
-        distilled: whose guidance the anchor takes.
+        distilled: whose guidance and shift of times the anchor takes.
         num_steps: sampling steps.
         batch_size: samples per warm-up update.
         seed: root of all randomness.
@@ -61,6 +61,7 @@ def warm_anchor(
         guidance_scale=distilled.guidance_scale,
         refine_guidance_scale=distilled.refine_guidance_scale,
         guidance_start=distilled.guidance_start,
+        time_shift=distilled.time_shift,
         encode=teacher.encode,
         learning_rate=config.learning_rate,
         fake_updates=config.fake_updates,
