@@ -15,18 +15,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 import distillation as ds
-from benchmarks.digits import TEACHER, mean_scores, paired, point_differences, score_table, seeded
+from benchmarks.digits import (
+    CONFIG,
+    RESULTS,
+    TEACHER,
+    mean_scores,
+    paired,
+    point_differences,
+    score_table,
+    seeded,
+    write_summary,
+)
 from benchmarks.provenance import provenance
 from benchmarks.tuning import differentiable_legibility, keep
 from distillation.baselines.decoupled import DecoupledConfig, DecoupledTrainer
@@ -36,8 +45,6 @@ from latent_rewards.contracts import ConfigError, unknown_name
 from recipes.dollar import Dollar, counted
 from recipes.moving_digits.benchmark import REAL_CLIPS, DigitsBenchmark
 
-RESULTS = Path(__file__).parent / "results" / "ablation"
-CONFIG = "recipes/configs/moving_digits_full.yaml"
 STEPS = (4, 2, 1)
 SEEDS = (0, 1, 2)
 ADAPTERS = {"adapter_rank": 32, "learning_rate": 6e-4, "cd_learning_rate": 9e-5, "fake_learning_rate": 1.2e-3}
@@ -102,6 +109,13 @@ class Ablation:
         self, config: str, runs: Path, *, share: float = 1.0, device: str = "cpu", num_prompts: int | None = None
     ) -> None:
         self.config, self.runs, self.share, self.device, self.num_prompts = config, runs, share, device, num_prompts
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Self:
+        """Return what the command line of :func:`add_options` asks for."""
+        return cls(
+            options.config, options.runs, share=options.share, device=options.device, num_prompts=options.prompts
+        )
 
     def measure(self, method: str, seed: int) -> dict[str, Any]:
         """Train (or continue), sample, score; ``seconds`` are those of the training, without parts before a kill."""
@@ -324,40 +338,34 @@ def _ordering_table(orderings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def write_summary(folder: Path) -> None:
-    """Aggregate the results of a folder into ``summary.json`` and ``summary.md``."""
-    results = [json.loads(file.read_text()) for file in sorted(folder.glob("*-seed*.json"))]
-    summary, markdown = summarise(results)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-    (folder / "summary.md").write_text(markdown)
-    print(markdown)
+def add_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add what benchmarks of distillation are told: seeds, settings, folders (after ``name``) and size."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="training seeds (default: 0 1 2)")
+    parser.add_argument("--config", default=CONFIG, help="settings of VSD→CD (default: %(default)s)")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="where trainings are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS / name, help="where results are written")
+    parser.add_argument("--share", type=float, default=1.0, help="of the training, for a trial")
+    parser.add_argument("--prompts", type=int, help="evaluation prompts, for a trial; default: the configuration's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    parser.add_argument("--summary", action="store_true", help="only aggregate the results that are there")
 
 
 def main() -> None:
     """Read the command line, measure, aggregate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=[*TITLES], help=f"default: {' '.join(TITLES)}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="training seeds (default: 0 1 2)")
-    parser.add_argument("--config", default=CONFIG, help="settings of VSD→CD (default: %(default)s)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="where trainings are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are written")
-    parser.add_argument("--share", type=float, default=1.0, help="of the passes to train for, for a trial")
-    parser.add_argument("--prompts", type=int, help="evaluation prompts, for a trial; default: the configuration's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    parser.add_argument("--summary", action="store_true", help="only aggregate the results that are there")
+    add_options(parser, "ablation")
     options = parser.parse_args()
     for name in options.methods:
         if name not in TITLES:
             raise ConfigError(unknown_name("method", name, TITLES))
     if not options.summary:
-        race = Ablation(
-            options.config, options.runs, share=options.share, device=options.device, num_prompts=options.prompts
-        )
+        race = Ablation.of(options)
         keep(options.results / f"{REFERENCE}-seed0.json", race.reference, "seconds")
         for seed in options.seeds:
             for method in options.methods:
                 keep(options.results / f"{method}-seed{seed}.json", partial(race.measure, method, seed), "seconds")
-    write_summary(options.results)
+    write_summary(options.results, "*-seed*.json", summarise)
 
 
 if __name__ == "__main__":

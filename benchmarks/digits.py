@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from recipes.moving_digits.evaluation import compare
 RESULTS = Path(__file__).parent / "results"
 CONFIG = "recipes/configs/moving_digits_full.yaml"
 TEACHER, STUDENT = "teacher, 50 steps", "VSD→CD, 4 steps"
+Summarise = Callable[[list[Mapping[str, Any]]], tuple[dict[str, Any], str]]
 SCORES = ("total", "quality", "semantic", "diversity", "frechet", "accuracy/digit", TUNED)
 
 
@@ -158,7 +159,7 @@ def score_table(first: str, rows: Mapping[str, Mapping[str, Mapping[str, float]]
     )
     lines = [f"| {first} | " + " | ".join(titles.values()) + " |", "|---" * (len(titles) + 1) + "|"]
     for label, scores in rows.items():
-        cells = [_cell(scores[score], 100 if score == TUNED else 1) for score in SCORES]
+        cells = [mean_cell(scores[score], 100 if score == TUNED else 1) for score in SCORES]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return lines
 
@@ -168,14 +169,29 @@ def _tuning_table(tuning: Mapping[str, Mapping[str, Mapping[str, float]]]) -> li
     for name, facts in tuning.items():
         scales = {"gap_closed": 100, "num_queries": 1, "seconds": 1, "proxy_gap": 1, "proxy_mae": 1}
         digits = {"proxy_gap": 3, "proxy_mae": 3}
-        cells = [_cell(facts[key], scale, digits.get(key, 0)) for key, scale in scales.items()]
+        cells = [mean_cell(facts[key], scale, digits.get(key, 0)) for key, scale in scales.items()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _cell(value: Mapping[str, float], scale: float = 1, digits: int = 1) -> str:
+def mean_cell(value: Mapping[str, float], scale: float = 1, digits: int = 1) -> str:
+    """Return mean and standard deviation as a table shows them; the mean alone where nothing varies."""
     mean, std = (f"{scale * value[key]:.{digits}f}" for key in ("mean", "std"))
     return mean if value["std"] == 0 else f"{mean} ± {std}"
+
+
+def write_summary(folder: Path, pattern: str, summarise: Summarise) -> None:
+    """Aggregate the results of a folder into ``summary.json`` and ``summary.md``.
+
+    Args:
+        folder: of the results.
+        pattern: of their files' names.
+        summarise: results -> summary and Markdown.
+    """
+    summary, markdown = summarise([json.loads(file.read_text()) for file in sorted(folder.glob(pattern))])
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+    (folder / "summary.md").write_text(markdown)
+    print(markdown)
 
 
 def main() -> None:
@@ -190,10 +206,7 @@ def main() -> None:
     for seed in [] if options.summary else options.seeds:
         result = run_seed(seeded(options.config, seed), results / f"seed{seed}.png")
         (results / f"seed{seed}.json").write_text(json.dumps(result, indent=1))
-    summary, markdown = summarise([json.loads(file.read_text()) for file in sorted(results.glob("seed*.json"))])
-    (results / "summary.json").write_text(json.dumps(summary, indent=1))
-    (results / "summary.md").write_text(markdown)
-    print(markdown)
+    write_summary(results, "seed*.json", summarise)
 
 
 if __name__ == "__main__":

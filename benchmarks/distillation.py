@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.digits import TEACHER, mean_scores, paired, point_differences, score_table, seeded
+from benchmarks.digits import TEACHER, mean_scores, paired, point_differences, score_table, seeded, write_summary
 from benchmarks.provenance import provenance
 from latent_rewards.training.settings import read_settings
 from recipes.dollar import SECTIONS, Dollar, counted
@@ -67,10 +67,7 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     for seed in [] if options.summary else options.seeds:
         (results / f"seed{seed}.json").write_text(json.dumps(run_seed(seeded(options.config, seed)), indent=1))
-    summary, markdown = summarise([json.loads(file.read_text()) for file in sorted(results.glob("seed*.json"))])
-    (results / "summary.json").write_text(json.dumps(summary, indent=1))
-    (results / "summary.md").write_text(markdown)
-    print(markdown)
+    write_summary(results, "seed*.json", summarise)
 
 
 if __name__ == "__main__":

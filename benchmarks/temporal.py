@@ -11,24 +11,21 @@ Each (term, seed) ends in ``results/temporal/<term>-seed<k>.json``; a killed run
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import distillation as ds
-from benchmarks.ablation import CONFIG, SEEDS, Ablation
-from benchmarks.digits import over_seeds
+from benchmarks.ablation import Ablation, add_options
+from benchmarks.digits import mean_cell, over_seeds, write_summary
 from benchmarks.provenance import provenance
 from benchmarks.tuning import keep
 from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.metrics import create_metric
 from recipes.moving_digits.evaluation import AT_ONCE, clip_prompts, generate_clips, real_clips
 
-RESULTS = Path(__file__).parent / "results" / "temporal"
 NUM_STEPS = 4
 NONE = {"temporal_weight": 0.0, "feature_weight": 0.0, "correspondence_weight": 0.0}
 TERMS: dict[str, dict[str, float]] = {
@@ -131,50 +128,29 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str
     columns = (*METRICS, *DIMENSIONS)
     lines = [f"| term | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for term, found in rows.items():
-        cells = [_cell(found[name], 1 if name in DIMENSIONS else 4) if name in found else "–" for name in columns]
+        cells = [
+            mean_cell(found[name], digits=1 if name in DIMENSIONS else 4) if name in found else "–" for name in columns
+        ]
         lines.append(f"| {term} | {' | '.join(cells)} |")
     return {"rows": rows, **provenance()}, "\n".join(lines) + "\n"
-
-
-def _cell(value: Mapping[str, float], digits: int) -> str:
-    mean, std = (f"{value[key]:.{digits}f}" for key in ("mean", "std"))
-    return mean if value["std"] == 0 else f"{mean} ± {std}"
-
-
-def write_summary(folder: Path) -> None:
-    """Aggregate the results of a folder into ``summary.json`` and ``summary.md``."""
-    results = [json.loads(file.read_text()) for file in sorted(folder.glob("*-seed*.json"))]
-    summary, markdown = summarise(results)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-    (folder / "summary.md").write_text(markdown)
-    print(markdown)
 
 
 def main() -> None:
     """Read the command line, measure, aggregate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--terms", nargs="+", default=list(TERMS), help=f"default: {' '.join(TERMS)}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="training seeds (default: 0 1 2)")
-    parser.add_argument("--config", default=CONFIG, help="settings of VSD→CD (default: %(default)s)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/temporal"), help="where trainings are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are written")
-    parser.add_argument("--share", type=float, default=1.0, help="of the updates to train for, for a trial")
-    parser.add_argument("--prompts", type=int, help="evaluation prompts, for a trial; default: the configuration's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    parser.add_argument("--summary", action="store_true", help="only aggregate the results that are there")
+    add_options(parser, "temporal")
     options = parser.parse_args()
     for name in options.terms:
         if name not in TERMS:
             raise ConfigError(unknown_name("term", name, TERMS))
     if not options.summary:
-        race = Terms(
-            options.config, options.runs, share=options.share, device=options.device, num_prompts=options.prompts
-        )
+        race = Terms.of(options)
         keep(options.results / f"{REAL}-seed0.json", race.real, "seconds")
         for seed in options.seeds:
             for term in options.terms:
                 keep(options.results / f"{term}-seed{seed}.json", partial(race.motion, term, seed), "metrics")
-    write_summary(options.results)
+    write_summary(options.results, "*-seed*.json", summarise)
 
 
 if __name__ == "__main__":
