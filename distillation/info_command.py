@@ -5,9 +5,10 @@
     latent-distill info cache --check
 
 Of a student: its family, the shape of its latents, its grids with the noise levels they stand for, and its fingerprint
-(sha256 of the manifest that lists every file). Of a teacher: family and sizes. Of a run: its settings and how far each
-stage is. Of a cache: what it was encoded with. Only small files are read; --check reads all of them, compares them with
-their manifests and adds the codec's fingerprint.
+(sha256 of the manifest that lists every file). Of an adapter: its rank and grids, and the hash of the weights it
+belongs to. Of a teacher: family and sizes. Of a run: its settings and how far each stage is. Of a cache: what it was
+encoded with. Only small files are read; --check reads all of them, compares them with their manifests and adds the
+codec's fingerprint.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers hav
     """Add the command to those of ``latent-distill``."""
     command = rooms.add_parser(
         "info",
-        help="describe a student, teacher, run or cache",
+        help="describe a student, adapter, teacher, run or cache",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("folder", metavar="FOLDER", help="of a student, a teacher, a run or a cache")
+    command.add_argument("folder", metavar="FOLDER", help="of a student, an adapter, a teacher, a run or a cache")
     command.add_argument("--check", action="store_true", help="read and verify every file; slow for large weights")
     command.set_defaults(run=info_command)
 
@@ -53,16 +54,40 @@ def describe(folder: Path, *, check: bool = False) -> dict[str, Any]:
         TeacherError: a pipeline cannot be loaded; only where its weights are read.
     """
     from distillation.cached import SETTINGS
-    from distillation.families import MODEL_INDEX
+    from distillation.families import MODEL_INDEX, SIDECAR
 
     kinds: list[tuple[Path, Callable[..., dict[str, Any]]]] = [
         (folder / MODEL_INDEX, pipeline),
+        (folder / SIDECAR, adapter),
         (folder / SETTINGS / "settings.json", worked_in),
     ]
     for mark, told in kinds:
         if mark.is_file():
             return told(folder, check=check)
-    raise InfoError(f"{folder} holds no pipeline, run or cache: it has neither {MODEL_INDEX} nor {SETTINGS}/")
+    raise InfoError(
+        f"{folder} holds no pipeline, adapter, run or cache: it has neither {MODEL_INDEX} nor {SIDECAR} nor {SETTINGS}/"
+    )
+
+
+def adapter(folder: Path, *, check: bool) -> dict[str, Any]:
+    """Return what a stored adapter is, and on which weights.
+
+    Raises:
+        InfoError: the folder holds no adapter, but what describes something else.
+        CheckpointError: a file is missing or altered.
+    """
+    from distillation.families import SIDECAR, read_sidecar
+    from distillation.families.adapters import ADAPTER_KIND
+    from latent_rewards.training.checkpoint import MANIFEST, file_sha256, verify_directory
+
+    facts = read_sidecar(folder)
+    if facts.get("kind") != ADAPTER_KIND:
+        raise InfoError(f"{folder} has a {SIDECAR} of kind {facts.get('kind')!r} and no pipeline; write it again")
+    if whole := (folder / MANIFEST).is_file():
+        facts |= {"fingerprint": file_sha256(folder / MANIFEST)}
+    if whole and check:
+        verify_directory(folder)
+    return {**facts, "step_counts": sorted(map(int, facts["timesteps"]))} | ({"checked": True} if check else {})
 
 
 def pipeline(folder: Path, *, check: bool) -> dict[str, Any]:

@@ -105,7 +105,8 @@ def check_student(folder: Path, num_steps: int) -> None:
 
     sidecar = read_sidecar(folder)
     if sidecar.get("kind") != STUDENT_KIND:
-        raise StudentError(f"{folder} holds no student: it has no {SIDECAR} of the kind {STUDENT_KIND!r}")
+        alone = " (it is an adapter, which needs its teacher: export with merge_adapters)" if "base" in sidecar else ""
+        raise StudentError(f"{folder} holds no student{alone}: it has no {SIDECAR} of the kind {STUDENT_KIND!r}")
     claimed = sorted(map(int, sidecar["timesteps"]))
     if num_steps not in claimed:
         raise StepCountError(

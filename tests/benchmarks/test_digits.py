@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from benchmarks.digits import SCORES, STUDENT, TUNED, seeded, summarise
+from benchmarks.digits import SCORES, STUDENT, TUNED, seeded, summarise, write_summary
 
 
 def result(seed, total, tuned):
@@ -41,3 +41,11 @@ def test_each_seed_has_a_run_of_its_own():
     config = "recipes/configs/moving_digits_full.yaml"
     assert [seeded(config, seed)["run"].name for seed in (0, 2)] == ["digits", "digits-seed2"]
     assert seeded(config, 2)["run"].seed == 2
+
+
+def test_a_summary_is_written_of_a_folders_results_in_the_order_of_their_names(tmp_path, capsys):
+    for name, value in (("seed1", 1), ("seed0", 0), ("other", 2)):
+        (tmp_path / f"{name}.json").write_text(str(value))
+    write_summary(tmp_path, "seed*.json", lambda results: ({"values": results}, f"| {results} |\n"))
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"values": [0, 1]}
+    assert (tmp_path / "summary.md").read_text() == "| [0, 1] |\n" and "| [0, 1] |" in capsys.readouterr().out

@@ -8,6 +8,9 @@ import shutil
 import pytest
 
 from distillation.cli import main
+from distillation.families import SIDECAR
+from distillation.families.adapters import ADAPTER_KIND
+from latent_rewards.training.checkpoint import commit_directory
 
 SIZE = {"num_frames": 5, "height": 16, "width": 16}
 
@@ -26,4 +29,21 @@ def test_info_describes_a_student_and_finds_damage(student_folder, wan_pipeline,
     (damaged / "README.md").write_text("altered")
     assert main(["info", str(damaged), "--check"]) == 2 and main(["info", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert "README.md differs from the manifest" in said and "holds no pipeline, run or cache" in said
+    assert "README.md differs from the manifest" in said and "holds no pipeline, adapter, run or cache" in said
+
+
+def test_an_adapter_is_described_and_checked_and_is_no_student_to_sample(tmp_path, capsys):
+    stated = {"kind": ADAPTER_KIND, "rank": 4, "base": "ab", "timesteps": {"4": [1.0, 0.75, 0.5, 0.25], "1": [1.0]}}
+    with commit_directory(tmp_path / "adapter") as folder:
+        (folder / SIDECAR).write_text(json.dumps(stated))
+    assert main(["info", str(tmp_path / "adapter"), "--check"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told.items() >= {**stated, "step_counts": [1, 4], "checked": True}.items() and len(told["fingerprint"]) == 64
+    assert main(["sample", str(tmp_path / "adapter"), "--prompt", "a", "--output", str(tmp_path / "o.mp4")]) == 2
+    assert "it is an adapter, which needs its teacher" in capsys.readouterr().err
+    (tmp_path / "adapter" / SIDECAR).write_text(json.dumps({**stated, "rank": 5}))
+    assert main(["info", str(tmp_path / "adapter"), "--check"]) == 2
+    assert "differs from the manifest" in capsys.readouterr().err
+    (tmp_path / "adapter" / SIDECAR).write_text("{}")
+    assert main(["info", str(tmp_path / "adapter")]) == 2
+    assert "no pipeline; write it again" in capsys.readouterr().err
