@@ -135,7 +135,9 @@ class _Rewards:
         """
         config = self.config
         prompts, uniform = prompts[: config.decoded_samples], uniform[: config.decoded_samples]
-        videos = self.decoder.decode(latents[: config.decoded_samples, :, : config.decoded_frames])
+        shown = latents[: config.decoded_samples, :, : config.decoded_frames]
+        with torch.autocast(latents.device.type, enabled=False):  # decoders keep their own precision
+            videos = self.decoder.decode(shown)
         found: dict[str, tuple[float, Tensor]] = {}
         if self.video is not None:
             found["video_reward"] = config.video_weight, self.video(videos, prompts).mean()

@@ -109,6 +109,24 @@ def test_a_reward_moves_the_student_towards_it(world):
     assert mean(1.0) > M + 0.1
 
 
+def test_what_is_decoded_is_decoded_in_the_decoders_precision(world):
+    seen = []
+
+    class Watched(Frames):
+        def decode(self, latents):
+            seen.append((torch.is_autocast_enabled("cpu"), latents.dtype))
+            return super().decode(latents)
+
+    def reward(videos, prompts):
+        assert torch.is_autocast_enabled("cpu"), "the settings ask for bf16"
+        return mean_of_pixels(videos, prompts)
+
+    teacher, student = world()
+    config = settings(cd_steps=1, mixed_precision="bf16")
+    TurboTrainer(teacher, student, PROMPTS, decoder=Watched(), video_reward=reward, config=config).train()
+    assert [enabled for enabled, _ in seen] == [False] and seen[0][1] in (torch.float32, torch.float64)
+
+
 def test_what_it_cannot_do_without(world, numbers):
     teacher, student = world()
     with pytest.raises(DistillationConfigError, match="image_reward or video_reward"):
