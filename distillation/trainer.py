@@ -164,8 +164,10 @@ class DistillationStage(Stage):
     def spread(self, samples: Tensor) -> dict[str, float]:
         """Return how far the student's samples spread, also against the data's channels where there is data."""
         logs = {"x_std": float(samples.std())}
-        if self.data_std is not None:
-            logs["saturation"] = float(saturation(samples, self.data_std.to(samples)).max())
+        if self.data_std is not None and bool(self.data_std.any()):
+            varies = self.data_std > 0
+            spread = saturation(samples[:, varies.to(samples.device)], self.data_std[varies].to(samples))
+            logs["saturation"] = float(spread.max())
         return logs
 
     def after_update(self, step: int, batch: Batch, logs: dict[str, float]) -> None:

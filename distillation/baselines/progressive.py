@@ -118,11 +118,13 @@ class ProgressiveTrainer:
 
     def train(self) -> ProgressiveResult:
         """Run the rounds, continuing from what ``output_dir`` holds of them."""
-        students, history = {}, {}
+        students: dict[int, FewStepStudent] = {}
+        history: dict[str, list[dict[str, Any]]] = {}
         predecessor: nn.Module | None = None
         for count, (name, updates) in zip(self.config.rounds, self.config.stages.items(), strict=True):
+            if history:
+                predecessor = copy.deepcopy(self.setup.student.denoiser).requires_grad_(False).eval()
             history[name] = _Round(self.setup, name, updates, count, predecessor).run()
-            predecessor = copy.deepcopy(self.setup.student.denoiser).requires_grad_(False).eval()
             if count in self.config.step_counts:
                 students[count] = self._student(count)
         return ProgressiveResult(students, history)

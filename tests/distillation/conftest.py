@@ -198,12 +198,12 @@ def randn():
 
 @pytest.fixture
 def tiny_wan():
-    """A float64 Wan denoiser of two blocks on latents [4, F, 4, 4], always with the same weights."""
+    """Builds a float64 Wan denoiser on latents [4, F, 4, 4] with 24 channels a token, always with the same weights."""
     from distillation.families import import_diffusers
     from distillation.families.wan import WanDenoiser
     from distillation.schedule import RectifiedFlow
 
-    def build():
+    def build(num_layers=2):
         torch.manual_seed(0)
         transformer = import_diffusers().WanTransformer3DModel(
             patch_size=(1, 2, 2),
@@ -214,7 +214,7 @@ def tiny_wan():
             text_dim=8,
             freq_dim=16,
             ffn_dim=16,
-            num_layers=2,
+            num_layers=num_layers,
             rope_max_seq_len=16,
         )
         return WanDenoiser(transformer.double(), RectifiedFlow()).eval()

@@ -7,7 +7,6 @@ from torch import nn
 from distillation.adversarial import AdversarialHead, generator_loss
 from distillation.condition import TextCondition
 from distillation.errors import DistillationConfigError, NoiseError
-from distillation.families import import_diffusers
 from distillation.families.wan import WanDenoiser
 from distillation.features import BlockFeatures, find_blocks
 from distillation.schedule import RectifiedFlow
@@ -17,22 +16,9 @@ T = torch.tensor([0.3, 0.8])
 
 
 @pytest.fixture
-def denoiser():
+def denoiser(tiny_wan):
     """A Wan transformer of three blocks; [B, 4, 3, 4, 4] become 3 frames of 4 tokens of 24 channels."""
-    torch.manual_seed(0)
-    transformer = import_diffusers().WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=3,
-        rope_max_seq_len=32,
-    )
-    return WanDenoiser(transformer, RectifiedFlow()).requires_grad_(False)
+    return tiny_wan(num_layers=3).float().requires_grad_(False)
 
 
 @pytest.fixture

@@ -269,3 +269,16 @@ def test_vsd_hands_over_its_direction_and_its_difference(world, monkeypatch):
         assert torch.equal(moved, wanted)
         torch.testing.assert_close(direction, wanted / (distance + 1e-6), rtol=1e-12, atol=0)
     assert float(seen[-1][1].abs().max()) > 0
+
+
+def test_a_channel_of_the_data_that_never_varies_stops_no_training(world):
+    def saturations(constant):
+        teacher, (latents, prompts) = world()
+        latents = latents.clone()
+        latents[:, constant] = 1.0
+        config = settings(cd_steps=0)
+        trainer = ds.DistillationTrainer(teacher, start_student(teacher, config), (latents, prompts), config)
+        return [entry.get("saturation") for entry in trainer.train().history["vsd"]]
+
+    assert all(value > 0 for value in saturations([1]))
+    assert saturations([0, 1, 2, 3]) == [None, None]

@@ -23,7 +23,13 @@ def test_prompts_are_split_and_blank_lines_skipped(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "no prompts"), (b"\n \n", "no prompts"), (b"\xff\xfe\x00\x80", "not UTF-8"), (b"one\n", "add prompts")],
+    [
+        (b"", "no prompts"),
+        (b"\n \n", "no prompts"),
+        (b"\xff\xfe\x00\x80", "not UTF-8"),
+        (b"a\x00b\n", "NUL bytes"),
+        (b"one\n", "add prompts"),
+    ],
 )
 def test_files_that_cannot_serve_are_named(tmp_path, content, message):
     (tmp_path / "p.txt").write_bytes(content)
