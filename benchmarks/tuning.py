@@ -81,6 +81,8 @@ class TuningWorld:
     ) -> None:
         self.samples, self.folder, self.device, self.rewards = samples, folder, samples.device, tuple(rewards)
         self.student, self.codec = samples.student, samples.codec
+        if self.device != "cpu":
+            self.codec.chunk_size = AT_ONCE
         self.config = config or lr.ProxyConfig(trunk="pixels", progress=False)
         self.oracle = lr.MetricOracle(self.codec, self.rewards, chunk_size=AT_ONCE)
         self.holdout = lr.MetricOracle(self.codec, [HOLDOUT], chunk_size=AT_ONCE)

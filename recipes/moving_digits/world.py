@@ -104,6 +104,7 @@ def write_prompt(spec: ClipSpec, *, seed: int, index: int = 0, heldout_phrasing:
     return f"a {colour} {digit} {direction} {choose(SPEED_PHRASES[spec.speed])}"
 
 
+@cache
 def parse_prompt(prompt: str) -> ClipSpec:
     """Recover what a prompt of this world asks for.
 

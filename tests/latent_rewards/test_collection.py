@@ -1,6 +1,8 @@
 """A collection belongs to one run, is continued by the next, and is the same whoever made its parts."""
 
+import fcntl
 import json
+import os
 import warnings
 
 import pytest
@@ -125,6 +127,19 @@ def test_two_runs_cannot_collect_into_one_folder(tmp_path):
         return lambda: (part(), {})
 
     assert len(Collection(2, 2, {}, root=tmp_path, progress=False).run(begin)) == 2
+
+
+def test_a_complete_collection_is_read_by_many_at_once(tmp_path):
+    collect = Collection(2, 2, {"seed": 5}, root=tmp_path, progress=False).run
+    collect(lambda indices: lambda: (part(), {}))
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # as another reader once did
+        assert len(collect(None)) == 2
+        with pytest.raises(ConfigError, match="another seed: 5 there, 6 now"):
+            Collection(2, 2, {"seed": 6}, root=tmp_path, progress=False).run(None)
+    finally:
+        os.close(descriptor)
 
 
 def test_a_part_of_another_collection_is_not_taken_for_ours(toys, tmp_path):
