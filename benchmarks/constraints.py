@@ -77,7 +77,7 @@ class Trade:
         floors = lr.relative_floors(dataset, {GUARDED: SHARE})
         points = {
             "free": lambda: [self._tuned(part, seed, lr.WeightedSum({TUNED: 1 / units[TUNED]}))],
-            "floor": lambda: [self._tuned(part, seed, self._lagrangian(floors, units))],
+            "floor": lambda: [self._tuned(part, seed, self._lagrangian(floors, units, dataset))],
             "sweep": lambda: self._sweep(seed, units),
             "front": lambda: self._front(seed, units),
         }[part]()
@@ -93,10 +93,17 @@ class Trade:
         }
 
     @staticmethod
-    def _lagrangian(floors: Mapping[str, float], units: Mapping[str, float]) -> lr.Lagrangian:
-        guarded = {name: units[name] for name in floors}
+    def _lagrangian(
+        floors: Mapping[str, float], units: Mapping[str, float], dataset: lr.RewardDataset
+    ) -> lr.Lagrangian:
         return lr.Lagrangian(
-            lr.WeightedSum({TUNED: 1 / units[TUNED]}), floors, units=guarded, learning_rate=1.0, damping=5.0
+            lr.WeightedSum({TUNED: 1 / units[TUNED]}),
+            floors,
+            units={name: units[name] for name in floors},
+            baselines=lr.true_means(dataset, floors),
+            learning_rate=2.0,
+            damping=10.0,
+            smoothing=0.5,
         )
 
     def _sweep(self, seed: int, units: Mapping[str, float]) -> list[dict[str, float]]:

@@ -41,6 +41,7 @@ _HOME = {
         "TrueReward",
         "WeightConditioned",
         "relative_floors",
+        "true_means",
     ),
     "latent_rewards.fronts": ("hypervolume", "non_dominated"),
     "latent_rewards.report": ("Report",),

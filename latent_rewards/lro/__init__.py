@@ -3,7 +3,7 @@
 from latent_rewards.lro.advantages import group_normalized, leave_one_out, normalize_then_sum
 from latent_rewards.lro.checks import OffPolicyError
 from latent_rewards.lro.config import LROConfig
-from latent_rewards.lro.constraints import Lagrangian, relative_floors
+from latent_rewards.lro.constraints import Lagrangian, relative_floors, true_means
 from latent_rewards.lro.estimators import hybrid, pathwise, reinforce, smoothed
 from latent_rewards.lro.guard import Guard, RefreshSchedule
 from latent_rewards.lro.pareto import PreferredReward, WeightConditioned
@@ -32,4 +32,5 @@ __all__ = [
     "reinforce",
     "relative_floors",
     "smoothed",
+    "true_means",
 ]

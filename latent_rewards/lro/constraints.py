@@ -9,7 +9,7 @@ a fixed penalty this ends at the floor itself, whatever the units are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -32,15 +32,24 @@ def relative_floors(dataset: RewardDataset, shares: Mapping[str, float]) -> dict
         ConfigError: no shares, or one that is not finite.
         DataError: the dataset lacks a reward, or the reward applies to none of its samples.
     """
-    floors = {}
-    for name, share in check_numbers(shares, "share").items():
+    means = true_means(dataset, check_numbers(shares, "share"))
+    return {name: means[name] - (1 - share) * abs(means[name]) for name, share in shares.items()}
+
+
+def true_means(dataset: RewardDataset, names: Iterable[str]) -> dict[str, float]:
+    """Return the mean of each named reward over a dataset's samples; NaN enters no mean.
+
+    Raises:
+        DataError: the dataset lacks a reward, or the reward applies to none of its samples.
+    """
+    means = {}
+    for name in names:
         if name not in dataset.reward_names:
             raise DataError(unknown_name("reward", name, dataset.reward_names))
-        mean = float(dataset.rewards[name].double().nanmean())
-        if not math.isfinite(mean):
-            raise DataError(f"reward {name!r} applies to no sample of the dataset; give its floor as a number")
-        floors[name] = mean - (1 - share) * abs(mean)
-    return floors
+        means[name] = float(dataset.rewards[name].double().nanmean())
+        if not math.isfinite(means[name]):
+            raise DataError(f"reward {name!r} applies to no sample of the dataset; give its mean as a number")
+    return means
 
 
 class Lagrangian:
@@ -52,6 +61,10 @@ class Lagrangian:
     refresh: so at a refresh it is the true one, and it is the true floor that is kept. Without an oracle it is the
     proxy's alone. ``smoothing`` makes it a moving average over updates.
 
+    A few prompts say little of all: a clip "moving fast" has more motion whatever the policy does. With ``baselines``
+    the mean is told by how far the policy's scores lie from the reference's on the same prompts and noise, a control
+    variate: ``baseline + mean(policy) - mean(reference)``. That takes one rollout of the reference per update.
+
     Logged are ``multiplier/<name>``, as an update used it, and ``violation/<name>``, floor minus mean: positive below
     the floor. All this is part of a checkpoint, and the same in every rank of a launch.
 
@@ -60,6 +73,8 @@ class Lagrangian:
         floors: reward name -> the least its mean should be; see :func:`relative_floors`.
         units: reward name -> what counts as one of it, positive, such as its standard deviation over the student's
             samples; 1 where none is given. A multiplier is the price of one unit.
+        baselines: reward name -> true mean of the reference policy, for every floor (see :func:`true_means`); None
+            takes the means as they are. The reference is the trainer's: the policy as it was before.
         learning_rate: by how much a multiplier rises per update for one unit of violation, positive. Too much makes
             multiplier and policy swing around each other.
         damping: answers the violation at once and so stills those swings without moving where they end; 0 is plain
@@ -69,7 +84,8 @@ class Lagrangian:
         maximum: multipliers stop there, for floors that cannot be reached; None lets them grow.
 
     Raises:
-        ConfigError: no floors, one that is not finite, a unit of no floor, or a setting outside its range.
+        ConfigError: no floors, one that is not finite, a unit of no floor, a floor without its baseline, or a setting
+            outside its range.
     """
 
     def __init__(
@@ -78,6 +94,7 @@ class Lagrangian:
         floors: Mapping[str, float],
         *,
         units: Mapping[str, float] | None = None,
+        baselines: Mapping[str, float] | None = None,
         learning_rate: float = 1.0,
         damping: float = 0.0,
         smoothing: float = 0.0,
@@ -100,6 +117,11 @@ class Lagrangian:
                 raise ConfigError(f"units: {unknown_name('floor', name, self.floors)}")
             if not 0 < unit < math.inf:
                 raise ConfigError(f"the unit of {name!r} must be positive and finite; got {unit}")
+        self.baselines = None if baselines is None else check_numbers(baselines, "baseline")
+        if self.baselines is not None and self.baselines.keys() != self.floors.keys():
+            raise ConfigError(
+                f"baselines are of {', '.join(self.baselines)}, floors of {', '.join(self.floors)}; give each floor one"
+            )
         self.multipliers = dict.fromkeys(self.floors, 0.0)
         self._integrals = dict.fromkeys(self.floors, 0.0)
         self._corrections = dict.fromkeys(self.floors, 0.0)
@@ -109,6 +131,11 @@ class Lagrangian:
     def weights(self) -> dict[str, float]:
         """The objective's weights, and 0 for a reward that is only guarded."""
         return {**dict.fromkeys(self.floors, 0.0), **self.objective.weights}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether :meth:`after_update` is to be told what the reference's samples score."""
+        return self.baselines is not None
 
     def __call__(self, rewards: Mapping[str, Tensor]) -> Tensor:
         """Return ``[B]``; a NaN in a guarded reward counts as the mean of the others.
@@ -122,20 +149,22 @@ class Lagrangian:
         floors = rows.new_tensor(list(self.floors.values()))[:, None]
         return total + (prices * (rows - floors)).sum(dim=0)
 
-    def after_update(self, means: Mapping[str, float]) -> dict[str, float]:
+    def after_update(
+        self, means: Mapping[str, float], reference: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
         """Move the multipliers by the violations of an update's samples; return what to log.
 
         Args:
             means: reward name -> mean of the proxy's scores over all ranks. NaN leaves that multiplier as it is.
+            reference: likewise, of the reference's samples of the same prompts and noise; needed with ``baselines``.
 
         Raises:
-            DataError: the mean of a guarded reward is missing.
+            DataError: the mean of a guarded reward is missing, or those of the reference are.
         """
         logs: dict[str, float] = {}
         for name, floor in self.floors.items():
-            if name not in means:
-                raise DataError(unknown_name("reward", name, means))
-            violation = floor - self._smoothed(name, means[name] + self._corrections[name])
+            mean = self._mean(name, means, reference)
+            violation = floor - self._smoothed(name, mean + self._corrections[name])
             logs |= {f"multiplier/{name}": self.multipliers[name], f"violation/{name}": violation}
             if not math.isnan(violation):
                 missed = violation / self.units[name]
@@ -150,6 +179,17 @@ class Lagrangian:
             if not math.isnan(gap):
                 self._corrections[name] = gap
 
+    def _mean(self, name: str, means: Mapping[str, float], reference: Mapping[str, float] | None) -> float:
+        """Return the mean by the proxy, as far as possible without what the prompts and the noise alone make of it."""
+        for known in (means, reference) if self.baselines is not None else (means,):
+            if known is None:
+                raise DataError("baselines were given: after_update needs the means of the reference's samples too")
+            if name not in known:
+                raise DataError(unknown_name("reward", name, known))
+        if self.baselines is None or reference is None:
+            return means[name]
+        return self.baselines[name] + means[name] - reference[name]
+
     def _smoothed(self, name: str, mean: float) -> float:
         """Return the moving average with ``mean`` taken in; NaN stays NaN and is not."""
         if math.isnan(mean):
@@ -162,7 +202,7 @@ class Lagrangian:
         return max(0.0, value if self.maximum is None else min(value, self.maximum))
 
     def _settings(self) -> dict[str, Any]:
-        names = ("floors", "units", "learning_rate", "damping", "smoothing", "maximum")
+        names = ("floors", "units", "baselines", "learning_rate", "damping", "smoothing", "maximum")
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:

@@ -102,6 +102,29 @@ def default_reference(policy: Policy) -> Policy:
     return copy.deepcopy(policy)
 
 
+def reference_for(policy: Policy, given: Policy | None, *, charged: bool, compared: bool, moves: bool) -> Policy | None:
+    """Return the reference of a run: the given one, one that is made if there is a use for it, or None.
+
+    Args:
+        policy: what is tuned.
+        given: what the user passed.
+        charged: the KL to it is in the loss.
+        compared: the reward compares samples with its.
+        moves: it follows the policy.
+
+    Raises:
+        ConfigError: it is the policy itself, or moves though samples are compared with its.
+    """
+    if given is policy:
+        raise ConfigError("reference is the policy itself; pass a copy, or None to have one made")
+    if compared and moves:
+        raise ConfigError(
+            "the reward's baselines are of the policy as it was, but sync_ref_model moves the reference; use "
+            "sync_ref_model=False, or a Lagrangian without baselines"
+        )
+    return default_reference(policy) if given is None and (charged or compared) else given
+
+
 def check_differentiable(reference: Policy) -> None:
     """Check that gradients to the states can go through ``reference``.
 

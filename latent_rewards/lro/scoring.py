@@ -30,9 +30,13 @@ class Proxy(Protocol):
 
 @runtime_checkable
 class AdaptiveReward(Protocol):
-    """A Reward that learns while training, such as :class:`~latent_rewards.lro.constraints.Lagrangian`."""
+    """A Reward that learns while training, such as :class:`~latent_rewards.lro.constraints.Lagrangian`.
 
-    def after_update(self, means: Mapping[str, float], /) -> dict[str, float]:
+    One whose ``needs_reference`` is true is given, after the means, those of the reference policy's samples of the same
+    prompts and noise.
+    """
+
+    def after_update(self, means: Mapping[str, float], /, *reference: Mapping[str, float]) -> dict[str, float]:
         """Learn from the mean score of each reward over an update's samples; return what to log."""
         ...
 
@@ -114,6 +118,7 @@ class ProxyReward:
         self.normalize_groups = normalize_groups
         self.proxy, self.pessimism, self.cap, self.micro_batch = proxy, pessimism, cap, micro_batch
         self.reward: Reward = reward if reward is not None else (lambda values: values[names[0]])
+        self.needs_reference: bool = getattr(reward, "needs_reference", False)
         self.falling = {name for name, weight in getattr(reward, "weights", {}).items() if weight < 0}
 
     def by_name(self, latents: Tensor, prompts: Sequence[str], pessimism: float = 0.0) -> dict[str, Tensor]:
@@ -172,9 +177,15 @@ class ProxyReward:
         return reward.terms(scores)
 
     def after_update(self, logs: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
-        """Let a reward that learns see the means ``rewards/<name>/mean`` of all ranks; return what it logs."""
+        """Let a reward that learns see the means ``rewards/<name>/mean`` of all ranks; return what it logs.
+
+        One that needs it sees ``reference/<name>/mean`` too.
+        """
         if not isinstance(self.reward, AdaptiveReward):
             return {}
-        mine = {name: logs[f"rewards/{name}/mean"] for name in self.proxy.reward_names}
-        shares = ranks.gather(mine)
-        return self.reward.after_update({name: sum(share[name] for share in shares) / len(shares) for name in mine})
+        kinds = ("rewards", "reference") if self.needs_reference else ("rewards",)
+        shares = ranks.gather([[logs[f"{kind}/{name}/mean"] for name in self.proxy.reward_names] for kind in kinds])
+        means = [
+            [sum(column) / len(shares) for column in zip(*rows, strict=True)] for rows in zip(*shares, strict=True)
+        ]
+        return self.reward.after_update(*(dict(zip(self.proxy.reward_names, row, strict=True)) for row in means))

@@ -25,7 +25,7 @@ from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LRO
 from latent_rewards.lro.gradients import GradientAggregation
 from latent_rewards.lro.guard import Guard, RefreshSchedule
 from latent_rewards.lro.kl import Charge, KLPenalty
-from latent_rewards.lro.reference import default_reference
+from latent_rewards.lro.reference import reference_for
 from latent_rewards.lro.refresh import Refresher, check_fingerprints, query
 from latent_rewards.lro.result import TrainResult
 from latent_rewards.lro.sampling import Batch, SampleSource, noise_dtype
@@ -48,8 +48,8 @@ class LatentRewardTrainer:
         oracle: true metrics for refresh and gap; without one the proxy stays frozen.
         dataset: what the proxy was trained on, replayed at each refresh.
         holdout: an oracle that is never optimised; decides early stop and which policy remains.
-        reference: policy the KL is measured to. None, if ``beta`` is positive: the policy with its peft adapters off
-            where they are all that is trained, else a frozen copy of it.
+        reference: policy the KL is measured to. None, if ``beta`` is positive or the reward compares with it: the
+            policy with its peft adapters off where they are all that is trained, else a frozen copy of it.
         anchor: a loss that holds the policy near what it was distilled from.
         callbacks: called with the step and its log after each update.
 
@@ -81,8 +81,6 @@ class LatentRewardTrainer:
         self.callbacks = tuple(callbacks)
         check_fingerprints(oracle, proxy, dataset)
         listed = check_prompts(prompts)
-        if reference is policy:
-            raise ConfigError("reference is the policy itself; pass a copy, or None to have one made")
         for count in config.step_counts:
             policy.timesteps(count)
         module = _as_module(policy)
@@ -103,11 +101,13 @@ class LatentRewardTrainer:
             else Refresher(self.scoring, oracle, dataset, self.guard, **config.refresh_settings())
         )
         self._warn(proxy)
-        self.reference = reference
-        if reference is None and config.beta > 0:
-            self.reference = default_reference(policy)
+        charged, compared = reference is not None or config.beta > 0, self.scoring.needs_reference
+        moves = config.sync_ref_model
+        self.reference = reference_for(policy, reference, charged=charged, compared=compared, moves=moves)
         self.penalty = (
-            None if self.reference is None else KLPenalty(config, policy, self.reference, proxy, self.estimator)
+            None
+            if self.reference is None or not charged
+            else KLPenalty(config, policy, self.reference, proxy, self.estimator)
         )
         self.loop = self._make_loop(module, len(listed))
         self.samples = SampleSource(
@@ -209,6 +209,8 @@ class LatentRewardTrainer:
                 self.anchor.after_step()
         if self.penalty is not None:
             self.penalty.after_update(step, self.loop.ranks)
+        if self.scoring.needs_reference:
+            parts |= self._reference_means(batch)
         logs = {**parts, **self.scoring.after_update(parts, self.loop.ranks), **logs}
         for callback in self.callbacks:
             callback(step, logs)
@@ -309,6 +311,15 @@ class LatentRewardTrainer:
         # Its own autocast block: weights cast without gradient must not be reused by the forward that needs one.
         with self.loop.accelerator.autocast():
             return rollout(self.policy, batch.condition, batch.noise, batch.num_steps)
+
+    @torch.no_grad()
+    def _reference_means(self, batch: Batch) -> dict[str, float]:
+        """Return what the proxy makes of the reference's samples of the same prompts and noise."""
+        assert self.reference is not None  # noqa: S101 - for the type checker
+        with self.loop.accelerator.autocast():
+            final = rollout(self.reference, batch.condition, batch.noise, batch.num_steps).final
+        scores = self.scoring.scores(final, batch.prompts)
+        return {f"reference/{name}/mean": float(values.mean()) for name, values in scores.items()}
 
     def _generate(self, stage: str, step: int, num_samples: int) -> Iterator[tuple[Batch, Tensor]]:
         micro_batch = self.config.micro_batch

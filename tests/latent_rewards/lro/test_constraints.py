@@ -152,6 +152,52 @@ def test_one_update_has_exact_values():
         reward.after_update({"quality": 1.0})
 
 
+class Uneven(Plane):
+    """Prompts differ far more in room than any policy can change."""
+
+    def scores(self, latents: Tensor, prompts: list[str], pessimism: float = 0.0) -> dict[str, Tensor]:
+        scores = super().scores(latents, prompts, pessimism)
+        return {**scores, "room": scores["room"] + tensor(*(5.0 if prompt == "wide" else -5.0 for prompt in prompts))}
+
+
+def test_baselines_take_out_what_the_prompts_make_of_a_mean(linear_policy):
+    def run(**settings):
+        policy, reward = point(linear_policy), lagrangian(**settings)
+        trainer = DifferentiableRewardTrainer(policy, Uneven(), ["wide", "narrow"], config(), reward=reward)
+        history = trainer.train().history
+        return policy.shift.detach().flatten(), reward.multipliers["room"], history
+
+    # One prompt an update; over both prompts the starting policy's mean is 0.
+    shift, multiplier, history = run(baselines={"room": 0.0})
+    torch.testing.assert_close(shift, tensor(*OPTIMUM), rtol=0, atol=2e-3)
+    assert multiplier == pytest.approx(MULTIPLIER, abs=5e-3)
+    assert {entry["reference/room/mean"] for entry in history} == {5.0, -5.0}
+    assert max(abs(entry["violation/room"]) for entry in history[-20:]) < 2e-3
+    shift, _, history = run()
+    assert max(abs(entry["violation/room"]) for entry in history[-20:]) > 4
+
+
+def test_baselines_have_exact_values_and_need_a_reference(linear_policy):
+    reward = lagrangian(floor=0.5, baselines={"room": 0.9})
+    assert reward.after_update({"room": 0.4}, {"room": 0.6})["violation/room"] == pytest.approx(-0.2, abs=1e-15)
+    reward.after_refresh({"room": 0.1}, {"room": 0.3})
+    assert reward.after_update({"room": 0.4}, {"room": 0.6})["violation/room"] == pytest.approx(-0.4, abs=1e-15)
+    kept = reward.state_dict()
+    assert math.isnan(reward.after_update({"room": 0.4}, {"room": NAN})["violation/room"])
+    assert reward.state_dict() == kept
+    with pytest.raises(DataError, match="needs the means of the reference's samples"):
+        reward.after_update({"room": 0.4})
+    with pytest.raises(DataError, match="'room'"):
+        reward.after_update({"room": 0.4}, {"rom": 0.6})
+    with pytest.raises(ConfigError, match="baselines are of rom, floors of room"):
+        lagrangian(baselines={"rom": 0.0})
+    with pytest.raises(ConfigError, match="baseline of 'room' must be finite"):
+        lagrangian(baselines={"room": NAN})
+    settings = config(beta=0.1, sync_ref_model=True)
+    with pytest.raises(ConfigError, match="sync_ref_model moves the reference"):
+        DifferentiableRewardTrainer(point(linear_policy), Plane(), ["a"], settings, reward=reward)
+
+
 def test_the_mean_is_a_moving_average_of_what_is_thought_true():
     reward = lagrangian(floor=0.5, learning_rate=0.5, smoothing=0.75)
     assert reward.after_update({"room": 0.1})["violation/room"] == pytest.approx(0.4, abs=1e-15)
@@ -222,7 +268,8 @@ from latent_rewards.training.ranks import current_ranks
 
 def tuned(toys, here):
     warnings.simplefilter("ignore")
-    policy, reward = toys["LinearPolicy"](dim=2, gain=0.5), here["lagrangian"](0.5, learning_rate=1.0)
+    policy = toys["LinearPolicy"](dim=2, gain=0.5)
+    reward = here["lagrangian"](0.5, learning_rate=1.0, baselines={"room": 0.2})
     settings = here["config"](num_updates=6, prompts_per_update=4, step_counts=[2], refresh_every=2)
     trainer = here["DifferentiableRewardTrainer"]
     trainer(policy, here["Plane"](0.3), ["a", "b"], settings, reward=reward, oracle=here["truth"]).train()
