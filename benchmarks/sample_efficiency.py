@@ -187,7 +187,8 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the curve of each method over seeds, and how LRO compares with the best true-reward policy gradient.
 
     Returns:
-        ``methods``: name -> learning rate, and points with ``queries``, and ``true`` as mean and standard deviation;
+        ``methods``: name -> learning rate, mean seconds on each device, and points with ``queries``, and ``true`` as
+        mean and standard deviation;
         ``target``: the highest final mean of :data:`POLICY_GRADIENTS`; ``queries_to_target``: for every method the
         first queries at which its mean is at least that, or None; ``ratio``: the least of LRO's over the most queries
         of that policy gradient.
@@ -200,7 +201,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "title": METHODS[name].title,
                 "learning_rate": mine[0]["learning_rate"],
                 "seeds": sorted(result["seed"] for result in mine),
-                "seconds": statistics.fmean(result["seconds"] for result in mine),
+                "seconds": _by_device(mine),
                 "curve": _mean_curve([result["curve"] for result in mine]),
             }
     finals = {name: methods[name]["curve"][-1] for name in POLICY_GRADIENTS if name in methods}
@@ -212,6 +213,14 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ours = [queries for name, queries in reached.items() if name in LRO and queries is not None]
     ratio = min(ours) / finals[best]["queries"] if ours else None
     return {"methods": methods, "best": best, "target": target, "queries_to_target": reached, "ratio": ratio}
+
+
+def _by_device(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    devices = dict.fromkeys(result["device"] for result in results)
+    return {
+        device: statistics.fmean(result["seconds"] for result in results if result["device"] == device)
+        for device in devices
+    }
 
 
 def _mean_curve(curves: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, Any]]:
@@ -242,9 +251,10 @@ def table(summary: Mapping[str, Any]) -> str:
         )
         reached = summary.get("queries_to_target", {}).get(name)
         cells = [f"{value['mean']:.3f} ± {value['std']:.3f}" for value in (first, last, best)]
+        seconds = ", ".join(f"{mean:.0f} on {device}" for device, mean in told["seconds"].items())
         lines.append(
             f"| {told['title']} | {told['learning_rate']:g} | {curve[-1]['queries']} | {' | '.join(cells)} | "
-            f"{'–' if reached is None else reached} | {told['seconds']:.0f} |"
+            f"{'–' if reached is None else reached} | {seconds} |"
         )
     if summary.get("target") is not None:
         ratio = summary["ratio"]
@@ -271,7 +281,7 @@ def draw(summary: Mapping[str, Any], path: Path) -> None:
     axis.set(
         xscale="log", xlim=(90, None), xlabel="true scores asked for", ylabel="digits.legibility, held-out prompts"
     )
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)

@@ -98,7 +98,8 @@ def curve(*values, step=100):
 
 
 def result(name, seed, *values, step=100):
-    return {"method": name, "learning_rate": 1e-4, "seed": seed, "seconds": 1.0, "curve": curve(*values, step=step)}
+    told = {"seed": seed, "seconds": 10.0 + seed, "device": "cpu" if seed < 2 else "NVIDIA H200"}
+    return {"method": name, "learning_rate": 1e-4, **told, "curve": curve(*values, step=step)}
 
 
 def test_queries_to_the_target_are_those_of_the_mean_curve():
@@ -113,6 +114,9 @@ def test_queries_to_the_target_are_those_of_the_mean_curve():
     assert summary["queries_to_target"] == {"lro_pathwise": 150, "ddpo": 2050, "flow_grpo": 1050, "backprop": 50}
     assert summary["ratio"] == pytest.approx(150 / 2050)
     assert "LRO reaches it with 0.073 of the queries" in sample_efficiency.table(summary)
+    assert "| 10 on cpu |" in sample_efficiency.table(sample_efficiency.summarise(results[:1]))
+    mixed = sample_efficiency.summarise([result("ddpo", seed, 0.4, 0.5) for seed in (0, 1, 2)])
+    assert mixed["methods"]["ddpo"]["seconds"] == {"cpu": 10.5, "NVIDIA H200": 12.0}
     short = sample_efficiency.summarise([result("lro_pathwise", 0, 0.4, 0.5), result("ddpo", 0, 0.4, 0.6)])
     assert short["ratio"] is None and "no LRO reaches it" in sample_efficiency.table(short)
 
