@@ -58,8 +58,9 @@ class Lagrangian:
     A trainer moves the prices once per update. With ``v = (floor - mean) / unit``,
     ``integral <- max(0, integral + learning_rate v)`` and ``multiplier = max(0, integral + damping v)``, which is PI
     control (Stooke, Achiam and Abbeel 2020, 2007.03964). The mean is the proxy's, plus what it was wrong by at the last
-    refresh: so at a refresh it is the true one, and it is the true floor that is kept. Without an oracle it is the
-    proxy's alone. ``smoothing`` makes it a moving average over updates.
+    refresh, on samples it had not learnt from: so it is the true floor that is kept. (What it is wrong by once it has
+    learnt from them says nothing of the samples that come: there a policy finds what the proxy does not see.) Without
+    an oracle the mean is the proxy's alone. ``smoothing`` makes moving averages of both, over updates and refreshes.
 
     A few prompts say little of all: a clip "moving fast" has more motion whatever the policy does. With ``baselines``
     the mean is told by how far the policy's scores lie from the reference's on the same prompts and noise, a control
@@ -79,8 +80,8 @@ class Lagrangian:
             multiplier and policy swing around each other.
         damping: answers the violation at once and so stills those swings without moving where they end; 0 is plain
             dual ascent.
-        smoothing: share of the past in the mean, in [0, 1). A few prompts say little of all, but a mean that lags lets
-            a policy that moves fast pass.
+        smoothing: share of the past in the mean and in its correction, in [0, 1). A few samples say little of all, but
+            a mean that lags lets a policy that moves fast pass.
         maximum: multipliers stop there, for floors that cannot be reached; None lets them grow.
 
     Raises:
@@ -124,7 +125,7 @@ class Lagrangian:
             )
         self.multipliers = dict.fromkeys(self.floors, 0.0)
         self._integrals = dict.fromkeys(self.floors, 0.0)
-        self._corrections = dict.fromkeys(self.floors, 0.0)
+        self._corrections: dict[str, float] = {}
         self._means: dict[str, float] = {}
 
     @property
@@ -164,7 +165,7 @@ class Lagrangian:
         logs: dict[str, float] = {}
         for name, floor in self.floors.items():
             mean = self._mean(name, means, reference)
-            violation = floor - self._smoothed(name, mean + self._corrections[name])
+            violation = floor - self._smoothed(name, mean) - self._corrections.get(name, 0.0)
             logs |= {f"multiplier/{name}": self.multipliers[name], f"violation/{name}": violation}
             if not math.isnan(violation):
                 missed = violation / self.units[name]
@@ -173,11 +174,11 @@ class Lagrangian:
         return logs
 
     def after_refresh(self, proxy: Mapping[str, float], true: Mapping[str, float]) -> None:
-        """Take over how far the refreshed proxy's means are from the true ones, on the same fresh samples."""
+        """Take in how far the proxy's means are from the true ones, on the same samples, new to it."""
         for name in self.floors:
             gap = true[name] - proxy[name]
             if not math.isnan(gap):
-                self._corrections[name] = gap
+                self._corrections[name] = self._average(self._corrections.get(name, gap), gap)
 
     def _mean(self, name: str, means: Mapping[str, float], reference: Mapping[str, float] | None) -> float:
         """Return the mean by the proxy, as far as possible without what the prompts and the noise alone make of it."""
@@ -194,9 +195,11 @@ class Lagrangian:
         """Return the moving average with ``mean`` taken in; NaN stays NaN and is not."""
         if math.isnan(mean):
             return mean
-        before = self._means.get(name, mean)
-        self._means[name] = self.smoothing * before + (1 - self.smoothing) * mean
+        self._means[name] = self._average(self._means.get(name, mean), mean)
         return self._means[name]
+
+    def _average(self, before: float, value: float) -> float:
+        return self.smoothing * before + (1 - self.smoothing) * value
 
     def _bounded(self, value: float) -> float:
         return max(0.0, value if self.maximum is None else min(value, self.maximum))

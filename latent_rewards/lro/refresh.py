@@ -162,10 +162,11 @@ class Refresher:
             {name: values[drawn] for name, values in true.items()},
             num_queries=len(prompts),
         )
+        # Before it learns: of these very samples it will know more than of those that come.
+        self._tell_reward(latents[drawn], prompts[drawn], {name: values[drawn] for name, values in true.items()})
         fresh = self._dataset(latents, prompts, true)
         learnt = self._learn(fresh, step, self._extras(num_random))
         self._append(fresh)
-        self._tell_reward(latents[drawn], prompts[drawn], {name: values[drawn] for name, values in true.items()})
         return {**logs, **{f"proxy/{key}": value for key, value in (learnt or {}).items()}}
 
     def _pool(self, samples: Iterable[tuple[Batch, Tensor]]) -> tuple[Tensor, list[str]]:
@@ -221,7 +222,7 @@ class Refresher:
         return learnt
 
     def _tell_reward(self, latents: Tensor, prompts: list[str], true: Mapping[str, Tensor]) -> None:
-        """Show a reward that learns what the refreshed proxy makes of the samples, as updates will, and the truth."""
+        """Show a reward that learns the truth, and what the proxy makes of samples that it has not learnt from."""
         if not isinstance(self.scoring.reward, AdaptiveReward):
             return
         device = next(self.guard.policy.parameters()).device

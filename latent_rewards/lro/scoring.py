@@ -41,7 +41,7 @@ class AdaptiveReward(Protocol):
         ...
 
     def after_refresh(self, proxy: Mapping[str, float], true: Mapping[str, float], /) -> None:
-        """Learn from the means of scores and true rewards of the same fresh samples, after the proxy has learnt."""
+        """Learn from the means of scores and true rewards of the same samples, before the proxy learns from them."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
