@@ -1,10 +1,11 @@
 """Two rewards: a floor, and a front; ``python -m benchmarks.constraints --student runs/demo/student``.
 
 ``digits.legibility`` is raised while ``motion.dynamic_degree`` should not fall below the untuned student's, less 2 %:
-once without a floor, once with a floor whose price is learnt (:class:`latent_rewards.Lagrangian`). And both are raised,
-once by one student that is told how much each counts (:class:`latent_rewards.WeightConditioned`), and once by a sweep
-of students, one for each weighting, with as many updates in all and nearly as many true scores. What is told is true
-means on samples of prompts whose combinations of attributes nothing was trained on.
+once without a floor, once with a floor whose price is learnt (:class:`latent_rewards.Lagrangian`), each with all
+weights and with LoRA adapters. And both are raised, once by one student that is told how much each counts
+(:class:`latent_rewards.WeightConditioned`), and once by a sweep of students, one for each weighting, with as many
+updates in all and nearly as many true scores. What is told is true means on samples of prompts whose combinations of
+attributes nothing was trained on.
 
 Each (part, seed) is one file below ``results/constraints/``; a killed run goes on. ``--summary`` makes a table.
 """
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import latent_rewards as lr
 from benchmarks.provenance import provenance
@@ -39,8 +41,17 @@ WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the tuned reward along the front; the guarded one has the rest."""
 MARGIN = 0.1
 """The corner that hypervolumes are measured from lies so much below the student in both rewards."""
-RATES = {"free": 1.5e-4, "floor": 1.5e-4, "sweep": 1.5e-4, "front": 1e-3}
+RATES = {
+    "free": 1.5e-4,
+    "floor": 1.5e-4,
+    "free_adapters": 1e-3,
+    "floor_adapters": 1e-3,
+    "sweep": 1.5e-4,
+    "front": 1e-3,
+}
 PARTS = tuple(RATES)
+RANK = 8
+"""Of the adapters, and of what the weights of rewards add to a layer along the front."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class Trade:
             "floor": lambda: [self._tuned(part, seed, self._lagrangian(floors, units, dataset))],
             "sweep": lambda: self._sweep(seed, units),
             "front": lambda: self._front(seed, units),
-        }[part]()
+        }[part.removesuffix("_adapters")]()
         return {
             "part": part,
             "seed": seed,
@@ -116,7 +127,7 @@ class Trade:
 
     def _front(self, seed: int, units: Mapping[str, float]) -> list[dict[str, float]]:
         """Tune one student for all weightings."""
-        policy = lr.WeightConditioned(copy.deepcopy(self.world.student), (TUNED, GUARDED), rank=8, seed=seed)
+        policy = lr.WeightConditioned(copy.deepcopy(self.world.student), (TUNED, GUARDED), rank=RANK, seed=seed)
         policy.to(self.world.device)
         self._train("front", seed, policy, lr.PreferredReward({TUNED: units[TUNED], GUARDED: units[GUARDED]}))
         return [
@@ -125,6 +136,8 @@ class Trade:
 
     def _tuned(self, name: str, seed: int, reward: Any, parts: int = 1) -> dict[str, float]:  # noqa: ANN401 - a Reward
         policy = copy.deepcopy(self.world.student)
+        if name.endswith("_adapters"):
+            add_adapters(policy, RANK, seed)
         self._train(name, seed, policy, reward, parts)
         return self._means(policy)
 
@@ -154,25 +167,40 @@ class Trade:
         return self.world.true_scores(policy, self.world.heldout_prompts(self.sizes.judged), "constraints")
 
 
+def add_adapters(policy: nn.Module, rank: int, seed: int) -> None:
+    """Freeze a student and give its denoiser's linear layers LoRA adapters, which change nothing before training."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    policy.requires_grad_(False)
+    linear = [name for name, module in policy.denoiser.named_modules() if isinstance(module, nn.Linear)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), policy.denoiser)
+
+
 def told(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return what one seed's parts say; a part that is missing leaves its numbers out.
 
     Returns:
-        ``gain_kept``: what the floor leaves of the gain in the tuned reward; ``violation``: by what share of itself the
-        floor is missed, 0 if it is not; ``free_change``: relative change of the guarded reward without a floor;
-        ``front`` and ``sweep``: hypervolumes.
+        Of each way to tune (``free``, ``floor``, and both with ``_adapters``) that is not the first, ``<way>_gain``:
+        its gain in the tuned reward over that of all weights without a floor; of those without a floor
+        ``<way>_change``: the relative change of the guarded reward; of those with one ``<way>_violation``: by what
+        share of itself the floor is missed, 0 if it is not. ``front`` and ``sweep``: hypervolumes.
     """
     parts = {result["part"]: result for result in results}
     start = next(iter(parts.values()))["student"]
     values: dict[str, float] = {}
-    if "free" in parts:
-        values["free_change"] = parts["free"]["points"][0][GUARDED] / start[GUARDED] - 1
-    if "floor" in parts:
-        floor = parts["floor"]["share"] * start[GUARDED]
-        values["violation"] = max(0.0, 1 - parts["floor"]["points"][0][GUARDED] / floor)
-        if "free" in parts:
-            gains = {part: parts[part]["points"][0][TUNED] - start[TUNED] for part in ("floor", "free")}
-            values["gain_kept"] = gains["floor"] / gains["free"]
+    for part in ("free", "floor", "free_adapters", "floor_adapters"):
+        if part not in parts:
+            continue
+        point = parts[part]["points"][0]
+        if part.startswith("free"):
+            values[f"{part}_change"] = point[GUARDED] / start[GUARDED] - 1
+        else:
+            values[f"{part}_violation"] = max(0.0, 1 - point[GUARDED] / (parts[part]["share"] * start[GUARDED]))
+        if part != "free" and "free" in parts:
+            gain = parts["free"]["points"][0][TUNED] - start[TUNED]
+            values[f"{part}_gain"] = (point[TUNED] - start[TUNED]) / gain
     corner = [start[name] - MARGIN for name in (TUNED, GUARDED)]
     for part in ("front", "sweep"):
         if part in parts:

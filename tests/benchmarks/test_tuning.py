@@ -188,11 +188,26 @@ def test_floor_and_front_are_measured_beside_what_they_are_compared_with(world, 
     trade = constraints.Trade(pair, constraints.Sizes(updates=2, judged=4, refresh_every=2))
     constraints.run(trade, tmp_path / "results", constraints.PARTS, [0])
     results = [json.loads(file.read_text()) for file in (tmp_path / "results").glob("*-seed0.json")]
-    assert {told["part"]: len(told["points"]) for told in results} == {"free": 1, "floor": 1, "sweep": 2, "front": 2}
+    counts = {"free": 1, "floor": 1, "free_adapters": 1, "floor_adapters": 1, "sweep": 2, "front": 2}
+    assert {told["part"]: len(told["points"]) for told in results} == counts
     assert len({told["student"][constraints.TUNED] for told in results}) == 1
     summary = constraints.summarise(results)
-    assert set(summary["numbers"]) == {"free_change", "violation", "gain_kept", "front", "sweep"}
-    assert "- gain_kept: " in constraints.table(summary)
+    told = {"free_change", "free_adapters_change", "floor_violation", "floor_adapters_violation"}
+    told |= {"floor_gain", "free_adapters_gain", "floor_adapters_gain", "front", "sweep"}
+    assert set(summary["numbers"]) == told
+    assert "- floor_gain: " in constraints.table(summary)
+
+
+def test_adapters_are_all_that_is_tuned(world):
+    policy = copy.deepcopy(world.student)
+    constraints.add_adapters(policy, 2, seed=0)
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    other = copy.deepcopy(world.student)
+    constraints.add_adapters(other, 2, seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), other.parameters(), strict=True))
+    means = [world.true_score(p, world.heldout_prompts(2), "adapters") for p in (world.student, policy)]
+    assert means[0] == pytest.approx(means[1], abs=1e-6)
 
 
 def test_what_a_floor_leaves_of_a_gain_and_how_far_it_is_missed():
@@ -201,16 +216,18 @@ def test_what_a_floor_leaves_of_a_gain_and_how_far_it_is_missed():
         student = {constraints.TUNED: 0.6, constraints.GUARDED: 0.5}
         return {"part": name, "seed": 0, "student": student, "points": pairs, "share": 0.98}
 
-    parts = [part("free", (0.8, 0.4)), part("floor", (0.79, 0.4851))]
+    parts = [part("free", (0.8, 0.4)), part("floor", (0.79, 0.4851)), part("floor_adapters", (0.81, 0.49))]
     parts += [part("front", (0.7, 0.6), (0.8, 0.5)), part("sweep", (0.75, 0.55))]
     told = constraints.told(parts)
     assert told == pytest.approx(
         {
             "free_change": -0.2,
-            "gain_kept": 0.95,
-            "violation": 0.01,
+            "floor_gain": 0.95,
+            "floor_violation": 0.01,
+            "floor_adapters_gain": 1.05,
+            "floor_adapters_violation": 0.0,
             "front": 0.2 * 0.2 + 0.1 * 0.1,
             "sweep": 0.25 * 0.15,
         }
     )
-    assert constraints.told([part("floor", (0.7, 0.51))]) == {"violation": 0.0}
+    assert constraints.told([part("floor", (0.7, 0.51))]) == {"floor_violation": 0.0}
