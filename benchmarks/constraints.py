@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import latent_rewards as lr
 from benchmarks.provenance import provenance
@@ -136,8 +135,6 @@ class Trade:
 
     def _tuned(self, name: str, seed: int, reward: Any, parts: int = 1) -> dict[str, float]:  # noqa: ANN401 - a Reward
         policy = copy.deepcopy(self.world.student)
-        if name.endswith("_adapters"):
-            add_adapters(policy, RANK, seed)
         self._train(name, seed, policy, reward, parts)
         return self._means(policy)
 
@@ -147,6 +144,7 @@ class Trade:
             estimator="pathwise",
             num_updates=self.sizes.updates // parts,
             learning_rate=RATES[name.partition("-")[0]],
+            adapter_rank=RANK if name.endswith("_adapters") else None,
             prompts_per_update=6,
             num_generations=4,
             step_counts=[NUM_STEPS],
@@ -165,17 +163,6 @@ class Trade:
 
     def _means(self, policy: Any) -> dict[str, float]:  # noqa: ANN401 - any policy
         return self.world.true_scores(policy, self.world.heldout_prompts(self.sizes.judged), "constraints")
-
-
-def add_adapters(policy: nn.Module, rank: int, seed: int) -> None:
-    """Freeze a student and give its denoiser's linear layers LoRA adapters, which change nothing before training."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    policy.requires_grad_(False)
-    linear = [name for name, module in policy.denoiser.named_modules() if isinstance(module, nn.Linear)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), policy.denoiser)
 
 
 def told(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -1,11 +1,18 @@
-"""What must hold before a policy is changed: finite numbers, and log-probabilities that are the policy's own."""
+"""What must hold before a policy is changed: finite numbers, and log-probabilities that are the policy's own.
+
+And a warning where nothing would tell that the policy exploits its reward.
+"""
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
 
+from latent_rewards.contracts import Oracle
 from latent_rewards.lro.sampling import Batch
+from latent_rewards.lro.scoring import Proxy
 from latent_rewards.rollout import Trajectory, Transitions, gaussian_kl, gaussian_log_ratio
 from latent_rewards.training.loop import NonFiniteError
 
@@ -58,3 +65,19 @@ def check_on_policy(step: int, trajectory: Trajectory, transitions: Transitions,
                 f"{worst:.3g}, at most {RATIO_TOLERANCE} expected): something in it is random or depends on gradient "
                 "mode, such as dropout; make the forward deterministic"
             )
+
+
+def warn_of_exploitation(proxy: Proxy, oracle: Oracle | None, holdout: Oracle | None) -> None:
+    """Warn where nothing would tell that a policy climbs what the proxy, or the only metric, does not see."""
+    if oracle is None and not getattr(proxy, "is_true", False):
+        warnings.warn(
+            "no oracle: the proxy stays frozen, and a policy that climbs a frozen proxy usually ends where the "
+            "proxy is wrong, with a rising score and a falling true metric; pass oracle=MetricOracle(...)",
+            stacklevel=4,
+        )
+    if len(tuple(proxy.reward_names)) == 1 and holdout is None:
+        warnings.warn(
+            "one reward and no holdout: what that reward does not see (motion, diversity) may fall unnoticed; pass "
+            "holdout=MetricOracle(...) with another metric to stop early and roll back",
+            stacklevel=4,
+        )

@@ -28,6 +28,9 @@ class LROConfig:
             1 keeps it constant. A run whose rate falls cannot be prolonged later.
         prompts_per_update: prompts drawn for each update, without repeats until all were seen; over all ranks.
         num_generations: samples per prompt and update (one group).
+        adapter_rank: train LoRA adapters of that rank in every linear layer of the policy in place of its weights, to
+            which they are added when the run ends; wants a larger learning rate. The KL's reference is then the policy
+            without them and takes no memory. None trains what asks for gradients.
         num_iterations: optimiser steps per rollout; above 1 each step's probability ratio is clipped.
         epsilon: clip range of that ratio, in (0, 1).
         step_counts: numbers of sampling steps; one is drawn for each update.
@@ -111,6 +114,7 @@ class LROConfig:
     learning_rate_floor: float = 1.0
     prompts_per_update: int = 8
     num_generations: int = 4
+    adapter_rank: int | None = None
     num_iterations: int = 1
     epsilon: float = 0.2
     step_counts: list[int] = field(default_factory=lambda: [4])
@@ -356,6 +360,7 @@ _AT_LEAST_ONE = (
     "num_updates",
     "prompts_per_update",
     "num_generations",
+    "adapter_rank",
     "num_iterations",
     "last_k",
     "ref_model_sync_steps",

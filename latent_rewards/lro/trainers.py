@@ -9,7 +9,6 @@ remains.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from latent_rewards.contracts import Anchor, ConfigError, Oracle, Policy, Prompt, Reward, check_prompts
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.lro import estimators
-from latent_rewards.lro.checks import check_finite, check_on_policy, describe
+from latent_rewards.lro.adapters import Adapters
+from latent_rewards.lro.checks import check_finite, check_on_policy, describe, warn_of_exploitation
 from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LROConfig, StartedWith
 from latent_rewards.lro.gradients import GradientAggregation
 from latent_rewards.lro.guard import Guard, RefreshSchedule
@@ -84,6 +84,7 @@ class LatentRewardTrainer:
         for count in config.step_counts:
             policy.timesteps(count)
         module = _as_module(policy)
+        self.adapters = None if config.adapter_rank is None else Adapters(module, config.adapter_rank, config.seed)
         self.scoring = ProxyReward(proxy, reward, **config.scoring_settings())
         self.aggregation = None
         if config.gradient_aggregation is not None:
@@ -100,7 +101,7 @@ class LatentRewardTrainer:
             if oracle is None
             else Refresher(self.scoring, oracle, dataset, self.guard, **config.refresh_settings())
         )
-        self._warn(proxy)
+        warn_of_exploitation(proxy, oracle, holdout)
         charged, compared = reference is not None or config.beta > 0, self.scoring.needs_reference
         moves = config.sync_ref_model
         self.reference = reference_for(policy, reference, charged=charged, compared=compared, moves=moves)
@@ -130,6 +131,8 @@ class LatentRewardTrainer:
         history = self.loop.run(self._step)
         self._evaluate_holdout(self.loop.step)
         self.guard.rollback()
+        if self.adapters is not None:
+            self.adapters.merge()
         return TrainResult(
             history=history,
             best_step=self.guard.best_step,
@@ -174,20 +177,6 @@ class LatentRewardTrainer:
         if isinstance(self.reference, nn.Module):
             self.reference.requires_grad_(False).eval()
         return loop
-
-    def _warn(self, proxy: Proxy) -> None:
-        if self.oracle is None and not getattr(proxy, "is_true", False):
-            warnings.warn(
-                "no oracle: the proxy stays frozen, and a policy that climbs a frozen proxy usually ends where the "
-                "proxy is wrong, with a rising score and a falling true metric; pass oracle=MetricOracle(...)",
-                stacklevel=4,
-            )
-        if len(tuple(proxy.reward_names)) == 1 and self.holdout is None:
-            warnings.warn(
-                "one reward and no holdout: what that reward does not see (motion, diversity) may fall unnoticed; pass "
-                "holdout=MetricOracle(...) with another metric to stop early and roll back",
-                stacklevel=4,
-            )
 
     def _step(self, step: int) -> dict[str, float]:
         config = self.config

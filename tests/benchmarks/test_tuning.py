@@ -198,18 +198,6 @@ def test_floor_and_front_are_measured_beside_what_they_are_compared_with(world, 
     assert "- floor_gain: " in constraints.table(summary)
 
 
-def test_adapters_are_all_that_is_tuned(world):
-    policy = copy.deepcopy(world.student)
-    constraints.add_adapters(policy, 2, seed=0)
-    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
-    assert trained and all("lora_" in name for name in trained)
-    other = copy.deepcopy(world.student)
-    constraints.add_adapters(other, 2, seed=0)
-    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), other.parameters(), strict=True))
-    means = [world.true_score(p, world.heldout_prompts(2), "adapters") for p in (world.student, policy)]
-    assert means[0] == pytest.approx(means[1], abs=1e-6)
-
-
 def test_what_a_floor_leaves_of_a_gain_and_how_far_it_is_missed():
     def part(name, *points):
         pairs = [{constraints.TUNED: a, constraints.GUARDED: b} for a, b in points]
