@@ -111,8 +111,9 @@ class Trade:
             floors,
             units={name: units[name] for name in floors},
             baselines=lr.true_means(dataset, floors),
-            learning_rate=2.0,
-            damping=10.0,
+            initial=1.0,
+            learning_rate=0.2,
+            damping=5.0,
             smoothing=0.5,
         )
 

@@ -76,6 +76,8 @@ class Lagrangian:
             samples; 1 where none is given. A multiplier is the price of one unit.
         baselines: reward name -> true mean of the reference policy, for every floor (see :func:`true_means`); None
             takes the means as they are. The reference is the trainer's: the policy as it was before.
+        initial: the price that every floor starts at, not negative. Above 0 it holds a reward before its floor is
+            missed: one that is 0 or 1 gives no warning before it falls.
         learning_rate: by how much a multiplier rises per update for one unit of violation, positive. Too much makes
             multiplier and policy swing around each other.
         damping: answers the violation at once and so stills those swings without moving where they end; 0 is plain
@@ -96,11 +98,14 @@ class Lagrangian:
         *,
         units: Mapping[str, float] | None = None,
         baselines: Mapping[str, float] | None = None,
+        initial: float = 0.0,
         learning_rate: float = 1.0,
         damping: float = 0.0,
         smoothing: float = 0.0,
         maximum: float | None = None,
     ) -> None:
+        if not 0 <= initial < math.inf:
+            raise ConfigError(f"initial must be finite and not negative; got {initial}")
         if not 0 < learning_rate < math.inf:
             raise ConfigError(f"learning_rate must be positive and finite; got {learning_rate}")
         if not 0 <= damping < math.inf:
@@ -123,8 +128,9 @@ class Lagrangian:
             raise ConfigError(
                 f"baselines are of {', '.join(self.baselines)}, floors of {', '.join(self.floors)}; give each floor one"
             )
-        self.multipliers = dict.fromkeys(self.floors, 0.0)
-        self._integrals = dict.fromkeys(self.floors, 0.0)
+        self.initial = self._bounded(float(initial))
+        self.multipliers = dict.fromkeys(self.floors, self.initial)
+        self._integrals = dict(self.multipliers)
         self._corrections: dict[str, float] = {}
         self._means: dict[str, float] = {}
 
@@ -205,7 +211,7 @@ class Lagrangian:
         return max(0.0, value if self.maximum is None else min(value, self.maximum))
 
     def _settings(self) -> dict[str, Any]:
-        names = ("floors", "units", "baselines", "learning_rate", "damping", "smoothing", "maximum")
+        names = ("floors", "units", "baselines", "initial", "learning_rate", "damping", "smoothing", "maximum")
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:

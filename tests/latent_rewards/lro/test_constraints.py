@@ -165,6 +165,11 @@ def test_one_update_has_exact_values():
     bounded = lagrangian(floor=0.5, learning_rate=10.0, maximum=1.5)
     bounded.after_update({"room": 0.0})
     assert bounded.multipliers["room"] == 1.5
+    early = lagrangian(floor=0.5, initial=1.0, learning_rate=0.5, damping=2.0)
+    torch.testing.assert_close(early(rewards), tensor(1, 1.25, 1.125), rtol=1e-12, atol=0)
+    assert early.after_update({"room": 0.9}) == {"multiplier/room": 1.0, "violation/room": -0.4}
+    assert early.multipliers["room"] == pytest.approx(1.0 - 0.2 - 0.8, abs=1e-15)
+    assert lagrangian(initial=2.0, maximum=1.5).multipliers["room"] == 1.5
     assert reward.weights == {"room": 0.0, "quality": 1.0}
     scaled = lagrangian(floor=5.0, learning_rate=0.5, damping=2.0, units={"room": 10.0})  # the first case times 10
     assert scaled.after_update({"room": 1.0}) == {"multiplier/room": 0.0, "violation/room": 4.0}
@@ -270,6 +275,7 @@ def test_floors_relative_to_the_start():
 def test_mistakes_are_named():
     for settings, message in (
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"initial": -1.0}, "initial must be finite"),
         ({"damping": -1.0}, "damping must be"),
         ({"maximum": 0.0}, "maximum must be positive"),
         ({"smoothing": 1.0}, r"smoothing must lie in \[0, 1\)"),
