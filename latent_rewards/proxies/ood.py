@@ -68,7 +68,12 @@ class DistanceQuantile(nn.Module):
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:
         """Return the fraction of reference samples that are nearer, ``[B]``."""
-        below = torch.searchsorted(self.levels, self.distance(features).contiguous(), right=True)
+        return self.rank(self.distance(features))
+
+    @torch.no_grad()
+    def rank(self, distance: Tensor) -> Tensor:
+        """Return the fraction of reference samples that are nearer than distances ``[B]``."""
+        below = torch.searchsorted(self.levels, distance.contiguous(), right=True)
         return (below - 1).clamp(min=0) / (_QUANTILES - 1)
 
 

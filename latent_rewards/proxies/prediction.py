@@ -70,7 +70,9 @@ def predict(
         check_latents(latents)
     levels = proxy.read_time(t, len(latents))
     features = proxy.raw_prompts(prompts, len(latents))
-    means, stds, scores = [], [], []
+    # Made before the chunks, between whose large tensors small ones that stay would keep the heap from closing up.
+    mean, variance = proxy.reward_mean.new_empty(2, len(latents), len(proxy.reward_names))
+    distance = proxy.distance.mean.new_empty(len(latents))
     for rows in _spans(len(latents), _at_once(proxy, latents)):
         if isinstance(latents, RewardDataset):
             normalised = proxy.normalise(check_latents(latents.latents(range(rows.start, rows.stop))))
@@ -79,15 +81,14 @@ def predict(
         read = None if features is None else proxy.scale_prompts(features[rows])
         level = [values[rows] for values in levels]
         inputs = proxy.member_inputs(normalised, read, *level)
-        mean, variance, description = combine_and_describe(proxy, normalised, inputs)
-        means.append(proxy.correct(mean) * proxy.reward_std + proxy.reward_mean)
-        stds.append(proxy.deviation(variance, *level) * proxy.reward_std)
-        scores.append(_ood(proxy, description, variance))
+        mean[rows], variance[rows], description = combine_and_describe(proxy, normalised, inputs)
+        distance[rows] = proxy.distance.distance(description)
     dtype = torch.promote_types(torch.float32, latents.dtype)
-    ood = torch.cat(scores).to(dtype)
+    std = proxy.deviation(variance, *levels) * proxy.reward_std
+    ood = _ood(proxy, distance, variance).to(dtype)
     return ProxyPrediction(
-        proxy.by_name(torch.cat(means).to(dtype)),
-        proxy.by_name(torch.cat(stds).to(dtype)),
+        proxy.by_name((proxy.correct(mean) * proxy.reward_std + proxy.reward_mean).to(dtype)),
+        proxy.by_name(std.to(dtype)),
         {name: ood for name in proxy.reward_names},
         dict(zip(proxy.reward_names, proxy.calibration.ratios.clone(), strict=True)),
     )
@@ -105,7 +106,7 @@ def _spans(count: int, most: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _ood(proxy: RewardProxy, features: Tensor, variance: Tensor) -> Tensor:
+def _ood(proxy: RewardProxy, distance: Tensor, variance: Tensor) -> Tensor:
     if not int(proxy.ood_score.count):  # stored before disagreement was a part of it
-        return proxy.distance(features)
-    return proxy.ood_score(proxy.distance.distance(features), variance.mean(dim=1))
+        return proxy.distance.rank(distance)
+    return proxy.ood_score(distance, variance.mean(dim=1))

@@ -9,6 +9,9 @@ the one before.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -33,7 +36,8 @@ def difference(frames: Tensor) -> Tensor:
     shifts it, every pixel of the ground then differs a little, and together they draw the centre to the middle.
     """
     ground = _median(frames.detach()[:, :, ::2, ::2].flatten(2))
-    return (frames - ground[:, :, None, None]).square().sum(dim=1, keepdim=True)
+    red, green, blue = (frames - ground[:, :, None, None]).split(1, dim=1)
+    return red.square().addcmul(green, green).addcmul(blue, blue)
 
 
 def _median(values: Tensor) -> Tensor:
@@ -45,37 +49,83 @@ def _median(values: Tensor) -> Tensor:
     return torch.from_numpy(np.partition(values.numpy(), middle, axis=-1)[..., middle])
 
 
-def _pool(x: Tensor, side: int) -> Tensor:
-    """Return the means ``[N, C side^2]`` of ``side x side`` parts of ``[N, C, h, w]``."""
-    height, width = x.shape[2:]
-    if height % side or width % side:
-        return functional.adaptive_avg_pool2d(x, side).flatten(1)
-    return functional.avg_pool2d(x, (height // side, width // side)).flatten(1)
+@dataclass(frozen=True)
+class _Places:
+    """What depends on the size of frames only, so that it is made once.
+
+    Attributes:
+        size: width and height ``[2]``.
+        moments: ``[h w, 3]``, x and y of each pixel's middle, and 1.
+        window: ``[9, 9, 2]``, x and y of the window's samples from its centre, in halves of a frame's width and height.
+        coarse: ``[h w, 16]``, the share of each pixel in the mean of each part of the coarse view.
+        coarse_window: ``[81, 9]``, likewise of the window's samples.
+    """
+
+    size: Tensor
+    moments: Tensor
+    window: Tensor
+    coarse: Tensor
+    coarse_window: Tensor
+
+
+@lru_cache(maxsize=8)
+def _places(height: int, width: int, device: torch.device, dtype: torch.dtype) -> _Places:
+    # What is made in inference mode could not be part of a gradient later.
+    with torch.inference_mode(False), torch.no_grad():
+        rows, columns = (torch.arange(size, dtype=torch.float64) + 0.5 for size in (height, width))
+        y, x = torch.meshgrid(rows, columns, indexing="ij")
+        size = torch.tensor([width, height], dtype=torch.float64)
+        steps = ((torch.arange(WINDOW, dtype=torch.float64) + 0.5) / WINDOW - 0.5) * 2 * _SHARE * min(height, width)
+        step_y, step_x = torch.meshgrid(steps, steps, indexing="ij")
+        made = (
+            size,
+            torch.stack([x, y, torch.ones_like(x)], dim=2).flatten(0, 1),
+            torch.stack([step_x, step_y], dim=2) / size,
+            _shares(height, width, _COARSE),
+            _shares(WINDOW, WINDOW, _COARSE_WINDOW),
+        )
+        return _Places(*(tensor.to(device, dtype) for tensor in made))
+
+
+def _shares(height: int, width: int, side: int) -> Tensor:
+    """Return ``[h w, side^2]``, the share of each pixel in the means of ``side x side`` parts of a frame."""
+    rows, columns = (
+        functional.adaptive_avg_pool1d(torch.eye(size, dtype=torch.float64), side) for size in (height, width)
+    )
+    return torch.kron(rows, columns)
+
+
+def _places_of(frames: Tensor) -> _Places:
+    return _places(frames.shape[-2], frames.shape[-1], frames.device, frames.dtype)
 
 
 def centre_of_mass(weight: Tensor) -> Tensor:
     """Return the centre ``[N, 2]`` (x, y in pixels) of weights ``[N, 1, h, w]``, the middle where all are zero."""
-    weight = weight[:, 0] + 1e-8
-    weight = weight / weight.sum(dim=(1, 2), keepdim=True)
-    height, width = weight.shape[1:]
-    x = (weight.sum(dim=1) * (torch.arange(width).to(weight) + 0.5)).sum(dim=1)
-    y = (weight.sum(dim=2) * (torch.arange(height).to(weight) + 0.5)).sum(dim=1)
-    return torch.stack([x, y], dim=1)
+    sums = (weight + 1e-8).flatten(1) @ _places_of(weight).moments
+    return sums[:, :2] / sums[:, 2:]
 
 
-def cut_window(frames: Tensor, centres: Tensor) -> Tensor:
-    """Return the square window ``[N, C, 9, 9]`` around ``centres`` ``[N, 2]`` of ``[N, C, h, w]``, zero beyond it."""
-    height, width = frames.shape[2:]
-    side = _SHARE * min(height, width)
-    steps = ((torch.arange(WINDOW).to(frames) + 0.5) / WINDOW - 0.5) * side
-    x = ((centres[:, :1] + steps) * 2 / width - 1)[:, None, :].expand(-1, WINDOW, -1)
-    y = ((centres[:, 1:] + steps) * 2 / height - 1)[:, :, None].expand(-1, -1, WINDOW)
-    return functional.grid_sample(frames, torch.stack([x, y], dim=3), align_corners=False)
+def window_around(centres: Tensor, frames: Tensor) -> Tensor:
+    """Return where the window around ``centres`` ``[N, 2]`` looks in ``frames``: ``[N, 9, 9, 2]``, in [-1, 1]."""
+    places = _places_of(frames)
+    return (2 * centres / places.size - 1)[:, None, None] + places.window
+
+
+def cut_window(frames: Tensor, window: Tensor) -> Tensor:
+    """Return ``[N, C, 9, 9]``, what a ``window`` ``[N, 9, 9, 2]`` shows of ``[N, C, h, w]``, zero beyond it."""
+    return functional.grid_sample(frames, window, align_corners=False)
 
 
 def _contrast(x: Tensor) -> Tensor:
     centred = x - x.mean(dim=(1, 2, 3), keepdim=True)
     return centred / (centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + _CONTRAST_FLOOR)
+
+
+def _change(frames: Tensor) -> Tensor:
+    """Return how much each of frames ``[B, T, 3, h, w]`` differs from the one before, ``[B, T]``, 0 for the first."""
+    change = frames.diff(dim=1)
+    change = change.abs() if change.requires_grad else change.abs_()
+    return functional.pad(change.mean(dim=(2, 3, 4)), (1, 0))
 
 
 def look(frames: Tensor) -> Tensor:
@@ -85,21 +135,19 @@ def look(frames: Tensor) -> Tensor:
     3 x 3 parts; the rest describes the frame: a coarse view, the place of the window, how that changes and how the
     frame does, each of a size near one.
     """
-    count, length = frames.shape[:2]
+    places, batch = _places_of(frames), frames.shape[:2]
     flat = frames.flatten(0, 1)
     squared = difference(flat)
     centres = centre_of_mass(squared)
+    around = window_around(centres, flat)
     # A square root has no gradient at zero.
-    shown = cut_window(torch.cat([(squared + 1e-8).sqrt(), flat], dim=1), centres)
-    colours = 2 * _pool(shown[:, 1:], _COARSE_WINDOW)
-    window = torch.cat([_contrast(shown[:, :1]).flatten(1), colours], dim=1)
-    size = torch.tensor([frames.shape[4], frames.shape[3]]).to(frames)
-    place = (2 * centres / size - 1).unflatten(0, (count, length))
+    shape = _contrast(cut_window((squared + 1e-8).sqrt(), around))
+    colours = cut_window(flat, around).flatten(2) @ places.coarse_window
+    coarse = flat.flatten(2) @ places.coarse
+    place = (2 * centres / places.size - 1).unflatten(0, batch)
     speed = functional.pad(place.diff(dim=1), (0, 0, 1, 0))
-    change = functional.pad(frames.diff(dim=1).abs().mean(dim=(2, 3, 4)), (1, 0))[..., None]
-    coarse = _pool(flat, _COARSE)
-    window, coarse = (part.unflatten(0, (count, length)) for part in (window, coarse))
-    return torch.cat([window, 2 * coarse, place, 8 * speed, 10 * change], dim=2)
+    seen = (shape, 2 * colours, 2 * coarse, place, 8 * speed, 10 * _change(frames))
+    return torch.cat([part.reshape(*batch, -1) for part in seen], dim=2)
 
 
 class PixelTrunk(nn.Module):

@@ -113,10 +113,16 @@ class TinyDecoder(nn.Module):
         x = self.stem(normalised).permute(0, 2, 3, 4, 1)
         del normalised
         for block in self.blocks:
-            x = x + _apply(cast(nn.Sequential, block), x)
-        drawn = functional.pixel_shuffle(self.output(functional.gelu(x).flatten(0, 1).permute(0, 3, 1, 2)), self.zoom)
-        drawn = drawn.unflatten(0, x.shape[:2]).unflatten(2, (self.frames_per_latent, CHANNELS))
-        return drawn.flatten(1, 2)[:, self.dropped :].contiguous()
+            made = _apply(cast(nn.Sequential, block), x)
+            x = x + made if torch.is_grad_enabled() else x.add_(made)
+            del made
+        batch = x.shape[:2]
+        # One name for all that is made, so that nothing outlives its use.
+        x = _gelu(x).flatten(0, 1).permute(0, 3, 1, 2)
+        x = self.output(x)
+        x = functional.pixel_shuffle(x, self.zoom).unflatten(0, batch)
+        x = x.unflatten(2, (self.frames_per_latent, CHANNELS)).flatten(1, 2)
+        return x[:, self.dropped :].contiguous()
 
     @torch.no_grad()
     def fit_scales(self, latents: Tensor) -> None:
@@ -133,10 +139,15 @@ def _apply(block: nn.Sequential, x: Tensor) -> Tensor:
     Its convolutions are those over positions and over frames, which in this layout read the same numbers as two of
     images would; a few samples then take less time and memory than as ``[B, C, F, H, W]``.
     """
-    norm, spatial, act, temporal = cast(tuple[nn.GroupNorm, nn.Conv3d, nn.GELU, nn.Conv3d], tuple(block))
+    norm, spatial, _, temporal = cast(tuple[nn.GroupNorm, nn.Conv3d, nn.GELU, nn.Conv3d], tuple(block))
     hidden = norm(x.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
-    images = hidden.flatten(0, 1).permute(0, 3, 1, 2)
-    hidden = functional.conv2d(images, spatial.weight[:, :, 0], spatial.bias, padding=1).permute(0, 2, 3, 1)
-    lines = act(hidden).unflatten(0, x.shape[:2]).flatten(2, 3).permute(0, 3, 1, 2)
-    lines = functional.conv2d(lines, temporal.weight[..., 0], temporal.bias, padding=(1, 0))
-    return lines.permute(0, 2, 3, 1).reshape(x.shape)
+    hidden = hidden.flatten(0, 1).permute(0, 3, 1, 2)
+    hidden = functional.conv2d(hidden, spatial.weight[:, :, 0], spatial.bias, padding=1)
+    hidden = _gelu(hidden.permute(0, 2, 3, 1)).unflatten(0, x.shape[:2]).flatten(2, 3).permute(0, 3, 1, 2)
+    hidden = functional.conv2d(hidden, temporal.weight[..., 0], temporal.bias, padding=(1, 0))
+    return hidden.permute(0, 2, 3, 1).reshape(x.shape)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """Return ``gelu(x)``, in the place of ``x`` where no gradient is asked for."""
+    return functional.gelu(x) if torch.is_grad_enabled() else cast(Tensor, torch.ops.aten.gelu_(x))

@@ -2,9 +2,18 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
 from latent_rewards.proxies.trunks import pixels
-from latent_rewards.proxies.trunks.pixels import WINDOW, PixelTrunk, centre_of_mass, cut_window, difference, look
+from latent_rewards.proxies.trunks.pixels import (
+    WINDOW,
+    PixelTrunk,
+    centre_of_mass,
+    cut_window,
+    difference,
+    look,
+    window_around,
+)
 
 
 def blot(x, y, size=16):
@@ -33,9 +42,9 @@ def test_dark_content_on_a_bright_ground_is_content_too():
 
 def test_the_window_shows_moved_content_the_same():
     first, second = blot(4, 6), blot(9, 7)
-    windows = [cut_window(frame, content_centre(frame)) for frame in (first, second)]
+    windows = [cut_window(frame, window_around(content_centre(frame), frame)) for frame in (first, second)]
     assert windows[0].shape == (1, 3, WINDOW, WINDOW)
-    unmoved = cut_window(second, content_centre(first))
+    unmoved = cut_window(second, window_around(content_centre(first), second))
     assert (windows[1] - windows[0]).abs().max() < 1e-5 < 0.1 < (unmoved - windows[0]).abs().mean()
 
 
@@ -50,7 +59,7 @@ def test_the_difference_is_from_the_median_colour():
 
 def test_a_window_in_the_middle_of_a_frame_of_sixteen_is_nine_of_its_pixels():
     frame = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    window = cut_window(frame, torch.tensor([[7.5, 7.5]], dtype=torch.float64))
+    window = cut_window(frame, window_around(torch.tensor([[7.5, 7.5]], dtype=torch.float64), frame))
     torch.testing.assert_close(window, frame[:, :, 3:12, 3:12])
 
 
@@ -86,4 +95,24 @@ def test_the_median_is_torchs(count):
 @pytest.mark.parametrize("side", [(16, 16), (12, 20), (17, 30)])
 def test_parts_are_averaged_as_adaptive_pooling_does(side):
     frames = torch.rand(2, 3, *side, dtype=torch.float64)
-    torch.testing.assert_close(pixels._pool(frames, 4), torch.nn.functional.adaptive_avg_pool2d(frames, 4).flatten(1))
+    parts = frames.flatten(2) @ pixels._shares(*side, 4)
+    torch.testing.assert_close(parts, functional.adaptive_avg_pool2d(frames, 4).flatten(2))
+
+
+def test_what_inference_mode_has_seen_first_can_be_climbed_later():
+    frames = torch.rand(1, 2, 3, 14, 22, generator=torch.Generator().manual_seed(0))
+    pixels._places.cache_clear()
+    with torch.inference_mode():
+        seen = look(frames)
+    climbed = look(frames.requires_grad_())
+    climbed.square().sum().backward()
+    torch.testing.assert_close(climbed.detach(), seen.clone())
+    assert frames.grad is not None and frames.grad.abs().sum() > 0
+
+
+def test_looking_changes_no_frames():
+    frames = torch.rand(1, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    before = frames.clone()
+    with torch.no_grad():
+        look(frames)
+    assert torch.equal(frames, before)

@@ -73,3 +73,7 @@ def test_convolutions_of_images_draw_what_those_of_clips_would():
     torch.testing.assert_close(*slopes, rtol=0, atol=1e-11)
     mean, std = torch.randn(4, 1, 1, 1).double(), torch.rand(4, 1, 1, 1).double() + 0.5
     torch.testing.assert_close(decoder((latents - mean) / std, (mean, std)), drawn, rtol=0, atol=1e-11)
+    untouched = latents.detach().clone()
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(latents), expected, rtol=0, atol=1e-12)
+    assert torch.equal(latents, untouched), "what is overwritten is the decoder's own"
