@@ -18,7 +18,7 @@ from latent_rewards.proxies.text import Prompts
 if TYPE_CHECKING:
     from latent_rewards.proxies.proxy import RewardProxy
 
-_MOST_SAMPLES, _NUMBERS_ON_CPU, _NUMBERS_ELSEWHERE = 128, 5 * 2**15, 2**23
+_MOST_SAMPLES, _NUMBERS_ON_CPU, _NUMBERS_ELSEWHERE = 128, 5 * 2**14, 2**23
 """Samples, and latent numbers, that are scored at once: on a CPU few, which stay in its caches and are small."""
 
 
