@@ -78,15 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         damping=25 * options.price_rate,
         smoothing=0.5,
     )
-    # No holdout: it would bring back the student of its best evaluation, floors or not.
     trainer = lr.ReinforceTrainer(
         student,
         proxy,
         prompts,
-        config=lr.LROConfig(num_updates=options.updates, learning_rate=5e-5),
+        config=lr.LROConfig(num_updates=options.updates, learning_rate=5e-5, holdout_every=10, patience=None),
         reward=reward,
         oracle=oracle,
         dataset=before,
+        holdout=oracle,  # it brings back the best student that keeps the floors
     )
     result = trainer.train()
 

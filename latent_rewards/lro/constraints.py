@@ -18,6 +18,8 @@ from latent_rewards.contracts import ConfigError, DataError, unknown_name
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.rewards import Constraint, Tchebycheff, WeightedSum, check_numbers, neutral, select_rewards
 
+_ROUNDING = 1e-9
+
 
 def relative_floors(dataset: RewardDataset, shares: Mapping[str, float]) -> dict[str, float]:
     """Return floors relative to the policy that ``dataset`` was collected from, such as the student before tuning.
@@ -185,6 +187,22 @@ class Lagrangian:
             gap = true[name] - proxy[name]
             if not math.isnan(gap):
                 self._corrections[name] = self._average(self._corrections.get(name, gap), gap)
+
+    def shortfall(self, means: Mapping[str, float], start: Mapping[str, float], /) -> float:
+        """Return by how many units the worst floor is missed, 0 if none is.
+
+        Args:
+            means: reward name -> true mean over some samples; a floor of none of them counts as kept.
+            start: likewise of the policy as it was before, on the same prompts and noise: with ``baselines`` the floor
+                lies as far from it there as everywhere.
+        """
+        missed = [0.0]
+        for name, floor in self.floors.items():
+            if name in means:
+                here = floor if self.baselines is None else start[name] + floor - self.baselines[name]
+                missed.append((here - means[name]) / self.units[name])
+        worst = max(missed)
+        return worst if worst > _ROUNDING else 0.0
 
     def _mean(self, name: str, means: Mapping[str, float], reference: Mapping[str, float] | None) -> float:
         """Return the mean by the proxy, as far as possible without what the prompts and the noise alone make of it."""

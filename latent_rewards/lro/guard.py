@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,20 @@ class RefreshSchedule:
         return left if left >= MIN_REFRESH_QUERIES else 0
 
 
+@runtime_checkable
+class Floors(Protocol):
+    """A reward with floors for means, such as :class:`~latent_rewards.lro.constraints.Lagrangian`."""
+
+    @property
+    def floors(self) -> Mapping[str, float]:
+        """Reward name -> the least its mean should be."""
+        ...
+
+    def shortfall(self, means: Mapping[str, float], start: Mapping[str, float], /) -> float:
+        """Return how far the worst floor is missed, 0 if none is."""
+        ...
+
+
 @dataclass
 class Guard:
     """Follows the true metrics of one policy.
@@ -54,6 +68,8 @@ class Guard:
         schedule: see :class:`RefreshSchedule`.
         patience: holdout evaluations without a new best until :attr:`stopped`; None never stops.
         min_improvement: by how much an evaluation must beat the best.
+        floors: an evaluation that keeps them is better than one that does not, and of two that do not, the one that
+            misses less.
         num_queries: true queries spent on refreshes.
         gaps: one entry per refresh: ``{"step", "proxy": {name: mean}, "true": {name: mean}, "mae": {name: error}}``,
             the error being the proxy's mean absolute one before it learns from these samples.
@@ -66,12 +82,14 @@ class Guard:
     schedule: RefreshSchedule
     patience: int | None = None
     min_improvement: float = 0.0
+    floors: Floors | None = None
     num_queries: int = 0
     gaps: list[dict[str, Any]] = field(default_factory=list)
     holdout: list[dict[str, Any]] = field(default_factory=list)
     best_step: int | None = None
     stopped: bool = False
     _best_score: float = -math.inf
+    _best_shortfall: float = math.inf
     _best_parameters: dict[str, Tensor] = field(default_factory=dict)
     _since_best: int = 0
     _warned: bool = False
@@ -119,8 +137,8 @@ class Guard:
     def record_holdout(self, step: int, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Record held-out rewards ``{name: [B]}`` of the policy after ``step`` updates; return the values to log.
 
-        The score is the mean over rewards of their means over samples, NaN excluded; higher is better. A new best keeps
-        a copy of the policy's trainable parameters.
+        The score is the mean over rewards of their means over samples, NaN excluded; higher is better. Rewards that
+        have a floor do not enter it if there are others. A new best keeps a copy of the policy's trainable parameters.
 
         Raises:
             DataError: a reward applies to no sample, or is infinite.
@@ -129,15 +147,28 @@ class Guard:
         for name, mean in means.items():
             if not math.isfinite(mean):
                 raise DataError(f"holdout reward {name!r} has mean {mean} at step {step}; it needs finite values")
-        score = sum(means.values()) / len(means)
+        score, shortfall = self._judged(means)
         self.holdout.append({"step": step, "score": score, "values": means})
-        if score > self._best_score + self.min_improvement or self.best_step is None:
-            self._best_score, self.best_step, self._since_best = score, step, 0
+        if self._improves(score, shortfall):
+            self._best_score, self._best_shortfall = score, shortfall
+            self.best_step, self._since_best = step, 0
             self._best_parameters = {name: p.detach().clone() for name, p in self._trainable()}
         else:
             self._since_best += 1
             self.stopped = self.patience is not None and self._since_best >= self.patience
         return {f"holdout/{name}": mean for name, mean in means.items()}
+
+    def _judged(self, means: Mapping[str, float]) -> tuple[float, float]:
+        """Return the score of an evaluation, and by how much it misses the floors."""
+        floors = {} if self.floors is None else self.floors.floors
+        free = [mean for name, mean in means.items() if name not in floors] or list(means.values())
+        start = self.holdout[0]["values"] if self.holdout else means
+        return sum(free) / len(free), 0.0 if self.floors is None else self.floors.shortfall(means, start)
+
+    def _improves(self, score: float, shortfall: float) -> bool:
+        if self.best_step is None or shortfall != self._best_shortfall:
+            return shortfall < self._best_shortfall
+        return score > self._best_score + self.min_improvement
 
     @torch.no_grad()
     def rollback(self) -> bool:
@@ -167,6 +198,7 @@ _STATE = (
     "best_step",
     "stopped",
     "_best_score",
+    "_best_shortfall",
     "_best_parameters",
     "_since_best",
 )

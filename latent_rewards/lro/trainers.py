@@ -23,7 +23,7 @@ from latent_rewards.lro.adapters import Adapters
 from latent_rewards.lro.checks import check_finite, check_on_policy, describe, warn_of_exploitation
 from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LROConfig, StartedWith
 from latent_rewards.lro.gradients import GradientAggregation
-from latent_rewards.lro.guard import Guard, RefreshSchedule
+from latent_rewards.lro.guard import Floors, Guard, RefreshSchedule
 from latent_rewards.lro.kl import Charge, KLPenalty
 from latent_rewards.lro.reference import reference_for
 from latent_rewards.lro.refresh import Refresher, check_fingerprints, query
@@ -47,7 +47,8 @@ class LatentRewardTrainer:
         reward: combines the proxy's rewards; None takes the only one.
         oracle: true metrics for refresh and gap; without one the proxy stays frozen.
         dataset: what the proxy was trained on, replayed at each refresh.
-        holdout: an oracle that is never optimised; decides early stop and which policy remains.
+        holdout: an oracle that is never optimised; decides early stop and which policy remains: one that keeps the
+            floors of the reward, if it measures them.
         reference: policy the KL is measured to. None, if ``beta`` is positive or the reward compares with it: the
             policy with its peft adapters off where they are all that is trained, else a frozen copy of it.
         anchor: a loss that holds the policy near what it was distilled from.
@@ -95,6 +96,7 @@ class LatentRewardTrainer:
             RefreshSchedule(config.refresh_every, config.refresh_queries, config.max_queries),
             patience=config.patience,
             min_improvement=config.min_improvement,
+            floors=reward if isinstance(reward, Floors) else None,
         )
         self.refresher = (
             None

@@ -149,6 +149,23 @@ def test_what_a_proxy_learnt_by_heart_corrects_nothing(linear_policy):
     assert room == pytest.approx(FLOOR + 0.7 / 20, abs=0.02)
 
 
+def test_a_holdout_brings_back_the_best_policy_that_keeps_the_floor(linear_policy):
+    def run(reward):
+        policy = point(linear_policy)
+        settings = config(num_updates=60, holdout_every=5, holdout_samples=4, patience=None)
+        parts = {"reward": reward, "oracle": truth, "holdout": truth}
+        result = DifferentiableRewardTrainer(policy, Plane(), ["a"], settings, **parts).train()
+        return truth(policy.shift.detach().reshape(1, -1), ["a"])["room"].item(), result
+
+    room, result = run(lagrangian(learning_rate=1e-9, damping=0.0))  # a price that comes far too late
+    values = {entry["step"]: entry["values"] for entry in result.holdout_curve}
+    kept = {step: told["quality"] for step, told in values.items() if told["room"] >= FLOOR}
+    assert result.best_step == max(kept, key=kept.get) and 0 < result.best_step < 60
+    assert room == pytest.approx(values[result.best_step]["room"]) and room >= FLOOR > values[60]["room"]
+    room, _ = run(WeightedSum({"quality": 1.0}))
+    assert room < FLOOR
+
+
 def test_one_update_has_exact_values():
     reward = lagrangian(floor=0.5, learning_rate=0.5, damping=2.0)
     assert reward.after_update({"room": 0.1, "quality": 9.0}) == {"multiplier/room": 0.0, "violation/room": 0.4}

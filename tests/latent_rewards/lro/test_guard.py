@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from latent_rewards.contracts import DataError
+from latent_rewards.lro.constraints import Lagrangian
 from latent_rewards.lro.guard import Guard, RefreshSchedule
+from latent_rewards.rewards import WeightedSum
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -72,6 +74,31 @@ def test_without_patience_it_never_stops_and_without_an_evaluation_nothing_is_ro
     for step in range(9):
         watched.record_holdout(step, {"a": tensor(-step)})
     assert not watched.stopped
+
+
+def test_an_evaluation_that_keeps_the_floors_is_better_than_any_that_does_not():
+    floors = Lagrangian(WeightedSum({"a": 1.0}), {"b": 0.4}, units={"b": 2.0}, baselines={"b": 0.5})
+    watched, best = guard(patience=None, floors=floors), []
+    # On these samples the start has 0.7, so the floor lies at 0.6.
+    for step, (a, b) in enumerate([(0.1, 0.7), (0.3, 0.62), (0.9, 0.5), (0.4, 0.6), (0.2, 0.9)]):
+        watched.record_holdout(step, {"a": tensor(a), "b": tensor(b)})
+        best.append(watched.best_step)
+    assert best == [0, 1, 1, 3, 3] and [entry["score"] for entry in watched.holdout] == [0.1, 0.3, 0.9, 0.4, 0.2]
+    assert floors.shortfall({"b": 0.5}, {"b": 0.7}) == pytest.approx(0.05, abs=1e-15)
+    assert floors.shortfall({"a": 0.0}, {}) == 0.0
+
+
+def test_where_no_evaluation_keeps_the_floors_the_nearest_remains():
+    floors = Lagrangian(WeightedSum({"a": 1.0}), {"b": 0.4, "c": 0.0})
+    watched, best = guard(patience=2, floors=floors), []
+    for step, (a, b, c) in enumerate([(0.9, 0.1, 0.0), (0.1, 0.3, 0.0), (0.9, 0.3, -0.2), (0.9, 0.2, 0.0)]):
+        watched.record_holdout(step, {"a": tensor(a), "b": tensor(b), "c": tensor(c)})
+        best.append(watched.best_step)
+    assert best == [0, 1, 1, 1] and watched.stopped
+    other = guard(floors=floors)
+    other.load_state_dict(watched.state_dict())
+    other.record_holdout(9, {"b": tensor(0.5), "c": tensor(0.0)})
+    assert other.best_step == 9 and other.holdout[-1]["score"] == 0.25  # nothing else to judge by
 
 
 def test_frozen_parameters_are_not_kept():
