@@ -112,8 +112,8 @@ class Trade:
             units={name: units[name] for name in floors},
             baselines=lr.true_means(dataset, floors),
             initial=1.0,
-            learning_rate=0.2,
-            damping=5.0,
+            learning_rate=0.1,
+            damping=1.0,
             smoothing=0.5,
         )
 

@@ -46,7 +46,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME=SHARE",
         help="a metric and the share of its mean to keep; may be repeated (default: motion.dynamic_degree=0.98)",
     )
-    parser.add_argument("--price-rate", type=float, default=0.2, help="how fast prices move (default: %(default)s)")
+    parser.add_argument("--price-rate", type=float, default=0.1, help="how fast prices move (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=1024, help="true scores before tuning (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=100, help="updates of the student (default: %(default)s)")
     return parser.parse_args(arguments)
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         baselines=lr.true_means(before, kept),
         initial=1.0,
         learning_rate=options.price_rate,
-        damping=25 * options.price_rate,
+        damping=10 * options.price_rate,
         smoothing=0.5,
     )
     trainer = lr.ReinforceTrainer(
