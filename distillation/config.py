@@ -74,7 +74,7 @@ class DistillationConfig:
         checkpoint_every: updates between checkpoints.
         progress: draw progress bars.
         mixed_precision: "no" or "bf16".
-        device: torch device; None leaves the choice to accelerate.
+        device: "cpu", "cuda", or one of several such as "cuda:1"; None takes an accelerator if there is one.
 
     Raises:
         DistillationConfigError: a value is out of range.

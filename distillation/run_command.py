@@ -27,6 +27,8 @@ from latent_rewards.training.flags import SettingsParser, chosen_settings
 from latent_rewards.training.settings import SettingsError, read_settings
 
 if TYPE_CHECKING:
+    import torch
+
     from distillation.condition import TextCondition
     from distillation.config import DistillationConfig
     from distillation.families import Teacher
@@ -46,7 +48,8 @@ class TeacherSection:
         width: pixels.
         dtype: of the text encoder, "float32" or "bfloat16". What is trained is held in float32: steps of a few
             millionths vanish in bfloat16. `mixed_precision: bf16` lets it compute in bfloat16.
-        device: torch device of everything; None takes an accelerator if there is one.
+        device: of everything: "cpu", "cuda", or one of several such as "cuda:1";
+            None takes an accelerator if there is one.
     """
 
     path: str = ""
@@ -141,7 +144,7 @@ def run_command(options: argparse.Namespace) -> int:
 
     settings = settings_of(options)
     config: DistillationConfig = settings["distillation"]
-    ranks, device = launched(settings["teacher"].device or config.device)
+    ranks, device = launched(device_of(settings))
     facts = check(settings)
     folder = RunFolder(begin_folder(str(config.output_dir)))
     folder.remember({**as_remembered(settings), "sources": facts})
@@ -230,7 +233,13 @@ def check(settings: dict[str, Any]) -> SourceFacts:
     return SourceFacts(hashlib.sha256(content.encode()).hexdigest())
 
 
-def train(settings: dict[str, Any], device: str) -> Any:  # noqa: ANN401 - a FewStepStudent
+def device_of(settings: dict[str, Any]) -> str | None:
+    """Return the setting that says where the run computes: the teacher's, else the distillation's."""
+    name: str | None = settings["teacher"].device or settings["distillation"].device
+    return name
+
+
+def train(settings: dict[str, Any], device: torch.device) -> Any:  # noqa: ANN401 - a FewStepStudent
     """Load, check that the student can be exported, and train it; returns the student."""
     import torch
 
@@ -241,7 +250,7 @@ def train(settings: dict[str, Any], device: str) -> Any:  # noqa: ANN401 - a Few
     data: DataSection = settings["data"]
     cached: CachedData | None = load_cache(data.cache) if data.cache is not None else None
     teacher = load_teacher(settings["teacher"], cached)
-    section = dataclasses.replace(settings["distillation"], device=device)
+    section = dataclasses.replace(settings["distillation"], device=device_of(settings))
     student = ds.start_student(teacher, section, settings["student"].timesteps, settings["student"].eta)
     # Refused now, and not after days of training.
     teacher.exporter.configurations(teacher.denoiser, student.grids, student.eta)

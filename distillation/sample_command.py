@@ -18,10 +18,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distillation.errors import DistillationConfigError, StepCountError
 from distillation.prompts import PromptsError, read_prompts
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -55,7 +58,7 @@ def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers hav
     command.add_argument("--per-prompt", type=int, default=1, help="videos of each prompt (default: %(default)s)")
     command.add_argument("--fps", type=float, default=16, help="frames per second (default: %(default)s)")
     command.add_argument("--batch-size", type=int, default=1, help="videos at once (default: %(default)s)")
-    command.add_argument("--device", help="torch device (default: an accelerator if there is one)")
+    command.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: an accelerator if there is one)")
     command.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network (default: %(default)s)"
     )
@@ -147,7 +150,7 @@ def begun(folder: Path, listed: Sequence[str], options: argparse.Namespace) -> l
 
 
 def sample_all(
-    listed: Sequence[str], todo: Sequence[int], files: Sequence[Path], options: argparse.Namespace, device: str
+    listed: Sequence[str], todo: Sequence[int], files: Sequence[Path], options: argparse.Namespace, device: torch.device
 ) -> None:
     """Sample, decode and write the videos ``todo``; those of one batch are in memory at once."""
     import torch

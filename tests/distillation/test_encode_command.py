@@ -195,6 +195,7 @@ def test_damage_is_named(wan_pipeline, tmp_path):
         (["--videos", "{root}/clips", "--captions", "{root}/p.txt"], "expected video<TAB>prompt"),
         (["--videos", "{root}/clips", "--shard-size", "0"], "--shard-size must be positive"),
         (["--videos", "{root}/clips", "--num-frames", "6"], "4 n + 1 frames"),
+        (["--prompts", "{root}/p.txt", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     ],
 )
 def test_what_cannot_be_encoded_says_why(wan_pipeline, clips, tmp_path, capsys, arguments, message):

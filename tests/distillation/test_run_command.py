@@ -165,6 +165,8 @@ def test_two_processes_share_a_run_and_the_first_writes_it(write, tmp_path, laun
         ({"data": {"cache": "c"}}, "exactly one of prompts_file and cache"),
         ({"data": {"prompts_file": None, "cache": "nowhere"}}, "nowhere holds no cache"),
         ({"distillation": {"output_dir": None}}, "no output folder"),
+        ({"teacher": {"device": "cuda:99"}}, "device 'cuda:99' cannot be used"),
+        ({"teacher": {"device": None}, "distillation": {"device": "gpu"}}, "device 'gpu' is none; use 'cpu'"),
     ],
 )
 def test_what_cannot_run_says_why_before_any_work(write, tmp_path, capsys, changes, message, monkeypatch):

@@ -72,11 +72,12 @@ def test_a_folder_of_videos_needs_a_student_that_can_be_told_from_others(student
         (["--prompt", "  "], "the prompt is empty"),
         (["--per-prompt", "2"], "is one file, for 2 videos"),
         (["--fps", "0"], "--fps must be positive"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     ],
 )
 def test_samples_that_cannot_be_drawn_say_why(student_folder, tmp_path, capsys, changes, message):
-    command = ["sample", str(student_folder), "--prompt", "a", "--output", str(tmp_path / "o.mp4"), *changes]
-    assert main([*command, "--device", "cpu"]) == 2
+    command = ["sample", str(student_folder), "--prompt", "a", "--output", str(tmp_path / "o.mp4"), "--device", "cpu"]
+    assert main([*command, *changes]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "o.mp4").exists()
 
 
