@@ -103,10 +103,10 @@ def tune_command(options: argparse.Namespace) -> int:
         require(module, extra="report")
     try:
         trainer = make_trainer(options)
+        result = trainer.train()
     except CheckpointError as error:
         raise DataError(str(error)) from error
     output = Path(options.output)
-    result = trainer.train()
     save: Any = trainer.policy
     save.save_pretrained(output / "policy")
     proxy: Any = trainer.scoring.proxy

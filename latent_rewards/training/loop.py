@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from latent_rewards.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from latent_rewards.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from latent_rewards.training.devices import DeviceError, join_launch
 
 
@@ -264,8 +264,7 @@ class TrainingLoop:
         """Load the newest checkpoint of ``output_dir``, if any; returns whether one was found.
 
         Raises:
-            CheckpointError: the checkpoint is damaged.
-            ValueError: it holds other parts than this loop.
+            CheckpointError: it is damaged, or holds other parts than this loop, or parts of other shapes.
         """
         newest = latest_checkpoint(self.config.output_dir) if self.config.output_dir else None
         if newest is None:
@@ -273,9 +272,18 @@ class TrainingLoop:
         step, state = load_checkpoint(newest)
         parts = self._parts()
         if state["names"] != list(parts):
-            raise ValueError(f"{newest} holds {state['names']}, this run has {list(parts)}; use another output_dir")
-        for index, part in enumerate(parts.values()):
-            part.load_state_dict(state["parts"][f"{index}"])
+            raise CheckpointError(
+                f"{newest} holds {state['names']}, this run has {list(parts)}; use another output_dir"
+            )
+        for index, (name, part) in enumerate(parts.items()):
+            try:
+                part.load_state_dict(state["parts"][f"{index}"])
+            except (RuntimeError, ValueError) as error:
+                if type(error) not in (RuntimeError, ValueError):  # a part that says itself what is wrong
+                    raise
+                raise CheckpointError(
+                    f"{newest} holds another {name} than this run has; use another output_dir ({error})"
+                ) from error
         self.step, self.history = step, state["history"]
         return True
 

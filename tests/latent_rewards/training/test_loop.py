@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from latent_rewards.training import loop as module_of_loops
+from latent_rewards.training.checkpoint import CheckpointError
 from latent_rewards.training.devices import DeviceError
 from latent_rewards.training.loop import Ema, LoopConfig, NonFiniteError, TrainingLoop, set_learning_rate, warmup_cosine
 from latent_rewards.training.randomness import sample_noise
@@ -59,7 +60,32 @@ def test_other_parts_are_refused(tmp_path):
     train(*build(str(tmp_path)))
     other, *_ = build(str(tmp_path))
     other.stateful = {}
-    with pytest.raises(ValueError, match="ema"):
+    with pytest.raises(CheckpointError, match="holds .*ema.*; use another output_dir"):
+        other.resume()
+
+
+@pytest.mark.parametrize("part", ["module.m", "optimizer.m"])
+def test_parts_of_other_shapes_are_refused(tmp_path, part):
+    train(*build(str(tmp_path)))
+    other, module, _ = build(str(tmp_path))
+    other.modules["m"] = torch.nn.Linear(2, 1) if part == "module.m" else module
+    other.optimizers["m"] = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(CheckpointError, match=f"holds another {part} than this run has; use another output_dir"):
+        other.resume()
+
+
+def test_a_part_says_itself_what_is_wrong(tmp_path):
+    train(*build(str(tmp_path)))
+    other, *_ = build(str(tmp_path))
+
+    class Refusal(ValueError):
+        pass
+
+    def refuse(state):
+        raise Refusal
+
+    other.stateful["ema"].load_state_dict = refuse
+    with pytest.raises(Refusal):
         other.resume()
 
 
