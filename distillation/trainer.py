@@ -95,7 +95,9 @@ class DistillationTrainer:
     Raises:
         StepCountError: a step count the student does not claim.
         MissingPartError: neither the student nor the data tells the shape of latents.
-        DistillationConfigError: teacher and student share weights, or differ in their schedules.
+        DistillationConfigError: teacher and student share weights, or differ in their schedules, or the batch cannot be
+            shared by the processes of the launch.
+        DeviceError: ``config.device`` cannot be used.
         ConditionError: see :class:`~distillation.data.DistillationData`.
     """
 

@@ -14,6 +14,7 @@ from distillation.temporal import feature_similarity_loss, temporal_consistency_
 from distillation.terms import Discriminator, TemporalTerms
 from distillation.trainer import start_student
 from distillation.vsd import trainable
+from latent_rewards.training.devices import DeviceError
 
 SHAPE = (4, 3, 4, 4)
 WAN_SHAPE = (4, 2, 4, 4)
@@ -241,6 +242,8 @@ def test_mistakes_are_found_before_training(world):
     own = start_student(teacher, settings())
     with pytest.raises(DistillationConfigError, match="needs data to tell samples from"):
         ds.DistillationTrainer(teacher, own, data[1], settings(adversarial_weight=1.0))
+    with pytest.raises(DeviceError, match="cuda:99"):
+        ds.DistillationTrainer(teacher, own, data, settings(device="cuda:99"))
     with pytest.raises(DistillationConfigError, match="block must lie in 0..1"):
         ds.DistillationTrainer(teacher, own, data, settings(feature_weight=1.0, feature_block=7)).train()
     for name in ("feature_weight", "correspondence_weight", "adversarial_weight", "discriminator_weight"):
