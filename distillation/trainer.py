@@ -139,7 +139,13 @@ class DistillationStage(Stage):
             self.fake_score = trainable(setup.roles.fake_score())
             modules: dict[str, nn.Module] = {"fake_score": self.fake_score}
             if config.adversarial_weight:
-                self.discriminator = Discriminator(self.fake_score, config.adversarial_block, seed=config.seed)
+                self.discriminator = Discriminator(
+                    self.fake_score,
+                    config.adversarial_block,
+                    seed=config.seed,
+                    r1_weight=config.r1_weight,
+                    r1_sigma=config.r1_sigma,
+                )
                 modules["discriminator"] = self.discriminator.head
             optimizer = adamw(nn.ModuleList(modules.values()), config.fake_learning_rate, beta1=0.0)
             extras = Extras(modules, {"fake_score": optimizer})
@@ -202,8 +208,9 @@ class DistillationStage(Stage):
         """Return the weighted loss of telling noised data from noised samples."""
         assert self.discriminator is not None and batch.latents is not None  # noqa: S101 - for the type checker
         t = self.draw_times(step, f"{role}/discriminator")
-        noise = [self.draw_noise(step, f"{role}/discriminator/{kind}") for kind in ("real", "fake")]
-        loss = self.discriminator.loss(batch.latents.to(self.dtype), samples, batch.condition, t, noise[0], noise[1])
+        kinds = ("real", "fake", "r1") if self.config.r1_weight else ("real", "fake")
+        noise = [self.draw_noise(step, f"{role}/discriminator/{kind}") for kind in kinds]
+        loss = self.discriminator.loss(batch.latents.to(self.dtype), samples, batch.condition, t, *noise)
         logs["discriminator_loss"] = float(loss.detach())
         return self.config.discriminator_weight * loss
 
