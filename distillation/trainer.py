@@ -9,6 +9,7 @@ to the same weights.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from distillation.config import DistillationConfig
 from distillation.consistency import consistency_pair, curriculum_pairs, pseudo_huber, time_grid
 from distillation.data import Batch
 from distillation.denoiser import limited_guidance
+from distillation.latents import ShardedLatents
 from distillation.monitors import channel_std, fake_score_lag, saturation
 from distillation.roles import SharedBase
 from distillation.stage import Extras, Setup, Stage, TeacherModel, prepare
@@ -291,6 +293,6 @@ class DistillationStage(Stage):
         return backward_simulation(self.student, batch.condition, stack, num_steps, exit_step), (num_steps, exit_step)
 
 
-def _std_of_some(latents: Tensor) -> Tensor:
+def _std_of_some(latents: Tensor | ShardedLatents) -> Tensor:
     """Return the standard deviation of each channel over the first samples; all would not fit into memory twice."""
-    return channel_std(latents[: max(1, _STD_VALUES // latents[0].numel())])
+    return channel_std(latents[: max(1, _STD_VALUES // math.prod(latents.shape[1:]))])
