@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from distillation.condition import TextCondition
     from distillation.config import DistillationConfig
     from distillation.families import Teacher
+    from latent_rewards.training.ranks import Ranks
     from latent_rewards.training.run_folder import RunFolder
 
 _TEXT_BATCH = 64
@@ -152,7 +153,7 @@ def run_command(options: argparse.Namespace) -> int:
     try:
         path = folder.cached(
             "student",
-            lambda: train(settings, device),
+            lambda: train(settings, device, ranks),
             lambda student, path: student.save_pretrained(path, merge_adapters=settings["student"].merge_adapters),
             lambda path: path,
         )
@@ -239,7 +240,7 @@ def device_of(settings: dict[str, Any]) -> str | None:
     return name
 
 
-def train(settings: dict[str, Any], device: torch.device) -> Any:  # noqa: ANN401 - a FewStepStudent
+def train(settings: dict[str, Any], device: torch.device, ranks: Ranks) -> Any:  # noqa: ANN401 - a FewStepStudent
     """Load, check that the student can be exported, and train it; returns the student."""
     import torch
 
@@ -265,10 +266,23 @@ def train(settings: dict[str, Any], device: torch.device) -> Any:  # noqa: ANN40
             encoder.to(device, getattr(torch, settings["teacher"].dtype))
         source, encode = read_prompts(str(data.prompts_file)), InParts(teacher)
     trainer = ds.DistillationTrainer(dataclasses.replace(teacher, encode=encode), student, source, section)
-    if isinstance(encoder := getattr(teacher.encode, "text_encoder", None), torch.nn.Module):
-        encoder.to("cpu", torch.float32)  # its work is done
+    put_away(teacher, export=ranks.index == 0)
     trainer.train()
     return student
+
+
+def put_away(teacher: Teacher, *, export: bool) -> None:
+    """Take a text encoder, whose work is done, from the device; out of memory in a process that exports nothing.
+
+    Args:
+        teacher: its ``encode`` has a ``text_encoder``, or has none.
+        export: this process is the one that writes the student, with all of its pipeline.
+    """
+    import torch
+
+    encoder = getattr(teacher.encode, "text_encoder", None)
+    if isinstance(encoder, torch.nn.Module):
+        encoder.to("cpu" if export else "meta", torch.float32)
 
 
 def load_teacher(section: TeacherSection, cached: Any) -> Teacher:  # noqa: ANN401 - CachedData or None
