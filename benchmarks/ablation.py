@@ -136,9 +136,13 @@ class Ablation:
             "rows": mine,
             "differences": {f"{label} minus {TEACHER}": paired(benchmark, TEACHER, label) for label in mine},
             "seconds": seconds,
-            "device": "cpu" if self.device == "cpu" else torch.cuda.get_device_name(),
+            "device": self.device_name(),
             **provenance(),
         }
+
+    def device_name(self) -> str:
+        """Return what trainings and samples are computed on."""
+        return "cpu" if self.device == "cpu" else torch.cuda.get_device_name()
 
     def reference(self) -> dict[str, Any]:
         """Score real clips, their reconstruction, and the teacher in 50, 8, 4 and 1 steps."""

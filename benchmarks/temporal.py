@@ -11,6 +11,7 @@ Each (term, seed) ends in ``results/temporal/<term>-seed<k>.json``; a killed run
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from benchmarks.provenance import provenance
 from benchmarks.tuning import keep
 from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.metrics import create_metric
-from recipes.moving_digits.evaluation import AT_ONCE, clip_prompts, generate_clips, real_clips
+from recipes.moving_digits.evaluation import AT_ONCE, clip_prompts, real_clips
 
 NUM_STEPS = 4
 NONE = {"temporal_weight": 0.0, "feature_weight": 0.0, "correspondence_weight": 0.0}
@@ -50,30 +51,30 @@ class Terms(Ablation):
     """Trains VSD→CD with a temporal term and measures motion; arguments as of the base."""
 
     def motion(self, term: str, seed: int) -> dict[str, Any]:
-        """Train (or continue) with a term, and return metrics, dimensions and the share of the terms in the loss."""
+        """Train (or continue) with a term, and return metrics, dimensions and the share of the terms in the loss.
+
+        ``seconds`` are those of the training, without parts before a kill.
+        """
         pipeline = self.pipeline(seed)
         config = pipeline.settings["distillation"]
         steps = {name: max(1, round(self.share * getattr(config, name))) for name in ("vsd_steps", "cd_steps")}
         section = self.settings(pipeline, self.runs / f"{term}-seed{seed}", **steps, **TERMS[term])
         student = ds.start_student(pipeline.teacher, section)
         trainer = ds.DistillationTrainer(pipeline.teacher, student, pipeline.distillation_data(), section)
+        begun = time.perf_counter()
         history = trainer.train().history
+        seconds = time.perf_counter() - begun
         benchmark = self.benchmark(pipeline, f"{term}-seed{seed}")
-        sampler = pipeline.student_sampler(student, NUM_STEPS)
-        row = benchmark.add(term, sampler, num_steps=NUM_STEPS, network_evaluations=NUM_STEPS)
-        clips = generate_clips(
-            lambda prompts, noise: pipeline.codec.decode(sampler(prompts, noise)),
-            benchmark.prompts,
-            benchmark.latent_shape,
-            num_steps=NUM_STEPS,
-        )
+        clips, each = benchmark.sampled(pipeline.student_sampler(student, NUM_STEPS), NUM_STEPS)
+        row = benchmark.add_clips(term, clips, each, network_evaluations=NUM_STEPS)
         return {
             "term": term,
             "seed": seed,
             "metrics": measured(clips, clip_prompts(benchmark.prompts)),
             "dimensions": {name: row.evaluation.scores[name] for name in DIMENSIONS},
             "shares": {stage: share_of_terms(entries, TERMS[term]) for stage, entries in history.items()},
-            "seconds": row.seconds * len(clips),
+            "seconds": seconds,
+            "device": self.device_name(),
             **provenance(),
         }
 
@@ -82,7 +83,7 @@ class Terms(Ablation):
         benchmark = self.benchmark(self.pipeline(0), REAL)
         clips = real_clips(benchmark.prompts)
         found = measured(clips, clip_prompts(benchmark.prompts))
-        return {"term": REAL, "seed": 0, "metrics": found, "seconds": 0.0, **provenance()}
+        return {"term": REAL, "seed": 0, "metrics": found, "seconds": 0.0, "device": "cpu", **provenance()}
 
 
 @torch.no_grad()

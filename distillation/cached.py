@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from distillation.condition import TextCondition
 from distillation.errors import ConditionError, DistillationError, MissingPartError
 from distillation.fingerprints import add_weights
+from distillation.latents import ShardedLatents
 from latent_rewards.training.checkpoint import commit_directory, verify_directory
 
 COMPLETE, SETTINGS = "complete", "settings"
@@ -98,19 +99,19 @@ class CachedText:
 
 @dataclass(frozen=True)
 class CachedData:
-    """A finished cache in memory.
+    """A finished cache: texts and prompts in memory, latents on disk.
 
     Attributes:
         settings: what it was made with.
         prompts: one per row, in the order of the file or of the videos' names.
-        latents: [N, C, F, H, W] in normalised model space; None in a cache of prompts.
+        latents: [N, C, F, H, W] in normalised model space, read by the row; None in a cache of prompts.
         encode: looks the prompts up.
         failures: ``{video: why}`` of those that were left out.
     """
 
     settings: CacheSettings
     prompts: list[str]
-    latents: Tensor | None
+    latents: ShardedLatents | None
     encode: CachedText
     failures: dict[str, str]
 
@@ -197,7 +198,7 @@ def load_cache(folder: str | Path) -> CachedData:
     if not parts:
         name, why = next(iter(failures.items()))
         raise CacheError(f"none of the {len(failures)} videos of {root} could be encoded; {name}: {why}")
-    return CachedData(settings, prompts, torch.cat(parts), text, failures)
+    return CachedData(settings, prompts, ShardedLatents(parts), text, failures)
 
 
 def save_texts(folder: Path, texts: Sequence[str], condition: TextCondition) -> None:

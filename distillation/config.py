@@ -55,6 +55,11 @@ class DistillationConfig:
             in stages with VSD; it needs data. 0 is none.
         discriminator_weight: weight of the discriminator's loss beside the fake score's.
         adversarial_block: index of the block whose features the head reads.
+        r1_weight: weight, within the discriminator's loss, of the approximate R1 penalty on noised data
+            (:func:`~distillation.adversarial.approximate_r1`), for one more call of the fake score; 0 is none. Lin et
+            al. 2025 (arXiv 2501.08316) have 0.01 in this unit.
+        r1_sigma: standard deviation of the perturbation it compares with, in units of the noised latents. In bf16,
+            which rounds numbers near 1 to steps of 0.008, 0.01 is lost: take 0.1.
         cd_weight: weight of CD in the joint schedule.
         cd_learning_rate: of the student in the CD stage; None takes ``learning_rate``. After VSD a tenth of it is
             better: CD averages over what the student does not yet agree on, and so blurs what VSD made sharp.
@@ -74,7 +79,7 @@ class DistillationConfig:
         checkpoint_every: updates between checkpoints.
         progress: draw progress bars.
         mixed_precision: "no" or "bf16".
-        device: torch device; None leaves the choice to accelerate.
+        device: "cpu", "cuda", or one of several such as "cuda:1"; None takes an accelerator if there is one.
 
     Raises:
         DistillationConfigError: a value is out of range.
@@ -103,6 +108,8 @@ class DistillationConfig:
     adversarial_weight: float = 0.0
     discriminator_weight: float = 0.01
     adversarial_block: int = -1
+    r1_weight: float = 0.0
+    r1_sigma: float = 0.01
     cd_weight: float = 1.0
     cd_learning_rate: float | None = None
     cd_ema_decay: float | None = None
@@ -133,13 +140,13 @@ class DistillationConfig:
         )
         if self.adapter_rank is not None:
             lowest["adapter_rank"] = 1
-        weights = "temporal feature correspondence adversarial discriminator cd".split()
+        weights = "temporal feature correspondence adversarial discriminator r1 cd".split()
         lowest |= dict.fromkeys([f"{name}_weight" for name in weights], 0)
         lowest |= dict.fromkeys(("vsd_steps", "cd_steps", "max_grad_norm"), 0)
         for name, least in lowest.items():
             if not getattr(self, name) >= least:
                 raise DistillationConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        positive = ("learning_rate", "fake_learning_rate", "cd_learning_rate", "huber_c", "time_shift")
+        positive = ("learning_rate", "fake_learning_rate", "cd_learning_rate", "huber_c", "time_shift", "r1_sigma")
         for name in (*positive, "guidance_scale", "refine_guidance_scale"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise DistillationConfigError(f"{name} must be positive; got {getattr(self, name)}")
@@ -155,6 +162,19 @@ class DistillationConfig:
             raise DistillationConfigError(
                 f"nothing to train: schedule = {self.schedule!r}, vsd_steps = {self.vsd_steps}, "
                 f"cd_steps = {self.cd_steps}; joint reads vsd_steps only"
+            )
+        self._refuse_without_effect()
+
+    def _refuse_without_effect(self) -> None:
+        if self.adversarial_weight and not {"vsd", "joint"} & set(self.stages):
+            raise DistillationConfigError(
+                f"adversarial_weight = {self.adversarial_weight} has no effect: its discriminator reads VSD's fake "
+                f"score, and the stages are {', '.join(self.stages)}; set it to 0, or train with VSD"
+            )
+        if self.r1_weight and not self.adversarial_weight:
+            raise DistillationConfigError(
+                f"r1_weight = {self.r1_weight} has no effect without a discriminator; set adversarial_weight, or leave "
+                "it 0"
             )
 
     def optimisation(self, stage: str) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distillation.denoiser import Condition
 from distillation.errors import ConditionError, DistillationConfigError, NoiseError
+from distillation.latents import ShardedLatents
 
 
 @dataclass
@@ -37,7 +38,8 @@ class DistillationData:
     with an empty ``"prompt"``, so that an image condition stays.
 
     Args:
-        source: prompts (texts or mappings), a condition, or None (unconditional); or a pair (latents, one of these).
+        source: prompts (texts or mappings), a condition, or None (unconditional); or a pair (latents, one of these),
+            the latents a tensor or, where they are larger than memory, :class:`~distillation.latents.ShardedLatents`.
         encode: prompts -> condition.
         guided: whether negatives are needed.
 
@@ -48,9 +50,9 @@ class DistillationData:
     """
 
     def __init__(self, source: Any, encode: Callable[[Sequence[Any]], Any] | None, *, guided: bool) -> None:  # noqa: ANN401
-        self.latents: Tensor | None = None
+        self.latents: Tensor | ShardedLatents | None = None
         self.prompts: list[Any] | None = None
-        if isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Tensor):
+        if isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Tensor | ShardedLatents):
             self.latents, source = _checked(source[0]), source[1]
         negatives: Any = None
         if source is None:
@@ -109,10 +111,11 @@ def _encode_distinct(prompts: Sequence[Any], encode: Callable[[Sequence[Any]], A
     return encode(distinct), torch.tensor(rows)
 
 
-def _checked(latents: Tensor) -> Tensor:
-    if latents.ndim != 5 or not latents.is_floating_point():
+def _checked(latents: Tensor | ShardedLatents) -> Tensor | ShardedLatents:
+    if len(latents.shape) != 5 or not latents.dtype.is_floating_point:
         raise NoiseError(f"latents must be floating [N, C, F, H, W]; got {latents.dtype} {list(latents.shape)}")
-    finite = torch.isfinite(latents).flatten(1).all(dim=1)
+    parts = latents.parts if isinstance(latents, ShardedLatents) else [latents]
+    finite = torch.cat([torch.isfinite(part).flatten(1).all(dim=1) for part in parts])
     if not bool(finite.all()):
         raise NoiseError(f"latents[{int((~finite).nonzero()[0])}] holds NaN or infinity; drop or repair it")
     return latents

@@ -24,6 +24,7 @@ from distillation.errors import DistillationConfigError
 from distillation.prompts import PromptsError, caption_of, read_captions, read_prompts
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from distillation.cached import CacheSettings
@@ -65,7 +66,7 @@ def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers hav
     command.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of stored latents (default: %(default)s)"
     )
-    command.add_argument("--device", help="torch device (default: an accelerator if there is one)")
+    command.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: an accelerator if there is one)")
     command.set_defaults(run=encode_command)
 
 
@@ -129,7 +130,7 @@ def sources(options: argparse.Namespace) -> tuple[dict[str, str], dict[str, Path
     return items, files, captions
 
 
-def load(options: argparse.Namespace, named: Mapping[str, Any], device: str) -> tuple[Teacher, CacheSettings]:
+def load(options: argparse.Namespace, named: Mapping[str, Any], device: torch.device) -> tuple[Teacher, CacheSettings]:
     """Return the teacher and the settings of the cache."""
     import distillation as ds
     from distillation.cached import CacheSettings, text_fingerprint

@@ -130,15 +130,22 @@ def pipeline(folder: Path, *, check: bool) -> dict[str, Any]:
 
 
 def video_size(folder: Path, latent_shape: Sequence[int] | None) -> dict[str, int] | None:
-    """Return frames, height and width of a video, or None where latents or scales of the VAE are not stated."""
-    from distillation.families import read_json
+    """Return frames, height and width of a video, or None where its latents or the pipeline's family are not known.
 
-    vae = read_json(folder / "vae" / "config.json") if (folder / "vae" / "config.json").is_file() else {}
-    in_time, in_space = vae.get("scale_factor_temporal"), vae.get("scale_factor_spatial")
-    if latent_shape is None or in_time is None or in_space is None:
+    Args:
+        folder: of a pipeline.
+        latent_shape: (C, F, H, W); None takes what the transformer was made for, where it says (CogVideoX).
+    """
+    from distillation.families import TeacherError, family_of, read_json
+    from distillation.families.codec import video_size
+
+    try:
+        family = family_of(folder)
+        shape = family.latent_shape_of(folder, (None, None, None), latent_shape)
+    except TeacherError:
         return None
-    _, frames, height, width = latent_shape
-    return {"num_frames": (frames - 1) * in_time + 1, "height": height * in_space, "width": width * in_space}
+    size = video_size(shape, family.scale_of(read_json(folder / "vae" / "config.json")))
+    return dict(zip(("num_frames", "height", "width"), size, strict=True))
 
 
 def worked_in(folder: Path, *, check: bool) -> dict[str, Any]:

@@ -8,18 +8,19 @@ from pathlib import Path
 import torch
 
 from latent_rewards.training.checkpoint import MANIFEST, TEMPORARY_PREFIX
-from latent_rewards.training.ranks import Ranks, current_ranks
+from latent_rewards.training.devices import join_launch
+from latent_rewards.training.ranks import Ranks
 
 
-def launched(device: str | None) -> tuple[Ranks, str]:
-    """Return this process's place in its launch, and its device: an accelerator, if there is one, unless told.
+def launched(device: str | None) -> tuple[Ranks, torch.device]:
+    """Return this process's place in its launch, and its device; only the first process of a launch warns.
 
-    Only the first process of a launch warns.
+    Arguments and errors are those of :func:`~latent_rewards.training.devices.join_launch`.
     """
-    ranks = current_ranks(cpu=device == "cpu")
+    ranks, chosen = join_launch(device)
     if ranks.index:
         warnings.simplefilter("ignore")
-    return ranks, device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return ranks, chosen
 
 
 def begin_folder(path: str | Path) -> Path:

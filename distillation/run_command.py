@@ -27,9 +27,12 @@ from latent_rewards.training.flags import SettingsParser, chosen_settings
 from latent_rewards.training.settings import SettingsError, read_settings
 
 if TYPE_CHECKING:
+    import torch
+
     from distillation.condition import TextCondition
     from distillation.config import DistillationConfig
     from distillation.families import Teacher
+    from latent_rewards.training.ranks import Ranks
     from latent_rewards.training.run_folder import RunFolder
 
 _TEXT_BATCH = 64
@@ -46,7 +49,8 @@ class TeacherSection:
         width: pixels.
         dtype: of the text encoder, "float32" or "bfloat16". What is trained is held in float32: steps of a few
             millionths vanish in bfloat16. `mixed_precision: bf16` lets it compute in bfloat16.
-        device: torch device of everything; None takes an accelerator if there is one.
+        device: of everything: "cpu", "cuda", or one of several such as "cuda:1";
+            None takes an accelerator if there is one.
     """
 
     path: str = ""
@@ -141,7 +145,7 @@ def run_command(options: argparse.Namespace) -> int:
 
     settings = settings_of(options)
     config: DistillationConfig = settings["distillation"]
-    ranks, device = launched(settings["teacher"].device or config.device)
+    ranks, device = launched(device_of(settings))
     facts = check(settings)
     folder = RunFolder(begin_folder(str(config.output_dir)))
     folder.remember({**as_remembered(settings), "sources": facts})
@@ -149,7 +153,7 @@ def run_command(options: argparse.Namespace) -> int:
     try:
         path = folder.cached(
             "student",
-            lambda: train(settings, device),
+            lambda: train(settings, device, ranks),
             lambda student, path: student.save_pretrained(path, merge_adapters=settings["student"].merge_adapters),
             lambda path: path,
         )
@@ -230,7 +234,13 @@ def check(settings: dict[str, Any]) -> SourceFacts:
     return SourceFacts(hashlib.sha256(content.encode()).hexdigest())
 
 
-def train(settings: dict[str, Any], device: str) -> Any:  # noqa: ANN401 - a FewStepStudent
+def device_of(settings: dict[str, Any]) -> str | None:
+    """Return the setting that says where the run computes: the teacher's, else the distillation's."""
+    name: str | None = settings["teacher"].device or settings["distillation"].device
+    return name
+
+
+def train(settings: dict[str, Any], device: torch.device, ranks: Ranks) -> Any:  # noqa: ANN401 - a FewStepStudent
     """Load, check that the student can be exported, and train it; returns the student."""
     import torch
 
@@ -241,7 +251,7 @@ def train(settings: dict[str, Any], device: str) -> Any:  # noqa: ANN401 - a Few
     data: DataSection = settings["data"]
     cached: CachedData | None = load_cache(data.cache) if data.cache is not None else None
     teacher = load_teacher(settings["teacher"], cached)
-    section = dataclasses.replace(settings["distillation"], device=device)
+    section = dataclasses.replace(settings["distillation"], device=device_of(settings))
     student = ds.start_student(teacher, section, settings["student"].timesteps, settings["student"].eta)
     # Refused now, and not after days of training.
     teacher.exporter.configurations(teacher.denoiser, student.grids, student.eta)
@@ -256,10 +266,23 @@ def train(settings: dict[str, Any], device: str) -> Any:  # noqa: ANN401 - a Few
             encoder.to(device, getattr(torch, settings["teacher"].dtype))
         source, encode = read_prompts(str(data.prompts_file)), InParts(teacher)
     trainer = ds.DistillationTrainer(dataclasses.replace(teacher, encode=encode), student, source, section)
-    if isinstance(encoder := getattr(teacher.encode, "text_encoder", None), torch.nn.Module):
-        encoder.to("cpu", torch.float32)  # its work is done
+    put_away(teacher, export=ranks.index == 0)
     trainer.train()
     return student
+
+
+def put_away(teacher: Teacher, *, export: bool) -> None:
+    """Take a text encoder, whose work is done, from the device; out of memory in a process that exports nothing.
+
+    Args:
+        teacher: its ``encode`` has a ``text_encoder``, or has none.
+        export: this process is the one that writes the student, with all of its pipeline.
+    """
+    import torch
+
+    encoder = getattr(teacher.encode, "text_encoder", None)
+    if isinstance(encoder, torch.nn.Module):
+        encoder.to("cpu" if export else "meta", torch.float32)
 
 
 def load_teacher(section: TeacherSection, cached: Any) -> Teacher:  # noqa: ANN401 - CachedData or None

@@ -2,6 +2,7 @@ r"""``latent-distill sample``: videos of a few-step student.
 
     latent-distill sample runs/distilled/student --prompt "a red digit moves left" --output out.mp4
     latent-distill sample runs/distilled/student --prompts prompts.txt --num-steps 2 --per-prompt 4 --output videos/
+    latent-distill sample adapter --base Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompt "a cat on a roof" --output cat.mp4
 
 A video depends on the student, its prompt, the seed and its place in the list, and, up to the rounding of the device's
 arithmetic, neither on the batch size nor on the number of processes. A folder gets `00000.mp4` and so on, each with its
@@ -18,10 +19,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distillation.errors import DistillationConfigError, StepCountError
 from distillation.prompts import PromptsError, read_prompts
+
+if TYPE_CHECKING:
+    import torch
+
+    from distillation.student import FewStepStudent
 
 
 @dataclass
@@ -45,7 +51,8 @@ def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers hav
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("student", metavar="STUDENT", help="the folder of a stored student")
+    command.add_argument("student", metavar="STUDENT", help="the folder of a stored student, or of an adapter")
+    command.add_argument("--base", metavar="PIPELINE", help="of an adapter: the folder or hub id of its teacher")
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="one prompt")
     source.add_argument("--prompts", metavar="FILE", help="one prompt a line")
@@ -55,7 +62,7 @@ def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers hav
     command.add_argument("--per-prompt", type=int, default=1, help="videos of each prompt (default: %(default)s)")
     command.add_argument("--fps", type=float, default=16, help="frames per second (default: %(default)s)")
     command.add_argument("--batch-size", type=int, default=1, help="videos at once (default: %(default)s)")
-    command.add_argument("--device", help="torch device (default: an accelerator if there is one)")
+    command.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: an accelerator if there is one)")
     command.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network (default: %(default)s)"
     )
@@ -79,7 +86,7 @@ def sample_command(options: argparse.Namespace) -> int:
     if single := output.suffix.lower() == ".mp4" and not output.is_dir():
         if len(listed) > 1:
             raise DistillationConfigError(f"{output} is one file, for {len(listed)} videos; give a folder as --output")
-    check_student(Path(options.student), options.num_steps)
+    check_student(Path(options.student), options.num_steps, options.base)
     ranks, device = launched(options.device)
     files = [output] if single else begun(output, listed, options)
     # A lone file is written anew, as a shell command does; in a folder what is there was made by the same command.
@@ -93,20 +100,28 @@ def sample_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def check_student(folder: Path, num_steps: int) -> None:
-    """Check that a folder holds a student that claims a step count; no weights are read.
+def check_student(folder: Path, num_steps: int, base: str | None) -> None:
+    """Check that a folder holds a student, or an adapter on ``base``, that claims a step count; no weights are read.
 
     Raises:
-        StudentError: it holds none.
+        StudentError: it holds none, or an adapter without ``base``, or a whole student with one.
         StepCountError: the student does not claim the count.
+        TeacherError: ``base`` is no pipeline.
     """
-    from distillation.families import SIDECAR, STUDENT_KIND, read_sidecar
+    from distillation.families import SIDECAR, STUDENT_KIND, pipeline_folder, read_sidecar
+    from distillation.families.adapters import ADAPTER_KIND
     from distillation.families.export import StudentError
 
     sidecar = read_sidecar(folder)
-    if sidecar.get("kind") != STUDENT_KIND:
-        alone = " (it is an adapter, which needs its teacher: export with merge_adapters)" if "base" in sidecar else ""
-        raise StudentError(f"{folder} holds no student{alone}: it has no {SIDECAR} of the kind {STUDENT_KIND!r}")
+    kind = sidecar.get("kind")
+    if kind not in (STUDENT_KIND, ADAPTER_KIND):
+        raise StudentError(f"{folder} holds no student: it has no {SIDECAR} of the kind {STUDENT_KIND!r}")
+    if kind == ADAPTER_KIND and base is None:
+        raise StudentError(f"{folder} holds an adapter, which needs its teacher: name the teacher's pipeline as --base")
+    if kind == STUDENT_KIND and base is not None:
+        raise StudentError(f"{folder} holds a whole student, which needs no --base; leave it out")
+    if base is not None:
+        pipeline_folder(base)
     claimed = sorted(map(int, sidecar["timesteps"]))
     if num_steps not in claimed:
         raise StepCountError(
@@ -146,19 +161,35 @@ def begun(folder: Path, listed: Sequence[str], options: argparse.Namespace) -> l
     return [folder / f"{index:05d}.mp4" for index in range(len(listed))]
 
 
+def load(options: argparse.Namespace, device: torch.device) -> FewStepStudent:
+    """Return the student of the command line, or the adapter on its base."""
+    import torch
+
+    from distillation.families import load_teacher, pipeline_folder, read_sidecar
+    from distillation.families.adapters import load_adapter
+    from distillation.families.export import load_student
+    from distillation.info_command import video_size
+
+    dtype = getattr(torch, options.dtype)
+    if options.base is None:
+        return load_student(options.student, device=device, dtype=dtype)
+    base = pipeline_folder(options.base)
+    size: dict[str, Any] = video_size(base, read_sidecar(Path(options.student))["latent_shape"]) or {}
+    return load_adapter(options.student, load_teacher(base, device=device, dtype=dtype, **size))
+
+
 def sample_all(
-    listed: Sequence[str], todo: Sequence[int], files: Sequence[Path], options: argparse.Namespace, device: str
+    listed: Sequence[str], todo: Sequence[int], files: Sequence[Path], options: argparse.Namespace, device: torch.device
 ) -> None:
     """Sample, decode and write the videos ``todo``; those of one batch are in memory at once."""
     import torch
     from tqdm import tqdm
 
-    from distillation.families.export import load_student
     from distillation.videos import write_mp4
     from latent_rewards.training.randomness import sample_noise
 
     print(f"loading {options.student}", file=sys.stderr)
-    student = load_student(options.student, device=device, dtype=getattr(torch, options.dtype))
+    student = load(options, device)
     shape, steps = student.latent_shape(), options.num_steps
     batches = [todo[start : start + options.batch_size] for start in range(0, len(todo), options.batch_size)]
     with tqdm(total=len(todo), desc="videos", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:

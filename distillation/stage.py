@@ -21,6 +21,7 @@ from distillation.errors import DistillationConfigError
 from distillation.roles import Roles, roles_of, save_activations
 from distillation.student import FewStepStudent
 from distillation.vsd import adamw, sample_times, trainable
+from latent_rewards.training.devices import join_launch
 from latent_rewards.training.loop import (
     Ema,
     LoopConfig,
@@ -74,6 +75,11 @@ def prepare(
 
     Arguments and errors are those of :class:`~distillation.trainer.DistillationTrainer`.
     """
+    ranks, _ = join_launch(config.device)
+    if config.batch_size % ranks.count:
+        raise DistillationConfigError(
+            f"batch_size={config.batch_size} cannot be shared by {ranks.count} ranks; use a multiple"
+        )
     for count in config.step_counts:
         student.timesteps(count)
     denoiser = teacher.denoiser.eval()
@@ -117,7 +123,7 @@ class Stage:
         extras: see :class:`Extras`.
 
     Raises:
-        DistillationConfigError: the batch cannot be shared by the ranks, or nothing of the student asks for gradients.
+        DistillationConfigError: nothing of the student asks for gradients.
     """
 
     def __init__(
@@ -149,12 +155,7 @@ class Stage:
         self.loop.stateful.update(ema=self.ema, settings=SettingsGuard(self.config, name))
         wide = any(parameter.dtype == torch.float64 for parameter in network.parameters())
         self.dtype = torch.float64 if wide else torch.float32
-        ranks = self.loop.ranks
-        if self.config.batch_size % ranks.count:
-            raise DistillationConfigError(
-                f"batch_size={self.config.batch_size} cannot be shared by {ranks.count} ranks; use a multiple"
-            )
-        self.indices = ranks.part(self.config.batch_size)
+        self.indices = self.loop.ranks.part(self.config.batch_size)
 
     def _loop_config(self) -> LoopConfig:
         config = self.config

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillation.adversarial import AdversarialHead, discriminator_loss, generator_loss
+from distillation.adversarial import AdversarialHead, approximate_r1, discriminator_loss, generator_loss
 from distillation.config import DistillationConfig
 from distillation.correspondence import correspondence_loss
 from distillation.features import BlockFeatures
@@ -105,13 +105,18 @@ class Discriminator:
         fake_score: a denoiser of a diffusers transformer.
         block: see :class:`~distillation.features.BlockFeatures`.
         seed: of the head's first weights.
+        r1_weight: of the approximate R1 penalty in the discriminator's loss; 0 is none.
+        r1_sigma: standard deviation of its perturbation.
 
     Raises:
         DistillationConfigError: the fake score has no such block.
     """
 
-    def __init__(self, fake_score: nn.Module, block: int, *, seed: int) -> None:
+    def __init__(
+        self, fake_score: nn.Module, block: int, *, seed: int, r1_weight: float = 0.0, r1_sigma: float = 0.01
+    ) -> None:
         self.fake_score, self.features = fake_score, BlockFeatures(fake_score, block)
+        self.r1_weight, self.r1_sigma = r1_weight, r1_sigma
         parameter = next(fake_score.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -127,8 +132,11 @@ class Discriminator:
         t: Tensor,
         real_noise: Tensor,
         noise: Tensor,
+        perturbation: Tensor | None = None,
     ) -> Tensor:
         """Return the discriminator's loss, for the head and the fake score.
+
+        Its R1 penalty is at what the discriminator reads of the data, x_t, so it weighs alike at all t.
 
         Args:
             real: data [B, C, F, H, W].
@@ -137,9 +145,15 @@ class Discriminator:
             t: [B].
             real_noise: standard normal, like ``real``.
             noise: likewise, of the samples.
+            perturbation: likewise, of the penalty; without one there is none.
         """
-        real_logits = self._logits(real, condition, t, real_noise)
-        return discriminator_loss(real_logits, self._logits(samples.detach(), condition, t, noise))
+        x_t = self._noised(real, t, real_noise)
+        real_logits = self._logits(x_t, condition, t)
+        loss = discriminator_loss(real_logits, self._logits(self._noised(samples.detach(), t, noise), condition, t))
+        if perturbation is None:
+            return loss
+        perturbed = self._logits(x_t + self.r1_sigma * perturbation, condition, t)
+        return loss + self.r1_weight * approximate_r1(real_logits, perturbed, self.r1_sigma)
 
     def students_loss(
         self,
@@ -153,9 +167,12 @@ class Discriminator:
         Its backward pass leaves gradients in the head and the fake score too, which are the caller's to clear: freezing
         them for the forward pass alone would confuse activation checkpointing.
         """
-        return generator_loss(self._logits(x, condition, t, noise))
+        return generator_loss(self._logits(self._noised(x, t, noise), condition, t))
 
-    def _logits(self, latents: Tensor, condition: Any, t: Tensor, noise: Tensor) -> Tensor:  # noqa: ANN401
+    def _noised(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         schedule: Any = self.fake_score.schedule
-        logits: Tensor = self.head(self.features(add_noise(schedule, latents, noise, t), t, condition))
+        return add_noise(schedule, latents, noise, t)
+
+    def _logits(self, x_t: Tensor, condition: Any, t: Tensor) -> Tensor:  # noqa: ANN401
+        logits: Tensor = self.head(self.features(x_t, t, condition))
         return logits

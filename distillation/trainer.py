@@ -9,6 +9,7 @@ to the same weights.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from distillation.config import DistillationConfig
 from distillation.consistency import consistency_pair, curriculum_pairs, pseudo_huber, time_grid
 from distillation.data import Batch
 from distillation.denoiser import limited_guidance
+from distillation.latents import ShardedLatents
 from distillation.monitors import channel_std, fake_score_lag, saturation
 from distillation.roles import SharedBase
 from distillation.stage import Extras, Setup, Stage, TeacherModel, prepare
@@ -95,7 +97,9 @@ class DistillationTrainer:
     Raises:
         StepCountError: a step count the student does not claim.
         MissingPartError: neither the student nor the data tells the shape of latents.
-        DistillationConfigError: teacher and student share weights, or differ in their schedules.
+        DistillationConfigError: teacher and student share weights, or differ in their schedules, or the batch cannot be
+            shared by the processes of the launch.
+        DeviceError: ``config.device`` cannot be used.
         ConditionError: see :class:`~distillation.data.DistillationData`.
     """
 
@@ -137,7 +141,13 @@ class DistillationStage(Stage):
             self.fake_score = trainable(setup.roles.fake_score())
             modules: dict[str, nn.Module] = {"fake_score": self.fake_score}
             if config.adversarial_weight:
-                self.discriminator = Discriminator(self.fake_score, config.adversarial_block, seed=config.seed)
+                self.discriminator = Discriminator(
+                    self.fake_score,
+                    config.adversarial_block,
+                    seed=config.seed,
+                    r1_weight=config.r1_weight,
+                    r1_sigma=config.r1_sigma,
+                )
                 modules["discriminator"] = self.discriminator.head
             optimizer = adamw(nn.ModuleList(modules.values()), config.fake_learning_rate, beta1=0.0)
             extras = Extras(modules, {"fake_score": optimizer})
@@ -200,8 +210,9 @@ class DistillationStage(Stage):
         """Return the weighted loss of telling noised data from noised samples."""
         assert self.discriminator is not None and batch.latents is not None  # noqa: S101 - for the type checker
         t = self.draw_times(step, f"{role}/discriminator")
-        noise = [self.draw_noise(step, f"{role}/discriminator/{kind}") for kind in ("real", "fake")]
-        loss = self.discriminator.loss(batch.latents.to(self.dtype), samples, batch.condition, t, noise[0], noise[1])
+        kinds = ("real", "fake", "r1") if self.config.r1_weight else ("real", "fake")
+        noise = [self.draw_noise(step, f"{role}/discriminator/{kind}") for kind in kinds]
+        loss = self.discriminator.loss(batch.latents.to(self.dtype), samples, batch.condition, t, *noise)
         logs["discriminator_loss"] = float(loss.detach())
         return self.config.discriminator_weight * loss
 
@@ -282,6 +293,6 @@ class DistillationStage(Stage):
         return backward_simulation(self.student, batch.condition, stack, num_steps, exit_step), (num_steps, exit_step)
 
 
-def _std_of_some(latents: Tensor) -> Tensor:
+def _std_of_some(latents: Tensor | ShardedLatents) -> Tensor:
     """Return the standard deviation of each channel over the first samples; all would not fit into memory twice."""
-    return channel_std(latents[: max(1, _STD_VALUES // latents[0].numel())])
+    return channel_std(latents[: max(1, _STD_VALUES // math.prod(latents.shape[1:]))])

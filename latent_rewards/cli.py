@@ -257,9 +257,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns 0, 1 if some of the work failed, 2 if it could not begin."""
     options = build_parser().parse_args(arguments)
+    from latent_rewards.training.settings import SettingsError
+
     try:
         return int(options.run(options))
-    except (LatentRewardsError, ImportError) as error:
+    except (LatentRewardsError, SettingsError, ImportError) as error:
         print(f"latent-rewards: {error}", file=sys.stderr)
         return 2
 

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from latent_rewards.contracts import ConfigError, DataError, LatentRewardsError, unknown_name
 
 if TYPE_CHECKING:
+    import torch
+
     from latent_rewards.contracts import Codec
     from latent_rewards.dataset import RewardDataset
     from latent_rewards.oracle import MetricOracle
@@ -61,7 +63,7 @@ def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers hav
     command.add_argument("--batch-size", type=int, default=8, help="samples per stored part (default: %(default)s)")
     command.add_argument("--workers", type=int, default=0, help="processes that score meanwhile (default: %(default)s)")
     command.add_argument("--cache", metavar="FOLDER", help="keeps scores, so that no video is scored twice")
-    command.add_argument("--device", default="cpu", help="of the policy and the codec (default: %(default)s)")
+    command.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: an accelerator if there is one)")
     command.add_argument(
         "--frames", default="all", help="with --videos: all, first:N or uniform:N frames (default: %(default)s)"
     )
@@ -89,14 +91,16 @@ def collect_command(options: argparse.Namespace) -> int:
 
 def _from_policy(options: argparse.Namespace) -> RewardDataset:
     from latent_rewards.collect import collect_rewards
+    from latent_rewards.training.devices import join_launch
 
     if options.prompts is None:
         raise ConfigError("--policy needs --prompts: a file with one prompt a line")
     prompts = prompt_lines(options.prompts)
+    _, device = join_launch(options.device)
     policy = load_stored(options.policy, options.kind, [POLICIES])
     if hasattr(policy, "to"):
-        policy = policy.to(options.device)
-    with _oracle(codec_of(policy, options.policy), options) as oracle:
+        policy = policy.to(device)
+    with _oracle(codec_of(policy, options.policy), options, device) as oracle:
         return collect_rewards(
             policy,
             prompts,
@@ -112,13 +116,15 @@ def _from_policy(options: argparse.Namespace) -> RewardDataset:
 
 def _from_videos(options: argparse.Namespace) -> RewardDataset:
     from latent_rewards.collect_videos import collect_videos
+    from latent_rewards.training.devices import join_launch
     from latent_rewards.video import find_videos
 
     if options.codec is None:
         raise ConfigError("--videos needs --codec: the folder of a stored student or teacher whose codec encodes them")
     find_videos(options.videos)
+    _, device = join_launch(options.device)
     stored = load_stored(options.codec, options.kind, [CODECS, POLICIES])
-    with _oracle(codec_of(stored, options.codec), options) as oracle:
+    with _oracle(codec_of(stored, options.codec), options, device) as oracle:
         return collect_videos(
             options.videos,
             oracle,
@@ -131,24 +137,24 @@ def _from_videos(options: argparse.Namespace) -> RewardDataset:
         )
 
 
-def _oracle(codec: Codec, options: argparse.Namespace) -> MetricOracle:
+def _oracle(codec: Codec, options: argparse.Namespace, device: torch.device) -> MetricOracle:
     settings = {"chunk_size": options.batch_size, "num_workers": options.workers, "cache_dir": options.cache}
-    return make_oracle(codec, options.metric, options.device, **settings)
+    return make_oracle(codec, options.metric, device, **settings)
 
 
 def make_oracle(
     codec: Codec,
     specs: Sequence[tuple[str, dict[str, Any]]],
-    device: str | None,
+    device: torch.device,
     **settings: Any,  # noqa: ANN401 - MetricOracle's
 ) -> MetricOracle:
-    """Return the oracle of metrics given as names with options, after its codec was moved to ``device``, if any."""
+    """Return the oracle of metrics given as names with options, after its codec was moved to ``device``."""
     from latent_rewards.cli import metric_label
     from latent_rewards.metrics import create_metric
     from latent_rewards.oracle import MetricOracle
 
     moved: Any = codec
-    if device is not None and hasattr(moved, "to"):
+    if hasattr(moved, "to"):
         moved.to(device)
     metrics = {metric_label(name, options): create_metric(name, **options) for name, options in specs}
     return MetricOracle(codec, metrics, **settings)

@@ -20,6 +20,8 @@ from latent_rewards.collect_command import POLICIES, codec_of, load_stored, make
 from latent_rewards.contracts import ConfigError, DataError
 
 if TYPE_CHECKING:
+    import torch
+
     from latent_rewards.dataset import RewardDataset
 
 SHOWN = 6
@@ -48,7 +50,7 @@ def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers hav
     command.add_argument("--baseline-steps", type=int, help="of the baseline (default: --num-steps)")
     command.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     command.add_argument("--batch-size", type=int, default=8, help="samples at once (default: %(default)s)")
-    command.add_argument("--device", default="cpu", help="of policies and codec (default: %(default)s)")
+    command.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: an accelerator if there is one)")
     command.add_argument("--kind", help="of the stored folders, where they do not say so themselves")
     command.add_argument("--html", metavar="FILE", help="also write a page with samples side by side")
     command.set_defaults(run=evaluate_command)
@@ -58,6 +60,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
     """Sample, score and compare; returns 1 if a sample failed."""
     from latent_rewards.evaluation import compare
     from latent_rewards.training.checkpoint import CheckpointError
+    from latent_rewards.training.devices import join_launch
 
     if options.per_prompt < 1:
         raise ConfigError(f"--per-prompt must be at least 1; got {options.per_prompt}")
@@ -66,12 +69,13 @@ def evaluate_command(options: argparse.Namespace) -> int:
         from latent_rewards.metrics.metric import require
 
         require(module, extra="report")
+    _, device = join_launch(options.device)
     chosen = {"policy": (options.policy, options.num_steps)}
     if options.baseline:
         chosen["baseline"] = (options.baseline, options.baseline_steps or options.num_steps)
     loaded = {role: (load_stored(path, options.kind, [POLICIES]), steps) for role, (path, steps) in chosen.items()}
     try:
-        datasets = {role: _score(role, *made, prompts, options) for role, made in loaded.items()}
+        datasets = {role: _score(role, *made, prompts, options, device) for role, made in loaded.items()}
     except CheckpointError as error:
         raise DataError(str(error)) from error
     result = compare(datasets, len(prompts), seed=options.seed)
@@ -79,7 +83,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
     (output / "evaluation.json").write_text(json.dumps({**vars_of(options), "metrics": result}, indent=1))
     print(as_text(result))
     if options.html:
-        write_page(Path(options.html), options, datasets, result, codec_of(loaded["policy"][0], options.policy))
+        write_page(Path(options.html), options, datasets, result, codec_of(loaded["policy"][0], options.policy), device)
         print(f"page: {options.html}")
     failures = [(role, index, why) for role, data in datasets.items() for index, why in data.failures.items()]
     for role, index, why in failures:
@@ -95,16 +99,23 @@ def vars_of(options: argparse.Namespace) -> dict[str, Any]:
     return {**kept, "metric": [metric_label(*spec) for spec in options.metric]}
 
 
-def _score(role: str, policy: Any, num_steps: int, prompts: list[str], options: argparse.Namespace) -> RewardDataset:  # noqa: ANN401
+def _score(
+    role: str,
+    policy: Any,  # noqa: ANN401 - any stored policy
+    num_steps: int,
+    prompts: list[str],
+    options: argparse.Namespace,
+    device: torch.device,
+) -> RewardDataset:
     from latent_rewards.collect import collect_rewards
 
     if hasattr(policy, "to"):
-        policy = policy.to(options.device)
+        policy = policy.to(device)
     codec = codec_of(policy, getattr(options, role))
     return collect_rewards(
         policy,
         prompts,
-        make_oracle(codec, options.metric, options.device, chunk_size=options.batch_size),
+        make_oracle(codec, options.metric, device, chunk_size=options.batch_size),
         num_samples=len(prompts) * options.per_prompt,
         output_dir=Path(options.output) / role,
         seed=options.seed,
@@ -133,6 +144,7 @@ def write_page(
     datasets: Mapping[str, RewardDataset],
     result: Mapping[str, Mapping[str, Any]],
     codec: Any,  # noqa: ANN401 - any Codec
+    device: torch.device,
 ) -> None:
     """Write a page with the table, a histogram of each metric's differences, and samples side by side."""
     import torch
@@ -158,7 +170,7 @@ def write_page(
     for role, dataset in datasets.items():
         first = torch.tensor([dataset.prompts.index(prompt) for prompt in shown])
         with torch.no_grad():
-            columns[role] = codec.decode(dataset.latents(first).to(options.device)).float().cpu()
+            columns[role] = codec.decode(dataset.latents(first).to(device)).float().cpu()
     report.add_videos("Side by side", columns, shown)
     if "baseline" in datasets:
         for name in result:

@@ -103,10 +103,10 @@ def tune_command(options: argparse.Namespace) -> int:
         require(module, extra="report")
     try:
         trainer = make_trainer(options)
+        result = trainer.train()
     except CheckpointError as error:
         raise DataError(str(error)) from error
     output = Path(options.output)
-    result = trainer.train()
     save: Any = trainer.policy
     save.save_pretrained(output / "policy")
     proxy: Any = trainer.scoring.proxy
@@ -134,15 +134,16 @@ def make_trainer(options: argparse.Namespace) -> LatentRewardTrainer:
     from latent_rewards.dataset import RewardDataset
     from latent_rewards.lro import DifferentiableRewardTrainer, LROConfig, ReinforceTrainer
     from latent_rewards.proxies import RewardProxy
+    from latent_rewards.training.devices import join_launch
 
     settings = {"progress": sys.stderr.isatty(), **chosen_settings(options, LROConfig)}
     config = LROConfig(output_dir=str(Path(options.output) / "lro"), **settings)
     prompts = prompt_lines(options.prompts)
+    _, device = join_launch(config.device)
     policy = load_stored(options.policy, options.kind, [POLICIES])
     if not hasattr(policy, "save_pretrained"):
         raise ConfigError(f"what {options.policy} holds (a {type(policy).__name__}) cannot be saved after tuning")
-    if config.device is not None:
-        policy = policy.to(config.device)
+    policy = policy.to(device)
     proxy = RewardProxy.from_pretrained(options.proxy, encode=prompt_encoder(policy))
     codec = codec_of(policy, options.policy)
     metrics = options.metric or [metric_spec(name) for name in proxy.reward_names]
@@ -153,9 +154,9 @@ def make_trainer(options: argparse.Namespace) -> LatentRewardTrainer:
         prompts,
         config=config,
         reward=combined(proxy.reward_names, options.weight),
-        oracle=None if options.frozen else make_oracle(codec, metrics, config.device),
+        oracle=None if options.frozen else make_oracle(codec, metrics, device),
         dataset=RewardDataset.load(options.dataset) if options.dataset else None,
-        holdout=make_oracle(codec, options.holdout, config.device) if options.holdout else None,
+        holdout=make_oracle(codec, options.holdout, device) if options.holdout else None,
     )
 
 

@@ -40,7 +40,7 @@ def warm_anchor(
     num_steps: int,
     batch_size: int,
     seed: int,
-    device: str,
+    device: torch.device | str,
 ) -> VSDAnchor:
     """Return a VSD anchor whose fake score has seen the student's samples; the ranks of a launch share the work.
 

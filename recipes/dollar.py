@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 import distillation as ds
@@ -29,7 +28,7 @@ import latent_rewards as lr
 from distillation.families import Teacher
 from distillation.families.export import load_student
 from distillation.vsd import VSDAnchor
-from latent_rewards.training.ranks import current_ranks
+from latent_rewards.training.devices import join_launch
 from latent_rewards.training.run_folder import RunFolder
 from latent_rewards.training.settings import SettingsError, read_settings
 from recipes.anchor import AnchorConfig, warm_anchor
@@ -64,7 +63,7 @@ class RunConfig:
         batch_size: samples per call outside training.
         output_dir: where runs are kept.
         seed: root of all randomness.
-        device: torch device; None takes an accelerator if there is one.
+        device: "cpu", "cuda", or one of several such as "cuda:1"; None takes an accelerator if there is one.
     """
 
     name: str = "demo"
@@ -114,8 +113,8 @@ class Dollar:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.config: RunConfig = settings["run"]
+        _, self.device = join_launch(self.config.device)
         self.folder = RunFolder(Path(self.config.output_dir) / self.config.name)
-        self.device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.teacher: Teacher = ds.load_teacher(
             self.config.teacher,
             device=self.device,
@@ -150,7 +149,7 @@ class Dollar:
 
     def distil(self, name: str, **overrides: Any) -> ds.FewStepStudent:  # noqa: ANN401 - distillation settings
         """Stage 1 and 2: train (or load) a student; ``cd_steps=0`` stops after VSD."""
-        section = self.section("distillation", "distillation", device=self.device, **overrides)
+        section = self.section("distillation", "distillation", device=self.config.device, **overrides)
 
         def train() -> ds.FewStepStudent:
             student = ds.start_student(self.teacher, section)
@@ -186,7 +185,7 @@ class Dollar:
 
     def fit(self, dataset: lr.RewardDataset) -> lr.RewardProxy:
         """Stage 3b: regress the proxy on latents."""
-        section = self.section("proxy", device=self.device)
+        section = self.section("proxy", device=self.config.device)
         codec = self.codec if section.trunk in ("pixels", "auto") else None
         proxy = self.folder.cached(
             "proxy",
@@ -210,7 +209,7 @@ class Dollar:
 
         def train() -> ds.FewStepStudent:
             policy = copy.deepcopy(student)
-            section = self.section("lro", f"lro_{name}", device=self.device)
+            section = self.section("lro", f"lro_{name}", device=self.config.device)
             trainer = TRAINERS[name](
                 policy,
                 copy.deepcopy(proxy),
@@ -328,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = read_settings(options.config, SECTIONS)
     changed = {key: value for key, value in (("name", options.name), ("seed", options.seed)) if value is not None}
     settings["run"] = dataclasses.replace(settings["run"], **changed)
-    ranks = current_ranks(cpu=settings["run"].device == "cpu")
+    ranks, _ = join_launch(settings["run"].device)
     if ranks.index:
         warnings.simplefilter("ignore")  # the first process says it
     report = Dollar(settings).run()

@@ -92,7 +92,7 @@ def load_teacher(
         TeacherError: there is no such pipeline, its class is not supported, or the size of the videos is unknown or
             impossible. Raised before any weights are read.
     """
-    folder = _pipeline_folder(path_or_hub_id)
+    folder = pipeline_folder(path_or_hub_id)
     sidecar = read_sidecar(folder)
     if sidecar.get("kind") == STUDENT_KIND:
         raise TeacherError(f"{folder} holds a few-step student; load it with distillation.families.export.load_student")
@@ -154,7 +154,12 @@ def _pipeline_class(index: Path) -> str:
     return str(name)
 
 
-def _pipeline_folder(source: str | Path) -> Path:
+def pipeline_folder(source: str | Path) -> Path:
+    """Return the folder of a pipeline, which is fetched if it is on the hub.
+
+    Raises:
+        TeacherError: ``source`` is neither such a folder nor a hub id.
+    """
     folder = Path(source)
     if folder.is_dir():
         if not (folder / MODEL_INDEX).is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -90,8 +91,7 @@ class VideoCodec:
 
     def video_size(self, latent_shape: LatentShape) -> tuple[int, int, int]:
         """Return frames, height and width, in pixels, of a video with latents (C, F, H, W)."""
-        _, frames, height, width = latent_shape
-        return FRAMES_PER_LATENT * (frames - 1) + 1, height * self.scale, width * self.scale
+        return video_size(latent_shape, self.scale)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return videos float32 [B, T, 3, H', W'] in [0, 1] of latents [B, C, F, H, W], with T = 4 F - 3.
@@ -137,3 +137,9 @@ class VideoCodec:
         pixels = videos.to(mean.device, torch.float32).transpose(1, 2) * 2 - 1
         posterior = self.vae.encode(pixels.to(self.vae.dtype), return_dict=False)[0]
         return (posterior.mode().float() - mean) / std
+
+
+def video_size(latent_shape: Sequence[int], scale: int) -> tuple[int, int, int]:
+    """Return frames, height and width, in pixels, of a video with latents (C, F, H, W) that span ``scale`` pixels."""
+    _, frames, height, width = latent_shape
+    return FRAMES_PER_LATENT * (frames - 1) + 1, height * scale, width * scale

@@ -121,7 +121,7 @@ class CogVideoXCodec(VideoCodec):
     @property
     def scale(self) -> int:
         """Pixels a latent spans in height and in width."""
-        return int(2 ** (len(self._config.block_out_channels) - 1))
+        return scale_of(self._config)
 
     def scaling(self) -> tuple[Tensor, Tensor]:
         """Return 0 and ``1 / scaling_factor``, both []."""
@@ -184,6 +184,11 @@ def parts_of(components: Mapping[str, Any], *, max_sequence_length: int | None =
     return CogVideoXParts(CogVideoXCodec(components["vae"]), text)
 
 
+def scale_of(vae: Mapping[str, Any]) -> int:
+    """Return how many pixels a latent spans in height and in width, by the configuration of the VAE."""
+    return int(2 ** (len(vae.get("block_out_channels", [128, 256, 256, 512])) - 1))
+
+
 def latent_shape_of(
     folder: Path, size: tuple[int | None, int | None, int | None], stated: Sequence[int] | None
 ) -> LatentShape:
@@ -199,7 +204,7 @@ def latent_shape_of(
                 f"{folder} has {name} = {transformer[name]}, so it is CogVideoX 1.5 (or image to video); supported is "
                 "text to video of CogVideoX 1.0 (2B and 5B)"
             )
-    scale = 2 ** (len(vae.get("block_out_channels", [128, 256, 256, 512])) - 1)
+    scale = scale_of(vae)
     multiple = math.lcm(_STOCK_MULTIPLE, scale * transformer.get("patch_size", 2))
     if size == (None, None, None) and stated is None:
         height, width = transformer.get("sample_height", 60), transformer.get("sample_width", 90)

@@ -161,6 +161,9 @@ def save_teacher_pipeline(
 ) -> None:
     """Write components as a stock pipeline folder that :func:`~distillation.families.load_teacher` reads.
 
+    For text to video. An image-to-video pipeline has an image encoder too, and its images are encoded at the size of
+    the videos, so it is written with diffusers' own ``save_pretrained``, which keeps all of it, and refused here.
+
     Args:
         path: the folder; one written by this module is replaced, whole or not at all.
         transformer: of the family, e.g. ``WanTransformer3DModel``.
@@ -171,10 +174,11 @@ def save_teacher_pipeline(
         latent_shape: (C, F, H, W) of one video; stored beside ``model_index.json``.
         dtype: of the stored weights, see :func:`save_student`; None keeps them.
         max_sequence_length: tokens per prompt the transformer was trained with; None: what the networks state.
-        pipeline_class: a supported class of diffusers, e.g. "CogVideoXPipeline".
+        pipeline_class: a supported text-to-video class of diffusers, e.g. "CogVideoXPipeline".
 
     Raises:
         TeacherError: the class is not supported.
+        MissingPartError: it is of image to video.
         FolderInUseError: the folder exists and holds something else.
     """
     if pipeline_class not in FAMILIES:

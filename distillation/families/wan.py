@@ -130,7 +130,7 @@ class WanCodec(VideoCodec):
     @property
     def scale(self) -> int:
         """Pixels a latent spans in height and in width."""
-        return int(self._config.scale_factor_spatial)
+        return scale_of(self._config)
 
     def scaling(self) -> tuple[Tensor, Tensor]:
         """Return mean and std, both [1, C, 1, 1, 1]."""
@@ -227,6 +227,11 @@ def parts_of(components: Mapping[str, Any], *, max_sequence_length: int | None =
     return WanParts(WanCodec(components["vae"]), text)
 
 
+def scale_of(vae: Mapping[str, Any]) -> int:
+    """Return how many pixels a latent spans in height and in width, by the configuration of the VAE."""
+    return int(vae.get("scale_factor_spatial", 8))
+
+
 def latent_shape_of(
     folder: Path, size: tuple[int | None, int | None, int | None], stated: Sequence[int] | None
 ) -> LatentShape:
@@ -252,7 +257,7 @@ def fitting_wan_shape(
         TeacherError: see :func:`~distillation.families.parts.fitting_shape`.
     """
     transformer, vae = read_json(folder / "transformer" / "config.json"), read_json(folder / "vae" / "config.json")
-    patch, scale = transformer.get("patch_size", [1, 2, 2]), vae.get("scale_factor_spatial", 8)
+    patch, scale = transformer.get("patch_size", [1, 2, 2]), scale_of(vae)
     return fitting_shape(
         folder,
         size,

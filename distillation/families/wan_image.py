@@ -33,11 +33,12 @@ from distillation.families.wan import (
     denoiser_of,
     fitting_wan_shape,
     read_wan,
+    scale_of,
     teacher_of,
 )
 from distillation.student import LatentShape
 
-__all__ = ["FAMILY", "WanImageParts", "WanImageText", "latent_shape_of", "load", "load_student", "parts_of"]
+__all__ = ["FAMILY", "WanImageParts", "WanImageText", "latent_shape_of", "load", "load_student", "parts_of", "scale_of"]
 
 
 class WanImageText(WanText):

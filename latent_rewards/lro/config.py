@@ -104,7 +104,7 @@ class LROConfig:
         log_with: accelerate tracker name, or None.
         max_grad_norm: gradient clipping; 0 does not clip.
         mixed_precision: "no" or "bf16".
-        device: torch device; None leaves the choice to accelerate.
+        device: "cpu", "cuda", or one of several such as "cuda:1"; None takes an accelerator if there is one.
         progress: draw a progress bar.
     """
 

@@ -71,7 +71,8 @@ class ProxyConfig:
             the trunk carries over, so look at the out-of-distribution score. Not with the linear trunk.
         in_memory_mib: a dataset with more MiB of latents than this is read on demand, others as a whole.
         seed: root of all randomness.
-        device: torch device; None takes the accelerator if there is one. The proxy stays there.
+        device: "cpu", "cuda", or one of several such as "cuda:1"; None takes an accelerator if there is one. The proxy
+            stays there.
         progress: draw a progress bar.
     """
 

@@ -12,6 +12,7 @@ from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.ensemble import Batch, bucketed_batches, train_member
 from latent_rewards.proxies.samples import Samples
 from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
+from latent_rewards.training.devices import choose_device
 from latent_rewards.training.randomness import derive_seed, generator
 
 _BATCH, _SCALE_ROWS, _DECODED_AT_ONCE = 24, 64, 4
@@ -44,8 +45,7 @@ def distil_decoder(codec: Codec, samples: Samples, rows: Tensor, config: ProxyCo
     rows = rows[order[: config.decoder_clips]].sort().values
     decoder = _untrained(codec, samples, rows, config)
     thumbnails = _thumbnails(codec, samples, rows, decoder, config)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return _train(decoder.to(device), samples, rows, thumbnails, config).cpu()
+    return _train(decoder.to(choose_device(config.device)), samples, rows, thumbnails, config).cpu()
 
 
 @torch.no_grad()

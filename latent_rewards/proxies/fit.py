@@ -49,6 +49,7 @@ from latent_rewards.proxies.selection import choose_trunk, remember
 from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
 from latent_rewards.proxies.trunks import AUTO, trunk_kind
 from latent_rewards.proxies.trunks.backbone import VideoBackbone
+from latent_rewards.training.devices import choose_device
 from latent_rewards.training.randomness import derive_seed, generator
 
 _SMALL = 200
@@ -109,6 +110,7 @@ def train_proxy(
         ConfigError: the trunk needs a backbone or codec and there is none, or the other way round; the budget of "auto"
             is too small; several shapes for the linear trunk; the objective is one of scores and the rewards are
             preferences, or the other way round.
+        DeviceError: ``config.device`` cannot be used.
         FingerprintMismatchError: the datasets of a list differ in latent space or metrics, or from ``latent_space``,
             or the codec is another's.
     """
@@ -116,6 +118,7 @@ def train_proxy(
     config = _settings(config, backbone is not None, codec is not None, schedule is not None, named is not None)
     encode = encode if encode is not None else getattr(backbone, "embed", None)
     check_objective(config.objective, named is not None)
+    choose_device(config.device)  # refused now, and not after the latents were read
     if named is not None:
         texts = cast(Prompts | None, prompts)
         return _train_on_preferences(latents, *named, texts, latent_space, config, Given(encode, backbone))
@@ -189,7 +192,7 @@ def _fit(config: ProxyConfig, training: Tensor, samples: Samples, given: Given) 
     proxy = _make_proxy(config, samples, given)
     table = PromptTable(proxy, samples.prompts, len(samples))
     set_scales(proxy, samples, training, table)
-    proxy.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    proxy.to(choose_device(config.device))
     reader = Reader(proxy, samples, table)
     set_feature_scales(proxy, reader, training)
     if proxy.is_linear:
@@ -251,7 +254,7 @@ def _train_on_preferences(
     set_scales(proxy, samples, preferences.pairs.unique(), table)
     proxy.reward_mean.zero_()
     proxy.reward_std.fill_(1.0)
-    proxy.to(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    proxy.to(choose_device(config.device))
     reader = Reader(proxy, samples, table)
     training, heldout = fit_preferences(proxy, reader, preferences, ids)
     settle(proxy, reader, training, heldout)

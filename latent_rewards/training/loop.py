@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import AutocastKwargs
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import AutocastKwargs, patch_environment
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from latent_rewards.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from latent_rewards.training.ranks import current_ranks
+from latent_rewards.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from latent_rewards.training.devices import DeviceError, join_launch
 
 
 class NonFiniteError(RuntimeError):
@@ -51,7 +51,7 @@ class LoopConfig:
         log_with: an accelerate tracker name ("tensorboard", "wandb", "trackio"), or None.
         max_grad_norm: gradient norm above which gradients are scaled down; 0 does not clip.
         mixed_precision: "no" or "bf16".
-        device: torch device; None leaves the choice to accelerate.
+        device: "cpu", "cuda", or one of several such as "cuda:1"; None takes an accelerator if there is one.
         progress: draw a progress bar.
     """
 
@@ -137,6 +137,9 @@ class TrainingLoop:
         modules: what is trained, by name.
         optimizers: by name; :meth:`update` takes that name.
         stateful: anything else a checkpoint must carry (EMA, anchors, guards).
+
+    Raises:
+        DeviceError: the device cannot be used.
     """
 
     config: LoopConfig
@@ -147,20 +150,30 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         """Prepare modules and optimisers for the device and the number of ranks."""
-        _allow_precision(self.config.mixed_precision)
-        self.accelerator = Accelerator(
-            cpu=self.config.device == "cpu",
-            mixed_precision=self.config.mixed_precision,
-            log_with=self.config.log_with,
-            project_dir=self.config.output_dir,
-            # Older torch keeps a weight that was cast under no_grad, and later calls then give it no gradient.
-            kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
-        )
-        self.device, self.ranks = self.accelerator.device, current_ranks()
+        self.ranks, self.device = join_launch(self.config.device)
+        self.accelerator = self._accelerator()
         for module in self.modules.values():
             module.to(self.device)
         self.step = 0
         self.history: list[dict[str, Any]] = []
+
+    def _accelerator(self) -> Accelerator:
+        """Return an accelerator on the loop's device, also after a stage of this process on another one.
+
+        Raises:
+            DeviceError: the processes of this launch have joined on another kind of device.
+        """
+        _allow(self.config.mixed_precision, self.device, alone=self.ranks.count == 1)
+        cpu = self.device.type == "cpu"
+        with patch_environment(ACCELERATE_TORCH_DEVICE=self.device, ACCELERATE_USE_CPU=cpu):
+            return Accelerator(
+                cpu=cpu,
+                mixed_precision=self.config.mixed_precision,
+                log_with=self.config.log_with,
+                project_dir=self.config.output_dir,
+                # Older torch keeps a weight that was cast under no_grad, and later calls then give it no gradient.
+                kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+            )
 
     def update(self, optimizer_name: str, loss: Tensor) -> float:
         """Backpropagate ``loss`` and step one optimiser.
@@ -251,8 +264,7 @@ class TrainingLoop:
         """Load the newest checkpoint of ``output_dir``, if any; returns whether one was found.
 
         Raises:
-            CheckpointError: the checkpoint is damaged.
-            ValueError: it holds other parts than this loop.
+            CheckpointError: it is damaged, or holds other parts than this loop, or parts of other shapes.
         """
         newest = latest_checkpoint(self.config.output_dir) if self.config.output_dir else None
         if newest is None:
@@ -260,15 +272,38 @@ class TrainingLoop:
         step, state = load_checkpoint(newest)
         parts = self._parts()
         if state["names"] != list(parts):
-            raise ValueError(f"{newest} holds {state['names']}, this run has {list(parts)}; use another output_dir")
-        for index, part in enumerate(parts.values()):
-            part.load_state_dict(state["parts"][f"{index}"])
+            raise CheckpointError(
+                f"{newest} holds {state['names']}, this run has {list(parts)}; use another output_dir"
+            )
+        for index, (name, part) in enumerate(parts.items()):
+            try:
+                part.load_state_dict(state["parts"][f"{index}"])
+            except (RuntimeError, ValueError) as error:
+                if type(error) not in (RuntimeError, ValueError):  # a part that says itself what is wrong
+                    raise
+                raise CheckpointError(
+                    f"{newest} holds another {name} than this run has; use another output_dir ({error})"
+                ) from error
         self.step, self.history = step, state["history"]
         return True
 
 
-def _allow_precision(mixed_precision: str) -> None:
-    """Let a stage compute in another precision than the one before it in this process, which accelerate refuses."""
-    shared = AcceleratorState._shared_state
-    if shared and shared.get("_mixed_precision") != mixed_precision:
+def _allow(mixed_precision: str, device: torch.device, *, alone: bool) -> None:
+    """Let a stage compute elsewhere, or in another precision, than the one before it; accelerate refuses or ignores it.
+
+    Args:
+        mixed_precision: of the stage.
+        device: of the stage.
+        alone: there is one process, which has joined no others.
+    """
+    joined = PartialState._shared_state.get("device", device)
+    indices = (None, device.index) if device.type != "cpu" else (joined.index,)  # a launch counts its CPUs
+    if joined.type != device.type or joined.index not in indices:
+        if not alone:
+            raise DeviceError(
+                f"device {str(device)!r} cannot be used: the processes of this launch have joined on "
+                f"{str(joined)!r}; give all stages the same device, or start the launch anew"
+            )
+        AcceleratorState._reset_state(reset_partial_state=True)
+    if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
         AcceleratorState._reset_state()

@@ -102,18 +102,22 @@ class DigitsBenchmark:
 
     def add(self, label: str, sample: Sampler, *, num_steps: int, network_evaluations: int) -> Row:
         """Score a sampler on the fixed prompts and noise; returns its row."""
+        return self._add(label, lambda: self.sampled(sample, num_steps), network_evaluations)
 
-        def make() -> tuple[Tensor, float]:
-            begun = time.perf_counter()
-            clips = generate_clips(
-                lambda prompts, noise: self.codec.decode(sample(prompts, noise)),
-                self.prompts,
-                self.latent_shape,
-                num_steps=num_steps,
-            )
-            return clips, current_ranks().count * (time.perf_counter() - begun) / len(clips)
+    def add_clips(self, label: str, clips: Tensor, seconds: float, *, network_evaluations: int) -> Row:
+        """Score what :meth:`sampled` returned, which other metrics may read too; returns its row."""
+        return self._add(label, lambda: (clips, seconds), network_evaluations)
 
-        return self._add(label, make, network_evaluations)
+    def sampled(self, sample: Sampler, num_steps: int) -> tuple[Tensor, float]:
+        """Return a sampler's clips ``[4 P, T, 3, H, W]`` of the fixed prompts and noise, and the seconds of one."""
+        begun = time.perf_counter()
+        clips = generate_clips(
+            lambda prompts, noise: self.codec.decode(sample(prompts, noise)),
+            self.prompts,
+            self.latent_shape,
+            num_steps=num_steps,
+        )
+        return clips, current_ranks().count * (time.perf_counter() - begun) / len(clips)
 
     def _add(self, label: str, make: Callable[[], tuple[Tensor, float]], network_evaluations: int) -> Row:
         folder = self.folder / label.replace(" ", "_").replace("/", "-")

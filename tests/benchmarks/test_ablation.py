@@ -1,5 +1,6 @@
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ from benchmarks import ablation, temporal
 from benchmarks.ablation import CLAIMS, TITLES, passes, summarise
 from distillation.config import DistillationConfig
 from latent_rewards.contracts import ConfigError
+from recipes.dollar import Dollar
 from recipes.moving_digits.benchmark import DigitsBenchmark
 
 SCORES = ("total", "quality", "semantic", "diversity", "frechet", "accuracy/digit", "digits.legibility")
@@ -103,8 +105,18 @@ def test_methods_are_trained_scored_and_compared(small, tmp_path, monkeypatch, c
     capsys.readouterr()
     run(ablation, monkeypatch, *where, results, "--summary")
     assert "| T2V-Turbo, 1 step |" in capsys.readouterr().out
+    drawn, student_sampler, clock = [], Dollar.student_sampler, iter((10.0, 17.0))
+
+    def counted(self, student, num_steps):
+        sample = student_sampler(self, student, num_steps)
+        return lambda prompts, noise: drawn.append(len(prompts)) or sample(prompts, noise)
+
+    monkeypatch.setattr(Dollar, "student_sampler", counted)
+    monkeypatch.setattr(temporal, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     run(temporal, monkeypatch, *where, tmp_path / "motion", *some, "--terms", "feature")
     told = json.loads((tmp_path / "motion" / "feature-seed0.json").read_text())
+    assert drawn == [8], "the judge and the metrics of motion see the same clips"
+    assert (told["seconds"], told["device"]) == (7.0, "cpu")
     assert set(told["metrics"]) == set(temporal.METRICS) and told["shares"]["vsd"]["first"] > 0
 
 

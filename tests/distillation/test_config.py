@@ -1,5 +1,6 @@
 import pytest
 
+from distillation.baselines.turbo import TurboConfig
 from distillation.config import DistillationConfig, SettingsGuard
 from distillation.errors import DistillationConfigError
 
@@ -37,11 +38,25 @@ def test_step_counts_may_be_a_tuple():
         {"step_counts": ()},
         {"guidance_scale": 0.0},
         {"refine_guidance_scale": -1.0},
+        {"r1_weight": -1.0},
+        {"r1_sigma": 0.0},
+        {"r1_weight": 1.0},
+        {"adversarial_weight": 1.0, "vsd_steps": 0},
     ],
 )
 def test_values_out_of_range_are_named(wrong):
     with pytest.raises(DistillationConfigError, match=next(iter(wrong))):
         DistillationConfig(**wrong)
+
+
+def test_settings_without_effect_are_refused():
+    with pytest.raises(DistillationConfigError, match="adversarial_weight = 1.0 has no effect: .* are cd; set"):
+        DistillationConfig(adversarial_weight=1.0, vsd_steps=0)
+    with pytest.raises(DistillationConfigError, match="adversarial_weight = 1.0 has no effect"):
+        TurboConfig(adversarial_weight=1.0)
+    with pytest.raises(DistillationConfigError, match="r1_weight = 1.0 has no effect without a discriminator"):
+        DistillationConfig(r1_weight=1.0)
+    DistillationConfig(adversarial_weight=1.0, r1_weight=1.0, schedule="joint")
 
 
 def test_guard_refuses_what_would_change_the_weights_and_nothing_else():

@@ -23,13 +23,28 @@ def test_info_describes_a_student_and_finds_damage(student_folder, wan_pipeline,
     assert told["schedule"] == "RectifiedFlow(shift=3.0)" and told["noise_levels"]["2"] == pytest.approx([1.0, 0.75])
     assert told["codec"] == tiny_teacher.codec.fingerprint and len(told["fingerprint"]) == 64
     assert main(["info", str(wan_pipeline)]) == 0
-    assert json.loads(capsys.readouterr().out)["kind"] == "diffusers pipeline"
+    told = json.loads(capsys.readouterr().out)
+    assert told["kind"] == "diffusers pipeline" and told["video"] is None, "it does not say"
     damaged = tmp_path / "damaged"
     shutil.copytree(student_folder, damaged)
     (damaged / "README.md").write_text("altered")
     assert main(["info", str(damaged), "--check"]) == 2 and main(["info", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "README.md differs from the manifest" in said and "holds no pipeline, adapter, run or cache" in said
+
+
+def test_the_size_of_a_cogvideox_video_is_told(tmp_path, capsys):
+    vae, folder = {"block_out_channels": [8, 8, 8, 8]}, tmp_path / "pipeline"
+    stated = {"transformer/config.json": {"sample_height": 8, "sample_width": 12, "sample_frames": 9}}
+    stated |= {"vae/config.json": vae, "model_index.json": {"_class_name": "CogVideoXPipeline"}}
+    for name, content in stated.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    assert main(["info", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["video"] == {"num_frames": 9, "height": 64, "width": 96}
+    (folder / SIDECAR).write_text(json.dumps({"latent_shape": [16, 5, 4, 6]}))
+    assert main(["info", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["video"] == {"num_frames": 17, "height": 32, "width": 48}
 
 
 def test_an_adapter_is_described_and_checked_and_is_no_student_to_sample(tmp_path, capsys):
@@ -40,7 +55,7 @@ def test_an_adapter_is_described_and_checked_and_is_no_student_to_sample(tmp_pat
     told = json.loads(capsys.readouterr().out)
     assert told.items() >= {**stated, "step_counts": [1, 4], "checked": True}.items() and len(told["fingerprint"]) == 64
     assert main(["sample", str(tmp_path / "adapter"), "--prompt", "a", "--output", str(tmp_path / "o.mp4")]) == 2
-    assert "it is an adapter, which needs its teacher" in capsys.readouterr().err
+    assert "holds an adapter, which needs its teacher: name the teacher's pipeline as --base" in capsys.readouterr().err
     (tmp_path / "adapter" / SIDECAR).write_text(json.dumps({**stated, "rank": 5}))
     assert main(["info", str(tmp_path / "adapter"), "--check"]) == 2
     assert "differs from the manifest" in capsys.readouterr().err

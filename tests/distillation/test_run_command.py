@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import yaml
 import distillation as ds
 from distillation.cli import build_parser, main
 from distillation.families.adapters import load_adapter
+from latent_rewards.training.ranks import Ranks
 
 SIZE = {"num_frames": 5, "height": 16, "width": 16}
 DISTILLATION = {
@@ -165,6 +167,8 @@ def test_two_processes_share_a_run_and_the_first_writes_it(write, tmp_path, laun
         ({"data": {"cache": "c"}}, "exactly one of prompts_file and cache"),
         ({"data": {"prompts_file": None, "cache": "nowhere"}}, "nowhere holds no cache"),
         ({"distillation": {"output_dir": None}}, "no output folder"),
+        ({"teacher": {"device": "cuda:99"}}, "device 'cuda:99' cannot be used"),
+        ({"teacher": {"device": None}, "distillation": {"device": "gpu"}}, "device 'gpu' is none; use 'cpu'"),
     ],
 )
 def test_what_cannot_run_says_why_before_any_work(write, tmp_path, capsys, changes, message, monkeypatch):
@@ -172,6 +176,27 @@ def test_what_cannot_run_says_why_before_any_work(write, tmp_path, capsys, chang
     assert main(["run", "--config", write(**changes)]) == 2
     printed = capsys.readouterr().err
     assert printed.splitlines()[-1].startswith("latent-distill: ") and re.search(message, printed)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_text_encoder_leaves_the_memory_of_a_process_that_exports_nothing(write, monkeypatch, index):
+    from distillation import run_command
+
+    class Begun(Exception):
+        pass
+
+    def begin(self):
+        raise Begun
+
+    teachers, load = [], run_command.load_teacher
+    monkeypatch.setattr(run_command, "load_teacher", lambda *a: teachers.append(load(*a)) or teachers[-1])
+    monkeypatch.setattr(ds.DistillationTrainer, "train", begin)
+    settings = run_command.settings_of(SimpleNamespace(config=write()))
+    with pytest.raises(Begun):
+        run_command.train(settings, torch.device("cpu"), Ranks(index, 2))
+    (teacher,) = teachers
+    weights = {parameter.device.type for parameter in teacher.encode.text_encoder.parameters()}
+    assert weights == {"meta" if index else "cpu"} and next(teacher.denoiser.parameters()).device.type == "cpu"
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00\x80", b"a\0b\n"])

@@ -57,6 +57,30 @@ def test_a_folder_of_samples_goes_on_and_no_batch_size_changes_a_video(student_f
     assert "sample.dtype = 'float32', now 'bfloat16'" in capsys.readouterr().err
 
 
+def test_an_adapter_is_sampled_on_its_base(wan_pipeline, student_folder, tmp_path, monkeypatch, capsys):
+    teacher = ds.load_teacher(wan_pipeline, num_frames=5, height=16, width=16)
+    student = ds.start_student(teacher, ds.DistillationConfig(adapter_rank=2))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1)  # an adapter starts as nothing
+    student.save_pretrained(tmp_path / "adapter", merge_adapters=False)
+    student.save_pretrained(tmp_path / "whole")
+    written = {}
+    monkeypatch.setattr("distillation.videos.write_mp4", lambda file, video, fps: written.update({file.stem: video}))
+    rest = ["--prompt", "two digits rest", "--device", "cpu", "--output"]
+    adapter = ["sample", str(tmp_path / "adapter"), *rest, str(tmp_path / "adapter.mp4")]
+    monkeypatch.setattr("distillation.places.Ranks.wait_for", lambda self, done: None)
+    assert main([*adapter, "--base", str(wan_pipeline)]) == 0
+    assert main(["sample", str(tmp_path / "whole"), *rest, str(tmp_path / "whole.mp4")]) == 0
+    assert main(["sample", str(student_folder), *rest, str(tmp_path / "before.mp4")]) == 0
+    torch.testing.assert_close(written["adapter"], written["whole"], rtol=0, atol=1e-4)
+    assert float((written["adapter"] - written["before"]).abs().max()) > 0.01
+    assert main([*adapter, "--base", str(tmp_path)]) == 2
+    assert main(["sample", str(student_folder), "--base", str(wan_pipeline), *rest, str(tmp_path / "o.mp4")]) == 2
+    said = capsys.readouterr().err
+    assert "has no model_index.json" in said and "holds a whole student, which needs no --base" in said
+
+
 def test_a_folder_of_videos_needs_a_student_that_can_be_told_from_others(student_folder, tmp_path, capsys):
     bare = shutil.copytree(student_folder, tmp_path / "bare")
     (bare / MANIFEST).unlink()
@@ -72,11 +96,12 @@ def test_a_folder_of_videos_needs_a_student_that_can_be_told_from_others(student
         (["--prompt", "  "], "the prompt is empty"),
         (["--per-prompt", "2"], "is one file, for 2 videos"),
         (["--fps", "0"], "--fps must be positive"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     ],
 )
 def test_samples_that_cannot_be_drawn_say_why(student_folder, tmp_path, capsys, changes, message):
-    command = ["sample", str(student_folder), "--prompt", "a", "--output", str(tmp_path / "o.mp4"), *changes]
-    assert main([*command, "--device", "cpu"]) == 2
+    command = ["sample", str(student_folder), "--prompt", "a", "--output", str(tmp_path / "o.mp4"), "--device", "cpu"]
+    assert main([*command, *changes]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "o.mp4").exists()
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import distillation as ds
+from distillation.adversarial import approximate_r1
 from distillation.condition import TextCondition
 from distillation.config import DistillationConfig
 from distillation.correspondence import correspondence_loss
@@ -14,6 +15,7 @@ from distillation.temporal import feature_similarity_loss, temporal_consistency_
 from distillation.terms import Discriminator, TemporalTerms
 from distillation.trainer import start_student
 from distillation.vsd import trainable
+from latent_rewards.training.devices import DeviceError
 
 SHAPE = (4, 3, 4, 4)
 WAN_SHAPE = (4, 2, 4, 4)
@@ -114,6 +116,43 @@ def test_what_it_learns_pushes_samples_towards_data(randn, condition, discrimina
     assert float(loss) < 0.5
     discriminator.students_loss(fake, condition, t, randn(2, *WAN_SHAPE, seed=99)).backward()
     assert float(fake.grad.sum()) < 0, "downhill is up, where the data are"
+
+
+def test_the_penalty_is_the_squared_gradient_at_what_is_read_of_the_data(randn, condition, tiny_wan):
+    judge, t = Discriminator(tiny_wan(), -1, seed=0, r1_weight=3.0, r1_sigma=0.1), torch.tensor([0.3, 0.8]).double()
+    gradient, eps = randn(1, *WAN_SHAPE, seed=4), randn(2, *WAN_SHAPE, seed=5)
+    judge.features, judge.head = lambda x_t, t, condition: x_t, lambda x_t: (gradient * x_t).sum(dim=(1, 2, 3, 4))
+    given = [randn(2, *WAN_SHAPE), randn(2, *WAN_SHAPE, seed=1), condition, t]
+    given += [randn(2, *WAN_SHAPE, seed=2), randn(2, *WAN_SHAPE, seed=3)]
+    penalty = float(judge.loss(*given, eps) - judge.loss(*given))
+    slopes = (gradient * eps).sum(dim=(1, 2, 3, 4))
+    assert penalty == pytest.approx(3.0 * float(slopes.square().mean()), rel=1e-9), "whatever t is"
+
+
+def test_the_penalty_is_a_setting(world, monkeypatch):
+    judging, stds = Discriminator.__init__, []
+
+    def opinionated(self, *args, **options):
+        judging(self, *args, **options)
+        torch.nn.init.constant_(self.head.judge.weight, 0.1)  # at 0 it has no gradient
+
+    def recorded(logits, perturbed, std):
+        stds.append(std)
+        return approximate_r1(logits, perturbed, std)
+
+    monkeypatch.setattr(Discriminator, "__init__", opinionated)
+    monkeypatch.setattr("distillation.terms.approximate_r1", recorded)
+
+    def first_loss(**changes):
+        teacher, data = world()
+        config = settings(vsd_steps=1, cd_steps=0, adversarial_weight=0.1, **changes)
+        history = ds.DistillationTrainer(teacher, start_student(teacher, config), data, config).train().history
+        return history["vsd"][0]["discriminator_loss"]
+
+    none = first_loss()
+    assert not stds
+    once, twice = (first_loss(r1_weight=weight, r1_sigma=0.2) - none for weight in (1.0, 2.0))
+    assert once > 0 and twice == pytest.approx(2 * once, rel=1e-9) and stds == [0.2, 0.2]
 
 
 def test_heads_of_one_seed_are_equal_and_leave_the_global_generator_alone(tiny_wan):
@@ -241,6 +280,8 @@ def test_mistakes_are_found_before_training(world):
     own = start_student(teacher, settings())
     with pytest.raises(DistillationConfigError, match="needs data to tell samples from"):
         ds.DistillationTrainer(teacher, own, data[1], settings(adversarial_weight=1.0))
+    with pytest.raises(DeviceError, match="cuda:99"):
+        ds.DistillationTrainer(teacher, own, data, settings(device="cuda:99"))
     with pytest.raises(DistillationConfigError, match="block must lie in 0..1"):
         ds.DistillationTrainer(teacher, own, data, settings(feature_weight=1.0, feature_block=7)).train()
     for name in ("feature_weight", "correspondence_weight", "adversarial_weight", "discriminator_weight"):

@@ -18,6 +18,7 @@ from distillation.schedule import RectifiedFlow, VariancePreserving
 from distillation.student import FewStepStudent
 from distillation.trainer import DistillationTrainer
 from distillation.vsd import backward_simulation
+from latent_rewards.training.ranks import Ranks
 
 M, S = 0.3, 0.7
 SHAPE = (1, 3, 3, 3)
@@ -270,6 +271,14 @@ def test_mistakes_are_found_before_training(world):
         DistillationTrainer(teacher, other, PROMPTS, settings())
     with pytest.raises(MissingPartError, match="latent_shape"):
         DistillationTrainer(teacher, FewStepStudent(student.denoiser), PROMPTS, settings(step_counts=[1]))
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_a_prompt_is_encoded(world, monkeypatch):
+    monkeypatch.setattr("distillation.stage.join_launch", lambda name: (Ranks(0, 3), torch.device("cpu")))
+    teacher, student = world()
+    teacher.encode = lambda prompts: pytest.fail("the work began")
+    with pytest.raises(DistillationConfigError, match="batch_size=4 cannot be shared by 3 ranks; use a multiple"):
+        DistillationTrainer(teacher, student, PROMPTS, settings())
 
 
 def test_a_teacher_that_needs_no_prompts_serves(world):

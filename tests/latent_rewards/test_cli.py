@@ -234,3 +234,20 @@ def test_the_installed_command_explains_itself():
         check=True,
     )
     assert "may be repeated" in done.stdout and "first:64" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "collect --policy nowhere --prompts FILE --metric quality.blur --output OUT",
+        "collect --videos VIDEOS --codec nowhere --metric quality.blur --output OUT",
+        "evaluate nowhere --prompts FILE --metric quality.blur --output OUT",
+        "tune nowhere --proxy nowhere --prompts FILE --output OUT",
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(folder, tmp_path, capsys, command):
+    (tmp_path / "prompts.txt").write_text("a digit moves left\n")
+    places = {"FILE": str(tmp_path / "prompts.txt"), "OUT": str(tmp_path / "out"), "VIDEOS": str(folder)}
+    words = [places.get(word, word) for word in command.split()]
+    assert main([*words, "--device", "cuda:99"]) == 2
+    assert "device 'cuda:99' cannot be used" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -123,11 +123,13 @@ def test_a_policy_alone_has_no_difference(stored, tmp_path, capsys):
     assert set(told) == {"policy"} and "difference" not in capsys.readouterr().out
 
 
-def test_the_estimator_chooses_the_trainer_and_frozen_asks_nothing(stored, tmp_path):
+def test_the_estimator_chooses_the_trainer_and_frozen_asks_nothing(stored, tmp_path, capsys):
     with pytest.warns(UserWarning, match="no oracle"):
         assert tune(stored, tmp_path / "t", "--estimator", "smoothed", "--frozen", "--num-draws", "4") == 0
     result = json.loads((tmp_path / "t" / "result.json").read_text())
     assert result["num_queries"] == 0 and not result["true_curve"]
+    assert tune(stored, tmp_path / "t") == 2, "what a run without refreshes left cannot be continued with them"
+    assert "use another output_dir" in capsys.readouterr().err
 
 
 def test_every_setting_but_those_the_command_decides_is_a_flag(capsys):

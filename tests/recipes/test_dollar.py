@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 import latent_rewards as lr
+from latent_rewards.training.devices import DeviceError
 from latent_rewards.training.settings import SettingsError, read_settings
 from recipes import dollar
 from recipes.dollar import SECTIONS, Dollar
@@ -151,3 +152,9 @@ def test_the_proxy_gets_the_codec_where_its_trunk_reads_pixels(settings, trunk, 
     with pytest.raises(KeyboardInterrupt):
         pipeline.fit(None)
     assert given["codec"] is (pipeline.codec if decodes else None)
+
+
+def test_a_device_that_is_not_there_is_refused_before_the_teacher_is_loaded(settings, tmp_path):
+    settings["run"].teacher, settings["run"].device = "nowhere", "cuda:99"
+    with pytest.raises(DeviceError, match="cuda:99"):
+        Dollar(settings)

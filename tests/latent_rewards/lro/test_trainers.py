@@ -16,6 +16,7 @@ from latent_rewards.lro.config import LROConfig
 from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer
 from latent_rewards.proxies import ProxyConfig, train_proxy
 from latent_rewards.rewards import WeightedSum
+from latent_rewards.training import loop as module_of_loops
 from latent_rewards.training.loop import NonFiniteError
 from latent_rewards.training.ranks import Ranks
 
@@ -426,7 +427,7 @@ def test_a_weighted_sum_of_two_rewards(linear_policy, exact_proxy):
 
 def test_ranks_share_the_groups(linear_policy, exact_proxy, monkeypatch):
     def gradient(rank, ranks):
-        monkeypatch.setattr("latent_rewards.training.loop.current_ranks", lambda: Ranks(rank, ranks))
+        monkeypatch.setattr(module_of_loops, "join_launch", lambda name: (Ranks(rank, ranks), torch.device("cpu")))
         policy = linear_policy(gain=0.5)
         made = ReinforceTrainer(policy, exact_proxy(), PROMPTS, config(prompts_per_update=4))
         batch = made._draw_batch(0)

@@ -11,6 +11,7 @@ from latent_rewards.proxies import fit as module
 from latent_rewards.proxies import train_proxy
 from latent_rewards.proxies.ood import DistanceQuantile
 from latent_rewards.proxies.report import accuracy
+from latent_rewards.training.devices import DeviceError
 
 
 def test_it_recovers_a_nonlinear_reward_and_ridge_does_not(world, quick):
@@ -99,6 +100,8 @@ def test_bad_data_is_refused_before_training(world, quick):
         train_proxy(draw(64, 0), torch.ones(64), config=quick())
     with pytest.raises(DataError, match="8 samples are too few"):
         train_proxy(draw(8, 0), torch.arange(8.0), config=quick())
+    with pytest.raises(DeviceError, match="cuda:99"):
+        train_proxy(draw(8, 0), torch.arange(8.0), config=quick(device="cuda:99"))
 
 
 def test_a_large_dataset_is_read_in_small_pieces_and_gives_the_same_proxy(world, quick, tmp_path, monkeypatch):

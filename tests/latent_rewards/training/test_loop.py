@@ -3,8 +3,12 @@ import math
 import pytest
 import torch
 
+from latent_rewards.training import loop as module_of_loops
+from latent_rewards.training.checkpoint import CheckpointError
+from latent_rewards.training.devices import DeviceError
 from latent_rewards.training.loop import Ema, LoopConfig, NonFiniteError, TrainingLoop, set_learning_rate, warmup_cosine
 from latent_rewards.training.randomness import sample_noise
+from latent_rewards.training.ranks import Ranks
 
 
 def build(output_dir=None, num_steps=7, **settings):
@@ -12,7 +16,8 @@ def build(output_dir=None, num_steps=7, **settings):
     module = torch.nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
     ema = Ema(module, 0.5)
-    config = LoopConfig(num_steps, output_dir=output_dir, checkpoint_every=2, device="cpu", progress=False, **settings)
+    settings = {"checkpoint_every": 2, "device": "cpu", "progress": False, **settings}
+    config = LoopConfig(num_steps, output_dir=output_dir, **settings)
     loop = TrainingLoop(config, name="t", modules={"m": module}, optimizers={"m": optimizer}, stateful={"ema": ema})
     return loop, module, ema
 
@@ -55,7 +60,32 @@ def test_other_parts_are_refused(tmp_path):
     train(*build(str(tmp_path)))
     other, *_ = build(str(tmp_path))
     other.stateful = {}
-    with pytest.raises(ValueError, match="ema"):
+    with pytest.raises(CheckpointError, match="holds .*ema.*; use another output_dir"):
+        other.resume()
+
+
+@pytest.mark.parametrize("part", ["module.m", "optimizer.m"])
+def test_parts_of_other_shapes_are_refused(tmp_path, part):
+    train(*build(str(tmp_path)))
+    other, module, _ = build(str(tmp_path))
+    other.modules["m"] = torch.nn.Linear(2, 1) if part == "module.m" else module
+    other.optimizers["m"] = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(CheckpointError, match=f"holds another {part} than this run has; use another output_dir"):
+        other.resume()
+
+
+def test_a_part_says_itself_what_is_wrong(tmp_path):
+    train(*build(str(tmp_path)))
+    other, *_ = build(str(tmp_path))
+
+    class Refusal(ValueError):
+        pass
+
+    def refuse(state):
+        raise Refusal
+
+    other.stateful["ema"].load_state_dict = refuse
+    with pytest.raises(Refusal):
         other.resume()
 
 
@@ -147,3 +177,45 @@ def test_ema_moves_the_module_it_is_given():
     ema.update()
     assert ema.module is average
     torch.testing.assert_close(average.weight, 0.75 * start + 0.25 * module.weight.detach())
+
+
+@pytest.fixture
+def any_device(monkeypatch):
+    """Let every name of a device pass, in a launch of as many processes as the fixture's value is set to."""
+    launch = {"count": 1}
+    monkeypatch.setattr(
+        module_of_loops, "join_launch", lambda name: (Ranks(0, launch["count"]), torch.device(name or "cpu"))
+    )
+    yield launch
+    launch["count"] = 1
+    build()  # leaves accelerate on the CPU
+
+
+@pytest.mark.parametrize("order", [("cpu", "meta", "cpu"), ("meta", "cpu", "meta")])
+def test_stages_of_one_process_may_differ_in_device(any_device, order):
+    for device in order:
+        loop, module, _ = build(device=device)
+        assert str(loop.accelerator.device) == str(loop.device) == str(module.weight.device) == device
+
+
+def test_a_device_is_told_from_others_of_its_kind(any_device):
+    build(device="meta:0")
+    assert build(device="meta:1")[0].accelerator.device == torch.device("meta:1")
+
+
+def test_what_is_asked_for_by_name_wins_over_the_environment(any_device, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    assert [build(device="meta")[0].accelerator.device.type for _ in range(2)] == ["meta", "meta"]
+
+
+def test_a_launch_keeps_the_kind_of_device_it_joined_on(any_device):
+    build(device="cpu")
+    any_device["count"] = 2
+    build(device="cpu")
+    with pytest.raises(DeviceError, match="'meta' cannot be used: .* joined on 'cpu'; give all stages the same device"):
+        build(device="meta")
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(DeviceError, match="'cuda:99'"):
+        build(device="cuda:99")
