@@ -40,6 +40,8 @@ ASKED = 1.0
 """The same, as tuning is asked for: more, since a floor that is just kept on training prompts is missed on others."""
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the tuned reward along the front; the guarded one has the rest."""
+HELDIN = "heldin"
+"""Key of a point's means on held-in prompts, by which a weight may be chosen."""
 MARGIN = 0.1
 """The corner that hypervolumes are measured from lies so much below the student in both rewards."""
 RATES = {
@@ -96,7 +98,7 @@ class Trade:
         return {
             "part": part,
             "seed": seed,
-            "student": self._means(self.world.student),
+            "student": {**self._means(self.world.student), HELDIN: self._means(self.world.student, heldin=True)},
             "points": points,
             "share": SHARE,
             "seconds": time.perf_counter() - begun,
@@ -132,9 +134,11 @@ class Trade:
         policy = lr.WeightConditioned(copy.deepcopy(self.world.student), (TUNED, GUARDED), rank=RANK, seed=seed)
         policy.to(self.world.device)
         self._train("front", seed, policy, lr.PreferredReward({TUNED: units[TUNED], GUARDED: units[GUARDED]}))
-        return [
-            {"weight": weight, **self._means(policy.at({TUNED: weight, GUARDED: 1 - weight}))} for weight in WEIGHTS
-        ]
+        points = []
+        for weight in WEIGHTS:
+            at = policy.at({TUNED: weight, GUARDED: 1 - weight})
+            points.append({"weight": weight, **self._means(at), HELDIN: self._means(at, heldin=True)})
+        return points
 
     def _tuned(self, name: str, seed: int, reward: Any, parts: int = 1) -> dict[str, float]:  # noqa: ANN401 - a Reward
         policy = copy.deepcopy(self.world.student)
@@ -164,8 +168,24 @@ class Trade:
         )
         self.world.trainer(method, policy, config, reward=reward).train()
 
-    def _means(self, policy: Any) -> dict[str, float]:  # noqa: ANN401 - any policy
-        return self.world.true_scores(policy, self.world.heldout_prompts(self.sizes.judged), "constraints")
+    def _means(self, policy: Any, *, heldin: bool = False) -> dict[str, float]:  # noqa: ANN401 - any policy
+        prompts = (self.world.heldin_prompts if heldin else self.world.heldout_prompts)(self.sizes.judged)
+        return self.world.true_scores(policy, prompts, "constraints")
+
+
+def chosen(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the point of a part: the only one, or on a front the best that keeps the floor on held-in prompts.
+
+    None where that is not known, or none keeps it.
+    """
+    points: list[Mapping[str, Any]] = result["points"]
+    if len(points) == 1:
+        return points[0]
+    if HELDIN not in points[0]:
+        return None
+    floor = result["share"] * result["student"][HELDIN][GUARDED]
+    kept = [point for point in points if point[HELDIN][GUARDED] >= floor]
+    return max(kept, key=lambda point: point[HELDIN][TUNED], default=None)
 
 
 def told(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -175,15 +195,16 @@ def told(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         Of each way to tune (``free``, ``floor``, and both with ``_adapters``) that is not the first, ``<way>_gain``:
         its gain in the tuned reward over that of all weights without a floor; of those without a floor
         ``<way>_change``: the relative change of the guarded reward; of those with one ``<way>_violation``: by what
-        share of itself the floor is missed, 0 if it is not. ``front`` and ``sweep``: hypervolumes.
+        share of itself the floor is missed, 0 if it is not; likewise of the weight on the front that keeps the floor
+        on held-in prompts (:func:`chosen`). ``front`` and ``sweep``: hypervolumes.
     """
     parts = {result["part"]: result for result in results}
     start = next(iter(parts.values()))["student"]
     values: dict[str, float] = {}
-    for part in ("free", "floor", "free_adapters", "floor_adapters"):
-        if part not in parts:
+    for part in ("free", "floor", "free_adapters", "floor_adapters", "front"):
+        point = chosen(parts[part]) if part in parts else None
+        if point is None:
             continue
-        point = parts[part]["points"][0]
         if part.startswith("free"):
             values[f"{part}_change"] = point[GUARDED] / start[GUARDED] - 1
         else:

@@ -192,10 +192,37 @@ def test_floor_and_front_are_measured_beside_what_they_are_compared_with(world, 
     assert {told["part"]: len(told["points"]) for told in results} == counts
     assert len({told["student"][constraints.TUNED] for told in results}) == 1
     summary = constraints.summarise(results)
+    kept = constraints.chosen(next(result for result in results if result["part"] == "front")) is not None
     told = {"free_change", "free_adapters_change", "floor_violation", "floor_adapters_violation"}
+    told |= {"front_gain", "front_violation"} if kept else set()
     told |= {"floor_gain", "free_adapters_gain", "floor_adapters_gain", "front", "sweep"}
     assert set(summary["numbers"]) == told
     assert "- floor_gain: " in constraints.table(summary)
+
+
+def test_the_weight_on_a_front_is_chosen_on_held_in_prompts():
+    def point(weight, heldout, heldin):
+        named = [dict(zip((constraints.TUNED, constraints.GUARDED), pair, strict=True)) for pair in (heldout, heldin)]
+        return {"weight": weight, **named[0], constraints.HELDIN: named[1]}
+
+    points = [
+        point(0.0, (0.65, 0.6), (0.7, 0.5)),
+        point(0.5, (0.7, 0.4), (0.8, 0.49)),
+        point(1.0, (0.9, 0.5), (0.9, 0.48)),
+    ]
+    front = {
+        "part": "front",
+        "seed": 0,
+        "student": point(None, (0.6, 0.5), (0.65, 0.5)),
+        "points": points,
+        "share": 0.98,
+    }
+    assert constraints.chosen(front) == points[1]
+    free = {**front, "part": "free", "points": [{constraints.TUNED: 0.8, constraints.GUARDED: 0.3}]}
+    told = constraints.told([front, free])
+    assert told["front_gain"] == pytest.approx(0.5) and told["front_violation"] == pytest.approx(1 - 0.4 / 0.49)
+    strict = {**front, "share": 1.1}
+    assert constraints.chosen(strict) is None and "front_gain" not in constraints.told([strict, free])
 
 
 def test_what_a_floor_leaves_of_a_gain_and_how_far_it_is_missed():
