@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reward=reward,
         oracle=oracle,
         dataset=before,
-        holdout=oracle,  # it brings back the best student that keeps the floors
+        holdout=oracle,  # brings back the best student that keeps the floors; its scores come on top
     )
     result = trainer.train()
 

@@ -6,6 +6,7 @@ was before: a module with the same parameters, of other values.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ class Adapters:
     def __init__(self, module: nn.Module, rank: int, seed: int) -> None:
         self.module = module
         self._trained = [parameter.requires_grad for parameter in module.parameters()]
-        linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+        # Attention of torch's own reads the weight of its output layer past the layer itself.
+        fused = {f"{name}.out_proj" for name, part in module.named_modules() if isinstance(part, nn.MultiheadAttention)}
+        linear = [n for n, layer in module.named_modules() if isinstance(layer, nn.Linear) and n not in fused]
         if not linear:
             raise ConfigError(f"adapter_rank={rank}: {type(module).__name__} has no nn.Linear; leave it None")
         if adapter_layers(module) or len(set(self._trained)) > 1:
@@ -48,7 +51,8 @@ class Adapters:
 
         with torch.random.fork_rng():  # peft freezes all else
             torch.manual_seed(derive_seed(seed, "lro/adapters", 0))
-            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), self.module)
+            exactly = "|".join(map(re.escape, linear))
+            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly), self.module)
         for layer in adapter_layers(self.module):
             if layer.get_base_layer().weight.dtype == torch.float64:
                 layer.double()

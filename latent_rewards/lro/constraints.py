@@ -19,6 +19,8 @@ from latent_rewards.dataset import RewardDataset
 from latent_rewards.rewards import Constraint, Tchebycheff, WeightedSum, check_numbers, neutral, select_rewards
 
 _ROUNDING = 1e-9
+_BEFORE = {"baselines": None, "initial": 0.0}
+"""What checkpoints meant that do not have these settings."""
 
 
 def relative_floors(dataset: RewardDataset, shares: Mapping[str, float]) -> dict[str, float]:
@@ -66,7 +68,9 @@ class Lagrangian:
 
     A few prompts say little of all: a clip "moving fast" has more motion whatever the policy does. With ``baselines``
     the mean is told by how far the policy's scores lie from the reference's on the same prompts and noise, a control
-    variate: ``baseline + mean(policy) - mean(reference)``. That takes one rollout of the reference per update.
+    variate: ``baseline + mean(policy) - mean(reference)``, corrected by what the proxy is wrong by on the policy's
+    samples and not on the reference's, those of the trainer's dataset. That takes one rollout of the reference per
+    update.
 
     Logged are ``multiplier/<name>``, as an update used it, and ``violation/<name>``, floor minus mean: positive below
     the floor. All this is part of a checkpoint, and the same in every rank of a launch.
@@ -181,10 +185,21 @@ class Lagrangian:
                 self.multipliers[name] = self._bounded(self._integrals[name] + self.damping * missed)
         return logs
 
-    def after_refresh(self, proxy: Mapping[str, float], true: Mapping[str, float]) -> None:
-        """Take in how far the proxy's means are from the true ones, on the same samples, new to it."""
+    def after_refresh(
+        self, proxy: Mapping[str, float], true: Mapping[str, float], reference_gap: Mapping[str, float] | None = None
+    ) -> None:
+        """Take in how far the proxy's means are from the true ones, on the same samples, new to it.
+
+        Args:
+            proxy: reward name -> mean score of the policy's samples.
+            true: likewise, of the true rewards.
+            reference_gap: true mean minus mean score of the reference's samples, which ``baselines`` cancel out of a
+                comparison, pessimism included; None is none.
+        """
         for name in self.floors:
             gap = true[name] - proxy[name]
+            if self.baselines is not None and reference_gap is not None:
+                gap -= reference_gap[name]
             if not math.isnan(gap):
                 self._corrections[name] = self._average(self._corrections.get(name, gap), gap)
 
@@ -249,9 +264,9 @@ class Lagrangian:
             ConfigError: it belongs to other floors or settings; the message names them.
         """
         for name, value in self._settings().items():
-            if state["settings"][name] != value:
+            if state["settings"].get(name, _BEFORE.get(name)) != value:
                 raise ConfigError(
-                    f"the run in output_dir was started with {name}={state['settings'][name]!r} of its constraint, "
+                    f"the run in output_dir was started with {name}={state['settings'].get(name)!r} of its constraint, "
                     f"this one has {value!r}; use the old value to resume, or another output_dir"
                 )
         self.multipliers = dict(state["multipliers"])

@@ -66,7 +66,8 @@ class Guard:
     Attributes:
         policy: its trainable parameters are what :meth:`rollback` restores.
         schedule: see :class:`RefreshSchedule`.
-        patience: holdout evaluations without a new best until :attr:`stopped`; None never stops.
+        patience: holdout evaluations without a new best until :attr:`stopped`, those that miss a floor that the best
+            keeps not counted; None never stops.
         min_improvement: by how much an evaluation must beat the best.
         floors: an evaluation that keeps them is better than one that does not, and of two that do not, the one that
             misses less.
@@ -154,7 +155,8 @@ class Guard:
             self.best_step, self._since_best = step, 0
             self._best_parameters = {name: p.detach().clone() for name, p in self._trainable()}
         else:
-            self._since_best += 1
+            # A price answers a floor that is missed: that is no reason to stop while there is a policy that kept it.
+            self._since_best += shortfall == 0 or self._best_shortfall > 0
             self.stopped = self.patience is not None and self._since_best >= self.patience
         return {f"holdout/{name}": mean for name, mean in means.items()}
 
@@ -188,7 +190,10 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         for name in _STATE:
-            setattr(self, name, state[name])
+            if name in state:  # checkpoints from before floors were followed have no shortfall
+                setattr(self, name, state[name])
+        if "_best_shortfall" not in state and self.best_step is not None:
+            self._best_shortfall = 0.0
 
 
 _STATE = (

@@ -102,7 +102,9 @@ def default_reference(policy: Policy) -> Policy:
     return copy.deepcopy(policy)
 
 
-def reference_for(policy: Policy, given: Policy | None, *, charged: bool, compared: bool, moves: bool) -> Policy | None:
+def reference_for(
+    policy: Policy, given: Policy | None, *, charged: bool, compared: bool, moves: bool, new_adapters: bool
+) -> Policy | None:
     """Return the reference of a run: the given one, one that is made if there is a use for it, or None.
 
     Args:
@@ -111,6 +113,7 @@ def reference_for(policy: Policy, given: Policy | None, *, charged: bool, compar
         charged: the KL to it is in the loss.
         compared: the reward compares samples with its.
         moves: it follows the policy.
+        new_adapters: all that is trained are adapters that change nothing yet.
 
     Raises:
         ConfigError: it is the policy itself, or moves though samples are compared with its.
@@ -122,7 +125,10 @@ def reference_for(policy: Policy, given: Policy | None, *, charged: bool, compar
             "the reward's baselines are of the policy as it was, but sync_ref_model moves the reference; use "
             "sync_ref_model=False, or a Lagrangian without baselines"
         )
-    return default_reference(policy) if given is None and (charged or compared) else given
+    if given is not None or not (charged or compared):
+        return given
+    # Adapters that did something before are a part of the policy as it was.
+    return copy.deepcopy(policy) if compared and not new_adapters else default_reference(policy)
 
 
 def check_differentiable(reference: Policy) -> None:

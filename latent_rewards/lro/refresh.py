@@ -62,6 +62,10 @@ def check_fingerprints(oracle: Oracle | None, proxy: Proxy, dataset: RewardDatas
             )
 
 
+_REFERENCE_ROWS = 512
+"""Most samples of the reference that a reward which compares with it is told of."""
+
+
 class Refresher:
     """Queries the oracle, records the gap, and updates the proxy; holds the fresh samples for replay.
 
@@ -236,7 +240,19 @@ class Refresher:
         self.scoring.reward.after_refresh(
             {name: float(values[applies[name]].double().mean()) for name, values in scores.items()},
             {name: float(values[applies[name]].double().mean()) for name, values in true.items()},
+            *((self._ranks.once(self._reference_gap),) if self.scoring.needs_reference else ()),
         )
+
+    @torch.no_grad()
+    def _reference_gap(self) -> dict[str, float] | None:
+        """Return how far true means lie above mean scores on the dataset the trainer was given, if it was."""
+        if self.replay is None or not self._first:
+            return None
+        rows = torch.arange(self._first)[:: -(-self._first // _REFERENCE_ROWS)]
+        known = self.replay.select(rows)
+        device = next(self.guard.policy.parameters()).device
+        scores = self.scoring.scores(known.latents().to(device), known.prompts)
+        return {name: float((known.rewards[name].double() - s.double().cpu()).nanmean()) for name, s in scores.items()}
 
     def _extras(self, num_random: int | None) -> dict[str, Any]:
         extras: dict[str, Any] = {} if num_random is None else {"num_random": num_random}

@@ -33,14 +33,16 @@ class AdaptiveReward(Protocol):
     """A Reward that learns while training, such as :class:`~latent_rewards.lro.constraints.Lagrangian`.
 
     One whose ``needs_reference`` is true is given, after the means, those of the reference policy's samples of the same
-    prompts and noise.
+    prompts and noise, and at a refresh how far true means lie above mean scores on the reference's samples.
     """
 
     def after_update(self, means: Mapping[str, float], /, *reference: Mapping[str, float]) -> dict[str, float]:
         """Learn from the mean score of each reward over an update's samples; return what to log."""
         ...
 
-    def after_refresh(self, proxy: Mapping[str, float], true: Mapping[str, float], /) -> None:
+    def after_refresh(
+        self, proxy: Mapping[str, float], true: Mapping[str, float], /, *reference_gap: Mapping[str, float] | None
+    ) -> None:
         """Learn from the means of scores and true rewards of the same samples, before the proxy learns from them."""
         ...
 
@@ -179,11 +181,11 @@ class ProxyReward:
     def after_update(self, logs: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
         """Let a reward that learns see the means ``rewards/<name>/mean`` of all ranks; return what it logs.
 
-        One that needs it sees ``reference/<name>/mean`` too.
+        One that compares sees ``policy/<name>/mean`` and ``reference/<name>/mean``.
         """
         if not isinstance(self.reward, AdaptiveReward):
             return {}
-        kinds = ("rewards", "reference") if self.needs_reference else ("rewards",)
+        kinds = ("policy", "reference") if self.needs_reference else ("rewards",)
         shares = ranks.gather([[logs[f"{kind}/{name}/mean"] for name in self.proxy.reward_names] for kind in kinds])
         means = [
             [sum(column) / len(shares) for column in zip(*rows, strict=True)] for rows in zip(*shares, strict=True)

@@ -105,8 +105,8 @@ class LatentRewardTrainer:
         )
         warn_of_exploitation(proxy, oracle, holdout)
         charged, compared = reference is not None or config.beta > 0, self.scoring.needs_reference
-        moves = config.sync_ref_model
-        self.reference = reference_for(policy, reference, charged=charged, compared=compared, moves=moves)
+        others = {"moves": config.sync_ref_model, "new_adapters": self.adapters is not None}
+        self.reference = reference_for(policy, reference, charged=charged, compared=compared, **others)
         self.penalty = (
             None
             if self.reference is None or not charged
@@ -201,7 +201,7 @@ class LatentRewardTrainer:
         if self.penalty is not None:
             self.penalty.after_update(step, self.loop.ranks)
         if self.scoring.needs_reference:
-            parts |= self._reference_means(batch)
+            parts |= self._compared(batch, trajectory)
         logs = {**parts, **self.scoring.after_update(parts, self.loop.ranks), **logs}
         for callback in self.callbacks:
             callback(step, logs)
@@ -304,13 +304,16 @@ class LatentRewardTrainer:
             return rollout(self.policy, batch.condition, batch.noise, batch.num_steps)
 
     @torch.no_grad()
-    def _reference_means(self, batch: Batch) -> dict[str, float]:
-        """Return what the proxy makes of the reference's samples of the same prompts and noise."""
+    def _compared(self, batch: Batch, trajectory: Trajectory) -> dict[str, float]:
+        """Return what the proxy makes of the policy's and the reference's samples of the same prompts and noise."""
         assert self.reference is not None  # noqa: S101 - for the type checker
         with self.loop.accelerator.autocast():
-            final = rollout(self.reference, batch.condition, batch.noise, batch.num_steps).final
-        scores = self.scoring.scores(final, batch.prompts)
-        return {f"reference/{name}/mean": float(values.mean()) for name, values in scores.items()}
+            theirs = rollout(self.reference, batch.condition, batch.noise, batch.num_steps).final
+        return {
+            f"{who}/{name}/mean": float(values.mean())
+            for who, final in (("policy", trajectory.final), ("reference", theirs))
+            for name, values in self.scoring.scores(final, batch.prompts).items()
+        }
 
     def _generate(self, stage: str, step: int, num_samples: int) -> Iterator[tuple[Batch, Tensor]]:
         micro_batch = self.config.micro_batch

@@ -103,6 +103,22 @@ def test_an_interrupted_run_continues_to_the_same_bits(policy, exact_proxy, tmp_
     assert all(torch.equal(a, b) for a, b in zip(run("parts", 3, 6), run("whole", 6), strict=True))
 
 
+def test_layers_are_taken_by_their_whole_names_and_only_where_they_are_called():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.attention = nn.Linear(4, 4), nn.MultiheadAttention(4, 2)
+            self.block = nn.ModuleDict({"out": nn.LayerNorm(4)})
+
+    odd = Odd()
+    adapters = Adapters(odd, 1, seed=0)
+    assert [name for name, p in odd.named_parameters() if p.requires_grad and "lora_A" in name] == [
+        "out.lora_A.default.weight"
+    ]
+    adapters.merge()
+    assert isinstance(odd.block["out"], nn.LayerNorm) and type(odd.out) is nn.Linear
+
+
 def test_what_adapters_cannot_be_added_to_is_refused(policy, linear_policy, exact_proxy):
     with pytest.raises(ConfigError, match=r"adapter_rank=1: LinearPolicy has no nn\.Linear; leave it None"):
         DifferentiableRewardTrainer(linear_policy(), exact_proxy(), ["a"], config())

@@ -218,8 +218,34 @@ def test_baselines_take_out_what_the_prompts_make_of_a_mean(linear_policy):
     assert multiplier == pytest.approx(MULTIPLIER, abs=5e-3)
     assert {entry["reference/room/mean"] for entry in history} == {5.0, -5.0}
     assert max(abs(entry["violation/room"]) for entry in history[-20:]) < 2e-3
+    told = history[0]
+    assert told["policy/room/mean"] == told["rewards/room/mean"]
     shift, _, history = run()
     assert max(abs(entry["violation/room"]) for entry in history[-20:]) > 4
+
+
+@pytest.mark.parametrize("wrong", [{"bias": 0.7}, {"spread": 0.7}])
+def test_what_a_proxy_is_wrong_by_everywhere_moves_no_floor(linear_policy, wrong):
+    start = torch.zeros(16, 2, 1, 1, 1, dtype=torch.float64)
+    known = RewardDataset.from_tensors(start, ["a"] * 16, truth(start, ["a"] * 16))
+    policy, reward = point(linear_policy), lagrangian(baselines={"room": 0.0})
+    parts = {"reward": reward, "oracle": truth, "dataset": known}
+    settings = config(pessimism=1.0)
+    DifferentiableRewardTrainer(policy, Plane(**wrong), ["a"], settings, **parts).train()
+    torch.testing.assert_close(policy.shift.detach().flatten(), tensor(*OPTIMUM), rtol=0, atol=3e-3)
+
+
+def test_an_untouched_policy_keeps_its_floor_whatever_the_estimator_adds(linear_policy):
+    class Bent(Plane):
+        def scores(self, latents: Tensor, prompts: list[str], pessimism: float = 0.0) -> dict[str, Tensor]:
+            scores = super().scores(latents, prompts, pessimism)
+            return {**scores, "room": -latents.flatten(1).square().sum(1)}
+
+    reward = lagrangian(floor=0.0, baselines={"room": 0.0})
+    settings = config(num_updates=1, head_std=0.3, num_draws=8)
+    result = ReinforceTrainer(point(linear_policy), Bent(), ["a"], settings, reward=reward).train()
+    assert result.history[0]["rewards/room/mean"] < -0.05
+    assert result.history[0]["violation/room"] == 0.0
 
 
 def test_baselines_have_exact_values_and_need_a_reference(linear_policy):
@@ -227,6 +253,8 @@ def test_baselines_have_exact_values_and_need_a_reference(linear_policy):
     assert reward.after_update({"room": 0.4}, {"room": 0.6})["violation/room"] == pytest.approx(-0.2, abs=1e-15)
     reward.after_refresh({"room": 0.1}, {"room": 0.3})
     assert reward.after_update({"room": 0.4}, {"room": 0.6})["violation/room"] == pytest.approx(-0.4, abs=1e-15)
+    reward.after_refresh({"room": 0.1}, {"room": 0.3}, {"room": 0.15})
+    assert reward.after_update({"room": 0.4}, {"room": 0.6})["violation/room"] == pytest.approx(-0.25, abs=1e-15)
     kept = reward.state_dict()
     assert math.isnan(reward.after_update({"room": 0.4}, {"room": NAN})["violation/room"])
     assert reward.state_dict() == kept

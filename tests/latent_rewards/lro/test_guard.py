@@ -88,6 +88,25 @@ def test_an_evaluation_that_keeps_the_floors_is_better_than_any_that_does_not():
     assert floors.shortfall({"a": 0.0}, {}) == 0.0
 
 
+def test_a_missed_floor_is_no_reason_to_stop_while_there_is_a_policy_that_kept_it():
+    watched = guard(patience=2, floors=Lagrangian(WeightedSum({"a": 1.0}), {"b": 0.4}))
+    for step, b in enumerate((0.5, 0.3, 0.2, 0.3, 0.45)):
+        watched.record_holdout(step, {"a": tensor(step), "b": tensor(b)})
+    assert watched.best_step == 4 and not watched.stopped
+    for step in (5, 6):
+        watched.record_holdout(step, {"a": tensor(0.0), "b": tensor(0.5)})
+    assert watched.stopped
+
+
+def test_checkpoints_from_before_floors_were_followed_can_be_continued():
+    watched, other = guard(), guard()
+    watched.record_holdout(5, {"a": tensor(0.3)})
+    state = {name: value for name, value in watched.state_dict().items() if name != "_best_shortfall"}
+    other.load_state_dict(state)
+    other.record_holdout(6, {"a": tensor(0.2)})
+    assert other.best_step == 5
+
+
 def test_where_no_evaluation_keeps_the_floors_the_nearest_remains():
     floors = Lagrangian(WeightedSum({"a": 1.0}), {"b": 0.4, "c": 0.0})
     watched, best = guard(patience=2, floors=floors), []
