@@ -7,6 +7,8 @@ was before: a module with the same parameters, of other values.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,3 +72,14 @@ class Adapters:
             del self.module.peft_config
         for parameter, trained in zip(self.module.parameters(), self._trained, strict=True):
             parameter.requires_grad_(trained)
+
+
+@contextmanager
+def merged_on_error(adapters: Adapters | None) -> Iterator[None]:
+    """Leave a policy as it was where its trainer cannot be made."""
+    try:
+        yield
+    except BaseException:
+        if adapters is not None:
+            adapters.merge()
+        raise

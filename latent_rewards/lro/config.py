@@ -174,6 +174,11 @@ class LROConfig:
                 raise ConfigError(f"{name} must be at least 1; got {value}")
         if self.refresh_queries < MIN_REFRESH_QUERIES:
             raise ConfigError(f"refresh_queries must be at least {MIN_REFRESH_QUERIES}; got {self.refresh_queries}")
+        if self.adapter_rank is not None and self.sync_ref_model:
+            raise ConfigError(
+                "adapter_rank and sync_ref_model exclude each other: the reference is the policy without its adapters, "
+                "and has no weights that could follow; leave one of them out"
+            )
         if self.acquisition_pool < 2:
             raise ConfigError(f"acquisition_pool must be at least 2; got {self.acquisition_pool}")
         for name in ("learning_rate", "head_std", "kl_target", "replay_half_life"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from latent_rewards.contracts import Anchor, ConfigError, Oracle, Policy, Prompt, Reward, check_prompts
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.lro import estimators
-from latent_rewards.lro.adapters import Adapters
+from latent_rewards.lro.adapters import Adapters, merged_on_error
 from latent_rewards.lro.checks import check_finite, check_on_policy, describe, warn_of_exploitation
 from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LROConfig, StartedWith
 from latent_rewards.lro.gradients import GradientAggregation
@@ -86,41 +86,42 @@ class LatentRewardTrainer:
             policy.timesteps(count)
         module = _as_module(policy)
         self.adapters = None if config.adapter_rank is None else Adapters(module, config.adapter_rank, config.seed)
-        self.scoring = ProxyReward(proxy, reward, **config.scoring_settings())
-        self.aggregation = None
-        if config.gradient_aggregation is not None:
-            trained = [p for p in module.parameters() if p.requires_grad]
-            self.aggregation = GradientAggregation(config.gradient_aggregation, reward, trained, config.seed)
-        self.guard = Guard(
-            module,
-            RefreshSchedule(config.refresh_every, config.refresh_queries, config.max_queries),
-            patience=config.patience,
-            min_improvement=config.min_improvement,
-            floors=reward if isinstance(reward, Floors) else None,
-        )
-        self.refresher = (
-            None
-            if oracle is None
-            else Refresher(self.scoring, oracle, dataset, self.guard, **config.refresh_settings())
-        )
-        warn_of_exploitation(proxy, oracle, holdout)
-        charged, compared = reference is not None or config.beta > 0, self.scoring.needs_reference
-        others = {"moves": config.sync_ref_model, "new_adapters": self.adapters is not None}
-        self.reference = reference_for(policy, reference, charged=charged, compared=compared, **others)
-        self.penalty = (
-            None
-            if self.reference is None or not charged
-            else KLPenalty(config, policy, self.reference, proxy, self.estimator)
-        )
-        self.loop = self._make_loop(module, len(listed))
-        self.samples = SampleSource(
-            policy,
-            listed,
-            step_counts=config.step_counts,
-            seed=config.seed,
-            device=self.loop.device,
-            dtype=noise_dtype(module),
-        )
+        with merged_on_error(self.adapters):
+            self.scoring = ProxyReward(proxy, reward, **config.scoring_settings())
+            self.aggregation = None
+            if config.gradient_aggregation is not None:
+                trained = [p for p in module.parameters() if p.requires_grad]
+                self.aggregation = GradientAggregation(config.gradient_aggregation, reward, trained, config.seed)
+            self.guard = Guard(
+                module,
+                RefreshSchedule(config.refresh_every, config.refresh_queries, config.max_queries),
+                patience=config.patience,
+                min_improvement=config.min_improvement,
+                floors=reward if isinstance(reward, Floors) else None,
+            )
+            self.refresher = (
+                None
+                if oracle is None
+                else Refresher(self.scoring, oracle, dataset, self.guard, **config.refresh_settings())
+            )
+            warn_of_exploitation(proxy, oracle, holdout)
+            charged, compared = reference is not None or config.beta > 0, self.scoring.needs_reference
+            others = {"moves": config.sync_ref_model, "new_adapters": self.adapters is not None}
+            self.reference = reference_for(policy, reference, charged=charged, compared=compared, **others)
+            self.penalty = (
+                None
+                if self.reference is None or not charged
+                else KLPenalty(config, policy, self.reference, proxy, self.estimator)
+            )
+            self.loop = self._make_loop(module, len(listed))
+            self.samples = SampleSource(
+                policy,
+                listed,
+                step_counts=config.step_counts,
+                seed=config.seed,
+                device=self.loop.device,
+                dtype=noise_dtype(module),
+            )
 
     def train(self) -> TrainResult:
         """Run (or resume) the updates, put the best policy by the holdout back, and return what happened.

@@ -119,6 +119,14 @@ def test_layers_are_taken_by_their_whole_names_and_only_where_they_are_called():
     assert isinstance(odd.block["out"], nn.LayerNorm) and type(odd.out) is nn.Linear
 
 
+def test_a_trainer_that_cannot_be_made_leaves_the_policy_as_it_was(policy, exact_proxy):
+    proxy = exact_proxy()
+    proxy.reward_names = ("quality", "room")
+    with pytest.raises(ConfigError, match="say how to combine them"):
+        DifferentiableRewardTrainer(policy, proxy, ["a"], config())
+    assert not adapter_layers(policy) and all(parameter.requires_grad for parameter in policy.parameters())
+
+
 def test_what_adapters_cannot_be_added_to_is_refused(policy, linear_policy, exact_proxy):
     with pytest.raises(ConfigError, match=r"adapter_rank=1: LinearPolicy has no nn\.Linear; leave it None"):
         DifferentiableRewardTrainer(linear_policy(), exact_proxy(), ["a"], config())
@@ -133,3 +141,5 @@ def test_what_adapters_cannot_be_added_to_is_refused(policy, linear_policy, exac
         Adapters(policy, 1, seed=0)
     with pytest.raises(ConfigError, match="adapter_rank must be at least 1; got 0"):
         config(adapter_rank=0)
+    with pytest.raises(ConfigError, match="adapter_rank and sync_ref_model"):
+        config(sync_ref_model=True)

@@ -13,6 +13,7 @@ from latent_rewards.lro.config import LROConfig
 from latent_rewards.lro.kl import AdaptiveBeta, uncertainty_gate
 from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer
 from latent_rewards.proxies import ProxyConfig, train_proxy
+from latent_rewards.training.checkpoint import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:no oracle", "ignore:one reward and no holdout")
 
@@ -215,7 +216,7 @@ def test_a_killed_run_resumes_with_the_same_betas_and_reference(linear_policy, e
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     with pytest.raises(ConfigError, match=r"kl_target=0.05.*0.1"):
         run("whole", kl_target=0.1)
-    with pytest.raises(ValueError, match=r"stateful.beta.*another output_dir"):
+    with pytest.raises(CheckpointError, match=r"stateful.beta.*another output_dir"):
         run("whole", kl_target=None)
 
 
