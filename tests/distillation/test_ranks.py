@@ -64,6 +64,7 @@ if __name__ == "__main__":
     except DistillationConfigError as error:
         found["error"] = str(error)
     told.write_text(json.dumps(found))
+    current_ranks().leave()
 """
 TOYS = Path(__file__).with_name("conftest.py")
 
