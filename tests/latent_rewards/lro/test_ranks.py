@@ -17,6 +17,7 @@ from latent_rewards.dataset import RewardDataset
 from latent_rewards.lro.config import LROConfig
 from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer
 from latent_rewards.proxies import ProxyConfig, train_proxy
+from latent_rewards.training.ranks import current_ranks
 
 PROMPTS = ["a", "b", "c", "d"]
 
@@ -61,6 +62,7 @@ if __name__ == "__main__":
     toys, cases = run_path(sys.argv[1]), json.loads(sys.argv[3])
     told = {name: tuned(toys, trainer, **settings) for name, (trainer, settings) in cases.items()}
     Path(sys.argv[2], f"rank{os.environ['RANK']}.json").write_text(json.dumps(told))
+    current_ranks().leave()
 """
 
 CASES = {
