@@ -15,6 +15,7 @@ from latent_rewards.lro.reference import (
     adapters_off,
     default_reference,
     only_adapters_train,
+    reference_for,
 )
 from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer
 from latent_rewards.training.torchvision_guard import mend_torchvision
@@ -98,6 +99,14 @@ def test_the_reference_of_adapters_is_the_policy_without_them(adapted):
     assert torch.equal(mean(policy, LATENTS), before) and not torch.equal(before, base_mean(policy, LATENTS))
     assert reference.latent_shape(None) == (2, 1, 1, 1) and reference.timesteps(2) == [1.0, 0.5]
     assert len(reference.encode(PROMPTS)) == 2
+
+
+def test_what_is_compared_with_is_the_policy_as_it_was(adapted):
+    policy, choice = adapted(start=0.7), {"charged": False, "compared": True, "moves": False}
+    copied = reference_for(policy, None, **choice, new_adapters=False)
+    assert not isinstance(copied, AdaptersOff) and torch.equal(mean(copied, LATENTS), mean(policy, LATENTS))
+    assert isinstance(reference_for(policy, None, **choice, new_adapters=True), AdaptersOff)
+    assert reference_for(policy, None, **choice | {"compared": False}, new_adapters=False) is None
 
 
 def test_adapters_are_as_they_were_after_the_block_and_after_an_error_in_it(adapted):
