@@ -50,7 +50,7 @@ class LatentRewardTrainer:
         holdout: an oracle that is never optimised; decides early stop and which policy remains: one that keeps the
             floors of the reward, if it measures them.
         reference: policy the KL is measured to. None, if ``beta`` is positive or the reward compares with it: the
-            policy with its adapters off where they (or, compared, ``adapter_rank``'s) are all that is trained, or a copy.
+            policy with its peft adapters off where they are all that is trained, else a frozen copy of it.
         anchor: a loss that holds the policy near what it was distilled from.
         callbacks: called with the step and its log after each update.
 
@@ -105,15 +105,9 @@ class LatentRewardTrainer:
                 else Refresher(self.scoring, oracle, dataset, self.guard, **config.refresh_settings())
             )
             warn_of_exploitation(proxy, oracle, holdout)
-            charged = reference is not None or config.beta > 0
-            self.reference = reference_for(
-                policy,
-                reference,
-                charged=charged,
-                compared=self.scoring.needs_reference,
-                moves=config.sync_ref_model,
-                new_adapters=self.adapters is not None,
-            )
+            charged, compared = reference is not None or config.beta > 0, self.scoring.needs_reference
+            others = {"moves": config.sync_ref_model, "new_adapters": self.adapters is not None}
+            self.reference = reference_for(policy, reference, charged=charged, compared=compared, **others)
             self.penalty = (
                 None
                 if self.reference is None or not charged
