@@ -50,6 +50,8 @@ class ProxyConfig:
         input_noise: standard deviation of Gaussian noise on the training latents, in units of each channel's standard
             deviation; a proxy that is climbed must not change with what no eye can see. The linear trunk has none.
         holdout_fraction: part of the data kept for the report and the calibration, in (0, 0.5].
+        refit_fraction: after the report and the calibration the networks go on for this part of their updates and learn
+            from all samples, the held-out ones too; 0 keeps those that were judged.
         decoder_clips: for "pixels", most clips decoded to teach the tiny decoder; fewer where decoding is slow.
         decoder_updates: of the tiny decoder, of 24 clips each.
         patience: evaluations without improvement after which a network stops; there is one every 25 updates, or about
@@ -88,8 +90,9 @@ class ProxyConfig:
     weight_decay: float = 0.1
     input_noise: float = 0.3
     holdout_fraction: float = 0.15
+    refit_fraction: float = 0.25
     decoder_clips: int = 1024
-    decoder_updates: int = 2400
+    decoder_updates: int = 3600
     patience: int = 8
     min_samples: int = 32
     use_prompts: bool = True
@@ -135,6 +138,8 @@ class ProxyConfig:
             raise ConfigError(f"weight_decay must not be negative; got {self.weight_decay}")
         if not 0 < self.holdout_fraction <= 0.5:
             raise ConfigError(f"holdout_fraction must lie in (0, 0.5]; got {self.holdout_fraction}")
+        if self.refit_fraction < 0:
+            raise ConfigError(f"refit_fraction must not be negative; got {self.refit_fraction}")
         if self.min_samples < 16:
             raise ConfigError(f"min_samples must be at least 16; got {self.min_samples}")
         if self.ridge_alpha is not None and not self.ridge_alpha > 0:

@@ -1,9 +1,9 @@
-"""Training a reward proxy: check, split, fit each member, calibrate, report.
+"""Training a reward proxy: check, split, fit each member, calibrate, report, refit.
 
-A held-out part of the data (``holdout_fraction``) is kept for calibration and report and never chooses a weight. Each
-member leaves out another tenth of the rest (a fifth of small data), on which it stops early; with another
-initialisation and batch order this is what makes the members disagree. Targets are standardised; an unknown (NaN)
-reward has no weight in the loss.
+A held-out part of the data (``holdout_fraction``) is kept for calibration and report, before which it chooses no
+weight. Each member leaves out another tenth of the rest (a fifth of small data), on which it stops early; with another
+initialisation and batch order this is what makes the members disagree. In the end all learn from all of it
+(:mod:`latent_rewards.proxies.refit`). Targets are standardised; an unknown (NaN) reward has no weight in the loss.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from latent_rewards.contracts import Codec, ConfigError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.assess import add_learning_curves, assess
 from latent_rewards.proxies.buckets import gather_buckets
-from latent_rewards.proxies.calibration import calibrate
 from latent_rewards.proxies.config import ProxyConfig
 from latent_rewards.proxies.distil_decoder import distil_decoder
 from latent_rewards.proxies.ensemble import Reader, fit_members
@@ -35,6 +34,7 @@ from latent_rewards.proxies.objectives import check_objective
 from latent_rewards.proxies.preferences import Preferences, check_preferences, name_preferences
 from latent_rewards.proxies.prompt_table import PromptTable
 from latent_rewards.proxies.proxy import RewardProxy
+from latent_rewards.proxies.refit import refit
 from latent_rewards.proxies.samples import (
     Rewards,
     Samples,
@@ -46,6 +46,7 @@ from latent_rewards.proxies.samples import (
     split_samples,
 )
 from latent_rewards.proxies.selection import choose_trunk, remember
+from latent_rewards.proxies.settle import settle
 from latent_rewards.proxies.text import PromptEncoder, PromptFeatures, Prompts, real_tokens
 from latent_rewards.proxies.trunks import AUTO, trunk_kind
 from latent_rewards.proxies.trunks.backbone import VideoBackbone
@@ -57,8 +58,6 @@ _CHUNK = 128
 _STATISTICS_ROWS = 4096
 _BASELINE_ROWS = 2048
 _MIN_BASELINE = 8
-_DISTANCE_ROWS = 2048
-_REFERENCE_ROWS = 4096
 
 
 def train_proxy(
@@ -161,6 +160,7 @@ def train_proxy(
     if config.learning_curve:
         parts = [*nested_parts(samples.rewards, samples.reward_names, training, config.seed), training]
         add_learning_curves(proxy, samples, parts, heldout, lambda rows: fitted(config, rows, remembered))
+    refit(proxy, reader, training, heldout)
     return proxy
 
 
@@ -360,37 +360,3 @@ def _ridge_of(weight: Tensor, intercept: Tensor) -> Callable[..., Tensor]:
 
 def _plain_features(latents: Tensor, prompt_features: Tensor | None, *level: Tensor) -> Tensor:
     return linear_features(latents, prompt_features)
-
-
-def settle(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor, halves: Tensor | None = None) -> None:
-    """Set the calibration and the out-of-distribution score from ``heldout`` samples; ``halves`` cross-fit the mean."""
-    mean, variance = reader.ensemble(heldout)
-    if halves is None:
-        halves = torch.arange(len(heldout)) % 2 == 0
-    calibrate(proxy.calibration, proxy.monotone, mean, variance, reader.targets(heldout).cpu(), halves)
-    if proxy.noise is not None:
-        moments = [reader.at(level).ensemble(heldout) for level in proxy.noise.levels.tolist()]
-        device = proxy.reward_mean.device
-        proxy.noise.fit(
-            [level[0] - reader.targets(heldout).cpu() for level in moments],
-            [proxy.calibration(level[1].to(device)).cpu() for level in moments],
-        )
-    settle_strangeness(proxy, reader, training, heldout, variance)
-
-
-def settle_strangeness(
-    proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor, variance: Tensor | None = None
-) -> None:
-    """Set the out-of-distribution score from ``heldout`` samples and the variance of the members' outputs on them."""
-    if variance is None:
-        variance = reader.ensemble(heldout)[1]
-    order = torch.randperm(len(training), generator=generator(proxy.config.seed, "proxy/distance", 0))
-    features = reader.map(proxy.distance_features, training[order[:_DISTANCE_ROWS]])
-    if len(heldout) > _REFERENCE_ROWS:  # enough for the quantiles the score is made of
-        chosen = torch.randperm(len(heldout), generator=generator(proxy.config.seed, "proxy/reference", 0))
-        heldout, variance = heldout[chosen[:_REFERENCE_ROWS]], variance[chosen[:_REFERENCE_ROWS]]
-    reference = reader.map(proxy.distance_features, heldout)
-    proxy.distance.fit(features, reference)
-    distance = proxy.distance.distance(reference)
-    disagreement = variance.mean(dim=1).to(distance) if len(proxy.members) > 1 else None
-    proxy.ood_score.fit(distance, disagreement)

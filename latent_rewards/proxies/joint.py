@@ -25,6 +25,9 @@ from latent_rewards.proxies.trunks.shared import SharedTrunk
 from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 from latent_rewards.training.randomness import generator
 
+CONTINUED_WARMUP = 0.1
+"""Part of the updates of a training that goes on in which the learning rate rises."""
+
 _SCALE_ROWS = 512
 _JUDGED_ROWS = 1024
 
@@ -182,30 +185,51 @@ def fit_jointly(proxy: RewardProxy, reader: Reader, training: Tensor, folds: Ten
         keeper.restore()
 
 
-def continue_jointly(
+def continue_training(
     proxy: RewardProxy,
     reader: Reader,
-    batches: Sequence[Tensor],
-    source: torch.Generator,
+    draw: Callable[[torch.Generator], Sequence[Tensor]],
+    source_of: Callable[[int], torch.Generator],
     *,
     rate: float,
-    warmup: float,
+    redraw: bool,
 ) -> None:
-    """Train the members, and adapters or a tiny decoder if there are any, further: every member on every batch.
-
-    The decoder learns from rewards here: a policy may have moved to latents that it draws wrongly.
+    """Train the members further, every one on every batch it draws; those that share something together.
 
     Args:
-        proxy: one whose members share something.
+        proxy: fitted.
         reader: reads the samples.
-        batches: the indices of each update.
-        source: of input noise, and of times and noise where the proxy reads noisy latents.
+        draw: source -> the indices of each update.
+        source_of: number of a member -> its generator of batches, input noise, and times and noise where the proxy
+            reads noisy latents; members that share something have that of the first.
         rate: peak learning rate in units of the config's.
-        warmup: part of the updates in which the learning rate rises.
+        redraw: whether a tiny decoder learns too: a policy may have moved to latents that it draws wrongly.
     """
-    joint = JointMember(proxy, redraw=True)
-    joined = JointReader(reader, None, len(proxy.members)).noised(source)
-    _train(joint, joined, batches, proxy, source, lambda number: False, rate=rate, warmup=warmup)
+    config = proxy.config
+    if proxy.shared is not None:
+        source = source_of(0)
+        joined = JointReader(reader, None, len(proxy.members)).noised(source)
+        joint = JointMember(proxy, redraw=redraw)
+        _train(joint, joined, draw(source), proxy, source, _never, rate=rate, warmup=CONTINUED_WARMUP)
+        return
+    for number, member in enumerate(proxy.members):
+        source = source_of(number)
+        train_member(
+            member,
+            reader.noised(source),
+            draw(source),
+            learning_rate=rate * config.learning_rate,
+            weight_decay=config.weight_decay,
+            warmup=CONTINUED_WARMUP,
+            stop=_never,
+            input_noise=config.input_noise,
+            source=source,
+            loss=regression_loss(config.objective, config.huber_delta),
+        )
+
+
+def _never(number: int) -> bool:
+    return False
 
 
 def _train(

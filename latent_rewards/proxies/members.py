@@ -151,14 +151,22 @@ def combine(proxy: RewardProxy, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor
     return _moments(proxy, *outputs_of(proxy, inputs))
 
 
-def combine_and_describe(proxy: RewardProxy, latents: Tensor, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what :func:`combine` and :func:`describe` return; the first member's trunk, which both need, runs once."""
+def combine_and_describe(
+    proxy: RewardProxy, statistics: Tensor, inputs: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :func:`combine` and :func:`describe` return; the first member's trunk, which both need, runs once.
+
+    Args:
+        proxy: whose members.
+        statistics: :func:`~latent_rewards.proxies.features.latent_statistics` ``[B, 3 C]`` of the normalised latents.
+        inputs: what :func:`member_inputs` made of them.
+    """
     first = proxy.members[0]
     if isinstance(first, LinearMember):
-        return *combine(proxy, inputs), latent_statistics(latents)
+        return *combine(proxy, inputs), statistics
     judged, features = cast(Network, first).judge(*inputs)
     outputs = [judged, *(member(*inputs) for member in list(proxy.members)[1:])]
-    return *_moments(proxy, *_split(proxy, outputs)), _description(latents, features)
+    return *_moments(proxy, *_split(proxy, outputs)), _description(statistics, features)
 
 
 def _moments(proxy: RewardProxy, means: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -171,13 +179,14 @@ def _moments(proxy: RewardProxy, means: Tensor, predicted: Tensor | None) -> tup
 
 def describe(member: nn.Module, latents: Tensor, inputs: tuple[Any, ...]) -> Tensor:
     """Return ``[B, K]``: statistics of the latents, and the frame mean of a network's trunk features for ``inputs``."""
+    statistics = latent_statistics(latents)
     if isinstance(member, LinearMember):
-        return latent_statistics(latents)
-    return _description(latents, cast(Network, member).judge(*inputs)[1])
+        return statistics
+    return _description(statistics, cast(Network, member).judge(*inputs)[1])
 
 
-def _description(latents: Tensor, features: Tensor) -> Tensor:
-    return torch.cat([latent_statistics(latents), features.mean(dim=1)], dim=1)
+def _description(statistics: Tensor, features: Tensor) -> Tensor:
+    return torch.cat([statistics, features.mean(dim=1)], dim=1)
 
 
 def description_size(member: nn.Module, channels: int) -> int:

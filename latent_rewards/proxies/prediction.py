@@ -12,14 +12,19 @@ from torch import Tensor
 from latent_rewards.contracts import DataError, check_latents
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies.conformal import level_index
+from latent_rewards.proxies.features import latent_statistics
 from latent_rewards.proxies.members import combine_and_describe
 from latent_rewards.proxies.text import Prompts
+from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 
 if TYPE_CHECKING:
     from latent_rewards.proxies.proxy import RewardProxy
 
 _MOST_SAMPLES, _NUMBERS_ON_CPU, _NUMBERS_ELSEWHERE = 128, 5 * 2**14, 2**23
-"""Samples, and latent numbers, that are scored at once: on a CPU few, which stay in its caches and are small."""
+"""Samples, and latent numbers, that are read at once: on a CPU few, which stay in its caches and are small."""
+
+_JUDGED = 2
+"""Twice as many drawn clips are judged at once: what there is to see in one is far less than its frames."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +78,18 @@ def predict(
     # Made before the chunks, between whose large tensors small ones that stay would keep the heap from closing up.
     mean, variance = proxy.reward_mean.new_empty(2, len(latents), len(proxy.reward_names))
     distance = proxy.distance.mean.new_empty(len(latents))
-    for rows in _spans(len(latents), _at_once(proxy, latents)):
-        if isinstance(latents, RewardDataset):
-            normalised = proxy.normalise(check_latents(latents.latents(range(rows.start, rows.stop))))
-        else:
-            normalised = proxy.normalise(latents[rows])
+    at_once = _at_once(proxy, latents)
+    for rows in _spans(slice(0, len(latents)), at_once * (_JUDGED if isinstance(proxy.shared, TinyDecoder) else 1)):
         read = None if features is None else proxy.scale_prompts(features[rows])
         level = [values[rows] for values in levels]
-        inputs = proxy.member_inputs(normalised, read, *level)
-        mean[rows], variance[rows], description = combine_and_describe(proxy, normalised, inputs)
-        distance[rows] = proxy.distance.distance(description)
+        parts = [_read(proxy, latents, part, read, level, rows.start) for part in _spans(rows, at_once)]
+        seen, statistics = (
+            torch.cat(tensors) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True)
+        )
+        del parts
+        described = combine_and_describe(proxy, statistics, (seen, read, *level))
+        mean[rows], variance[rows] = described[:2]
+        distance[rows] = proxy.distance.distance(described[2])
     dtype = torch.promote_types(torch.float32, latents.dtype)
     std = proxy.deviation(variance, *levels) * proxy.reward_std
     ood = _ood(proxy, distance, variance).to(dtype)
@@ -100,10 +107,30 @@ def _at_once(proxy: RewardProxy, latents: Tensor | RewardDataset) -> int:
     return min(_MOST_SAMPLES, max(1, numbers // max(1, math.prod(shape))))
 
 
-def _spans(count: int, most: int) -> list[slice]:
-    """Return slices of at most ``most`` of ``count``, of sizes as equal as can be: what is made for a size is kept."""
+def _spans(rows: slice, most: int) -> list[slice]:
+    """Return slices of at most ``most`` of ``rows``, of sizes as equal as can be: what is made for a size is kept."""
+    count = rows.stop - rows.start
     size = math.ceil(count / math.ceil(count / most)) if count else 1
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
+
+
+def _read(
+    proxy: RewardProxy,
+    latents: Tensor | RewardDataset,
+    rows: slice,
+    prompts: Tensor | None,
+    level: list[Tensor],
+    first: int,
+) -> tuple[Tensor, Tensor]:
+    """Return what the members read of the latents at ``rows``, and statistics; the others begin at row ``first``."""
+    if isinstance(latents, RewardDataset):
+        normalised = proxy.normalise(check_latents(latents.latents(range(rows.start, rows.stop))))
+    else:
+        normalised = proxy.normalise(latents[rows])
+    own = slice(rows.start - first, rows.stop - first)
+    read = None if prompts is None else prompts[own]
+    seen = proxy.member_inputs(normalised, read, *(values[own] for values in level))[0]
+    return seen, latent_statistics(normalised)
 
 
 def _ood(proxy: RewardProxy, distance: Tensor, variance: Tensor) -> Tensor:

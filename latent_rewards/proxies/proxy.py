@@ -135,7 +135,7 @@ class RewardProxy(nn.Module):
             DataError: ``latents`` have none of the ``latent_shapes``, and ``any_size`` is off or they are too small.
         """
         self.check_shape(latents.shape)
-        return (latents.to(self.latent_mean) - self.latent_mean) / self.latent_std
+        return (latents.to(self.latent_mean) - self.latent_mean).div_(self.latent_std)
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raise DataError, naming the shapes it reads, unless it reads latents ``[B, C, F, H, W]`` of this shape."""

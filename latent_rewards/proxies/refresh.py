@@ -17,13 +17,14 @@ from torch import Tensor
 
 from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.dataset import RewardDataset
-from latent_rewards.proxies.ensemble import Reader, shuffled_batches, train_member
-from latent_rewards.proxies.fit import fit_linear, settle, settle_strangeness
-from latent_rewards.proxies.joint import continue_jointly
-from latent_rewards.proxies.objectives import PREFERENCE_OBJECTIVES, regression_loss
+from latent_rewards.proxies.ensemble import Reader, shuffled_batches
+from latent_rewards.proxies.fit import fit_linear
+from latent_rewards.proxies.joint import continue_training
+from latent_rewards.proxies.objectives import PREFERENCE_OBJECTIVES
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.report import accuracy
 from latent_rewards.proxies.samples import Rewards, Samples, concatenate_samples, gather_samples
+from latent_rewards.proxies.settle import settle, settle_strangeness
 from latent_rewards.proxies.text import Prompts
 from latent_rewards.training.randomness import generator
 
@@ -143,28 +144,22 @@ def _train(proxy: RewardProxy, reader: Reader, fresh: Tensor, old: Tensor, count
     """Take ``count`` updates of every member; half of each batch is ``fresh`` and half ``old``, if there is any."""
     config = proxy.config
     half = max(1, config.batch_size // 2)
-    rate, warmup = LEARNING_RATE_FACTOR, 0.1
-    for index, member in enumerate(proxy.members):
-        source = generator(seed, "proxy/update/batches", 0, index)
+
+    def draw(source: torch.Generator) -> list[Tensor]:
         batches = shuffled_batches(fresh, half if len(old) else config.batch_size, count, source)
-        if len(old):
-            replayed = shuffled_batches(old, half, count, source)
-            batches = [torch.cat(pair) for pair in zip(batches, replayed, strict=True)]
-        if proxy.shared is not None:
-            continue_jointly(proxy, reader, batches, source, rate=rate, warmup=warmup)
-            return
-        train_member(
-            member,
-            reader.noised(source),
-            batches,
-            learning_rate=rate * config.learning_rate,
-            weight_decay=config.weight_decay,
-            warmup=warmup,
-            stop=lambda number: False,
-            input_noise=config.input_noise,
-            source=source,
-            loss=regression_loss(config.objective, config.huber_delta),
-        )
+        if not len(old):
+            return batches
+        replayed = shuffled_batches(old, half, count, source)
+        return [torch.cat(pair) for pair in zip(batches, replayed, strict=True)]
+
+    continue_training(
+        proxy,
+        reader,
+        draw,
+        lambda member: generator(seed, "proxy/update/batches", 0, member),
+        rate=LEARNING_RATE_FACTOR,
+        redraw=True,
+    )
 
 
 def _accuracies(proxy: RewardProxy, reader: Reader, fresh: Samples, rows: Tensor, moment: str) -> dict[str, float]:

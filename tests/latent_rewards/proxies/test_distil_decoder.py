@@ -243,3 +243,20 @@ def test_on_a_cpu_few_samples_are_drawn_at_once_and_seen_alike(quick, monkeypatc
     torch.testing.assert_close(parts.ood["reward"], whole.ood["reward"])
     proxy(latents[:7].requires_grad_()).sum().backward()
     assert looked[3:] == [7], "a gradient keeps all of it anyway"
+
+
+def test_a_prediction_draws_few_samples_and_judges_twice_as_many(quick, monkeypatch):
+    from latent_rewards.proxies import members
+
+    latents, rewards = draw(120, 0)
+    prompts = torch.randn(120, 3, generator=torch.Generator().manual_seed(0))
+    proxy = train_proxy(latents, rewards, prompts, config=quick(trunk="pixels", num_updates=9), codec=MixingCodec())
+    whole, looked, judged, look = proxy.predict(latents[:14], prompts[:14]), [], [], members.look
+    monkeypatch.setattr(members, "look", lambda frames: looked.append(len(frames)) or look(frames))
+    monkeypatch.setattr("latent_rewards.proxies.prediction._NUMBERS_ON_CPU", 4 * latents[0].numel())
+    proxy.members[0].trunk.register_forward_hook(lambda module, inputs, output: judged.append(len(output)))
+    parts = proxy.predict(latents[:14], prompts[:14])
+    assert (looked, judged) == ([4, 3, 4, 3], [7, 7])
+    assert whole.mean["reward"].std() > 0
+    for kind in ("mean", "std", "ood"):
+        torch.testing.assert_close(getattr(parts, kind)["reward"], getattr(whole, kind)["reward"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from latent_rewards.proxies import RewardProxy
+from latent_rewards.proxies.features import latent_statistics
 from latent_rewards.proxies.members import combine, combine_and_describe, describe
 from latent_rewards.proxies.text import PromptFeatures
 
@@ -18,7 +19,7 @@ def test_together_they_are_what_they_are_apart(quick, world, changes):
     proxy = make(quick, **changes)
     latents = proxy.normalise(world[0](6, 0))
     inputs = proxy.member_inputs(latents, torch.randn(6, 5).to(latents))
-    mean, variance, description = combine_and_describe(proxy, latents, inputs)
+    mean, variance, description = combine_and_describe(proxy, latent_statistics(latents), inputs)
     expected = combine(proxy, inputs)
     assert torch.equal(mean, expected[0]) and torch.equal(variance, expected[1])
     assert torch.equal(description, describe(proxy.members[0], latents, inputs))

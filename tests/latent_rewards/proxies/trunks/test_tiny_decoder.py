@@ -60,10 +60,10 @@ def test_convolutions_of_images_draw_what_those_of_clips_would():
     decoder.latent_mean.normal_()
     decoder.latent_std.uniform_(0.5, 2)
     latents = torch.randn(3, 4, 5, 8, 6, dtype=torch.float64, requires_grad=True)
-    x = decoder.stem(decoder.normalise(latents))
+    x = torch.stack([decoder.stem(frame) for frame in decoder.normalise(latents).unbind(2)], dim=2)
     for block in decoder.blocks:
         x = x + block(x)
-    images = decoder.output(functional.gelu(x).transpose(1, 2).flatten(0, 1))
+    images = decoder.output(functional.gelu(x).movedim(1, -1)).permute(0, 1, 4, 2, 3).flatten(0, 1)
     expected = functional.pixel_shuffle(images, 2).reshape(3, 20, 3, 16, 12)[:, 3:]
     drawn = decoder(latents)
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-12)

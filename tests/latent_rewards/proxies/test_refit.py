@@ -1,0 +1,73 @@
+"""In the end a proxy learns from what was held out, and what it says of itself stays what it said before."""
+
+import pytest
+import torch
+
+from latent_rewards.contracts import ConfigError
+from latent_rewards.proxies import refit as module
+from latent_rewards.proxies import train_proxy
+from latent_rewards.proxies.ensemble import Reader
+
+
+@pytest.fixture(scope="module")
+def pair(world, quick):
+    """A proxy whose held-out samples taught it in the end, and the same one before."""
+    draw, curved = world
+    latents = draw(120, 0)
+    proxies = [
+        train_proxy(latents, curved(latents), config=quick(num_updates=150, refit_fraction=fraction))
+        for fraction in (0.5, 0.0)
+    ]
+    return *proxies, latents
+
+
+def test_the_report_and_the_calibration_are_of_the_networks_that_had_not_seen_what_judges_them(pair):
+    refitted, before, _ = pair
+    assert refitted.report == before.report
+    for name, value in refitted.heldout.tensors().items():
+        assert torch.equal(value, before.heldout.tensors()[name]), name
+    assert torch.equal(refitted.calibration.ratios, before.calibration.ratios)
+    assert torch.equal(refitted.calibration.temperature, before.calibration.temperature)
+    assert torch.equal(refitted.ood_score.disagreements, before.ood_score.disagreements)
+    assert not torch.equal(refitted.distance.mean, before.distance.mean), (
+        "features have moved, and usual ones with them"
+    )
+
+
+def test_it_predicts_new_samples_better(pair, world):
+    draw, curved = world
+    refitted, before, _ = pair
+    fresh = draw(1000, 1)
+    errors = [float((proxy(fresh) - curved(fresh)).abs().mean()) for proxy in (refitted, before)]
+    assert errors[0] < 0.95 * errors[1]
+
+
+def test_new_samples_are_as_strange_as_held_out_ones_were(pair, world):
+    draw, _ = world
+    for proxy in pair[:2]:
+        prediction = proxy.predict(draw(1000, 1)).ood["reward"]
+        assert float((prediction > proxy.ood_threshold(0.2)).float().mean()) < 0.3
+        assert float(proxy.predict(draw(200, 1) * 3).ood["reward"].mean()) > 0.99
+
+
+def test_every_sample_is_learnt_from_for_a_part_of_the_updates(world, quick, monkeypatch):
+    draw, curved = world
+    latents, drawn, batches = draw(64, 0), [], Reader.batches
+    monkeypatch.setattr(
+        Reader,
+        "batches",
+        lambda self, rows, size, count, source: drawn.append((rows, count)) or batches(self, rows, size, count, source),
+    )
+    train_proxy(latents, curved(latents), config=quick(num_updates=40, refit_fraction=0.25, ensemble_size=2))
+    assert [count for _, count in drawn] == [40, 40, 10, 10]
+    assert all(len(rows) < 55 for rows, _ in drawn[:2])
+    assert all(torch.equal(rows, torch.arange(64)) for rows, _ in drawn[2:])
+
+
+def test_what_is_solved_in_closed_form_stays(world, quick, monkeypatch):
+    draw, curved = world
+    latents = draw(64, 0)
+    monkeypatch.setattr(module, "continue_training", lambda *args, **settings: pytest.fail("nothing is trained"))
+    train_proxy(latents, curved(latents), config=quick(trunk="linear"))
+    with pytest.raises(ConfigError, match="refit_fraction must not be negative; got -0.1"):
+        quick(refit_fraction=-0.1)
