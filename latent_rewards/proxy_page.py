@@ -25,12 +25,15 @@ def proxy_page(proxy: RewardProxy, title: str) -> Report:
         proxy: one with a report; the plots of held-out samples need its ``heldout``.
         title: what the proxy is called.
     """
+    from latent_rewards.proxies.refit import LEARNT_HELDOUT, learnt_heldout
     from latent_rewards.proxies.report import HONESTY_COLUMNS, honesty_rows
 
     report = Report(f"Proxy {title}").add_text(
         f"{proxy!r}. All numbers are of held-out samples, whose prompts took no part in training where prompts repeat; "
         "what calibrates a sample was fitted to the other half of them."
     )
+    if learnt_heldout(proxy):
+        report.add_text(LEARNT_HELDOUT)
     for name, entry in proxy.report.items():
         report.add_heading(name).add_text(f"{entry['num_train']} training and {entry['num_holdout']} held-out labels.")
         rows = [[kind, *values] for kind, values in honesty_rows(entry)]

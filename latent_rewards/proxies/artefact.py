@@ -118,7 +118,7 @@ def _described(
         stored_format = described["format"]
         if stored_format not in (FORMAT, _EARLIER):
             raise CheckpointError(f"{folder} has format {stored_format!r}; this version reads {FORMAT!r}")
-        config = ProxyConfig(**described["config"])
+        config = ProxyConfig(**{"refit_fraction": 0.0, **described["config"]})  # those of before were not refitted
     except _MALFORMED as error:
         raise _undescribed(folder, error) from error
     check_backbone(described.get("backbone"), backbone)

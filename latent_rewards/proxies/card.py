@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from latent_rewards.contracts import ConfigError
+from latent_rewards.proxies.refit import LEARNT_HELDOUT, learnt_heldout
 from latent_rewards.proxies.report import HONESTY_COLUMNS, curve_text, honesty_rows
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ def _report(proxy: RewardProxy) -> list[str]:
         "constant. Pairs right: the share of pairs of samples that are ordered as the metric orders them; calibration "
         "error: of the Gaussian's central intervals at levels .1 to .9.",
     ]
+    if learnt_heldout(proxy):
+        parts.append(LEARNT_HELDOUT)
     rows = []
     for name, entry in proxy.report.items():
         rows += [[f"`{name}`", kind, *map(_number, values)] for kind, values in honesty_rows(entry)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,6 +19,8 @@ from latent_rewards.training.randomness import derive_seed, generator
 
 _BATCH, _SCALE_ROWS, _DECODED_AT_ONCE = 24, 64, 4
 _LEARNING_RATE, _WEIGHT_DECAY, _ABSOLUTE = 6e-3, 0.01, 0.2
+_LEAST_EXPLAINED = 0.25
+"""Below this share of the frames' variance the user is told: training went wrong, or was too short."""
 
 
 def distil_decoder(codec: Codec, samples: Samples, rows: Tensor, config: ProxyConfig) -> TinyDecoder:
@@ -45,7 +49,15 @@ def distil_decoder(codec: Codec, samples: Samples, rows: Tensor, config: ProxyCo
     rows = rows[order[: config.decoder_clips]].sort().values
     decoder = _untrained(codec, samples, rows, config)
     thumbnails = _thumbnails(codec, samples, rows, decoder, config)
-    return _train(decoder.to(choose_device(config.device)), samples, rows, thumbnails, config).cpu()
+    decoder = _train(decoder.to(choose_device(config.device)), samples, rows, thumbnails, config)
+    explained = _explained(decoder, samples, rows[:: -(-len(rows) // _SCALE_ROWS)], thumbnails)
+    if not explained >= _LEAST_EXPLAINED:
+        warnings.warn(
+            f"the tiny decoder explains {explained:.0%} of the variance of small frames, and a proxy sees no more than "
+            "it draws; raise decoder_updates or decoder_clips, or leave out codec= for a trunk that reads latents",
+            stacklevel=3,
+        )
+    return decoder.cpu()
 
 
 @torch.no_grad()
@@ -96,6 +108,18 @@ class _Drawing(nn.Module):
 def _pixel_error(drawn: Tensor, target: Tensor) -> Tensor:
     error = drawn - target
     return error.square().mean() + _ABSOLUTE * error.abs().mean()
+
+
+@torch.no_grad()
+def _explained(decoder: TinyDecoder, samples: Samples, rows: Tensor, thumbnails: dict[int, Tensor]) -> float:
+    """Return the share of the variance of ``rows``' small frames that ``decoder`` draws; negative: worse than grey."""
+    error = total = 0.0
+    mean = torch.stack([thumbnails[row].float().mean() for row in rows.tolist()]).mean()
+    for _, chunk in samples.chunks(rows, _DECODED_AT_ONCE):
+        target = torch.stack([thumbnails[row] for row in chunk.tolist()]).float()
+        error += float((decoder(samples.latents(chunk)).float().cpu() - target).square().sum())
+        total += float((target - mean).square().sum())
+    return 1 - error / max(total, 1e-12)
 
 
 def _train(

@@ -19,6 +19,16 @@ from latent_rewards.training.randomness import generator
 LEARNING_RATE_FACTOR = 0.5
 """Peak learning rate of these updates in units of the config's."""
 
+LEARNT_HELDOUT = (
+    "In the end the networks learnt from the held-out samples too: the numbers tell of them before, when they knew "
+    "less, and could not be measured again."
+)
+
+
+def learnt_heldout(proxy: RewardProxy) -> bool:
+    """Return whether ``proxy`` is of the kind that learns from held-out samples in the end."""
+    return not (proxy.is_linear or proxy.judgement or not proxy.config.refit_fraction)
+
 
 def refit(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor) -> None:
     """Continue training ``proxy``, fitted and assessed, on all samples for ``refit_fraction`` of its updates.
@@ -35,7 +45,7 @@ def refit(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor)
     config = proxy.config
     rows = torch.cat([training, heldout]).sort().values
     count = round(config.refit_fraction * config.updates(len(rows)))
-    if proxy.is_linear or not count:
+    if not learnt_heldout(proxy) or not count:
         return
     _, variance = reader.ensemble(heldout)
     continue_training(

@@ -65,7 +65,9 @@ class TinyDecoder(nn.Module):
         # Frames meet in the blocks; a stem that mixes them too cost a fifth of the work and drew worse.
         self.stem = nn.Conv2d(channels, _WIDTH, kernel, stride=stride, padding=padding)
         self.blocks = nn.ModuleList(
+            # Without the norm some trainings diverge.
             nn.Sequential(
+                nn.LayerNorm(_WIDTH),
                 nn.Conv3d(_WIDTH, _WIDTH, (1, 3, 3), padding=(0, 1, 1)),
                 nn.GELU(),
                 nn.Conv3d(_WIDTH, _WIDTH, (3, 1, 1), padding=(1, 0, 0)),
@@ -135,8 +137,8 @@ def _apply(block: nn.Sequential, x: Tensor) -> Tensor:
     Its convolutions are those over positions and over frames, which in this layout read the same numbers as two of
     images would; a few samples then take less time and memory than as ``[B, C, F, H, W]``.
     """
-    spatial, _, temporal = cast(tuple[nn.Conv3d, nn.GELU, nn.Conv3d], tuple(block))
-    hidden = x.flatten(0, 1).permute(0, 3, 1, 2)
+    norm, spatial, _, temporal = cast(tuple[nn.LayerNorm, nn.Conv3d, nn.GELU, nn.Conv3d], tuple(block))
+    hidden = norm(x).flatten(0, 1).permute(0, 3, 1, 2)
     hidden = functional.conv2d(hidden, spatial.weight[:, :, 0], spatial.bias, padding=1)
     hidden = _gelu(hidden.permute(0, 2, 3, 1)).unflatten(0, x.shape[:2]).flatten(2, 3).permute(0, 3, 1, 2)
     hidden = functional.conv2d(hidden, temporal.weight[..., 0], temporal.bias, padding=(1, 0))

@@ -115,13 +115,15 @@ def test_a_proxy_of_the_earlier_format_is_read(world, quick, tmp_path):
         new = [name for name in weights if name == "calibration.ratios" or name.startswith("ood_score.")]
         assert len(new) == 6
         save_file({name: value for name, value in weights.items() if name not in new}, copy / WEIGHTS)
-        config = {k: v for k, v in vars(proxy.config).items() if k not in ("calibrate_mean", "learning_curve")}
+        since = ("calibrate_mean", "learning_curve", "refit_fraction")
+        config = {k: v for k, v in vars(proxy.config).items() if k not in since}
         describe(copy, format="latent-rewards/proxy/2", config=config)
         (copy / HELD_OUT).unlink()
 
     rewrite(folder, age)
     old, latents = RewardProxy.from_pretrained(folder), draw(30, 1)
     assert torch.equal(old(latents), proxy(latents)) and old.heldout is None
+    assert old.config.refit_fraction == 0, "before there was such a thing nothing was refitted"
     features = proxy.distance_features(proxy.normalise(latents), None)
     assert torch.equal(old.predict(latents).ood["reward"], proxy.distance(features))
     low, high = old.predict(latents).interval(0.9)

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from latent_rewards.proxies import Preferences, ProxyConfig, RewardProxy, train_proxy
 from latent_rewards.proxies.card import model_card
+from latent_rewards.proxies.refit import LEARNT_HELDOUT
 from latent_rewards.proxies.text import PromptFeatures
 
 
@@ -44,6 +45,14 @@ def test_the_text_has_report_range_threshold_and_fingerprints(proxy):
     assert "| metric of `curve` | not known |" in text and "Not on latents of another codec" in text
 
 
+def test_it_says_whether_what_is_told_is_of_networks_that_learnt_more_since(proxy, world, quick):
+    draw, curved = world
+    assert LEARNT_HELDOUT in model_card(proxy)
+    latents = draw(64, 0)
+    for config in (quick(trunk="linear"), quick(num_updates=5, refit_fraction=0.0)):
+        assert LEARNT_HELDOUT not in model_card(train_proxy(latents, curved(latents), config=config))
+
+
 def test_a_proxy_without_a_report_says_so():
     bare = RewardProxy(ProxyConfig(trunk="linear"), (1, 1, 2, 2), ("a",), PromptFeatures("none", 0))
     card = ModelCard(model_card(bare))
@@ -69,4 +78,4 @@ def test_a_card_of_preferences_counts_pairs(world, quick):
     card = model_card(proxy)
     counted = f"{entry['num_train']} training and {entry['num_holdout']} held-out pairs"
     assert f"{counted}; log-loss {entry['log_loss']:.4g} nats a pair, a constant's 0.6931" in card
-    assert "interval covers" not in card
+    assert "interval covers" not in card and LEARNT_HELDOUT not in card

@@ -202,6 +202,15 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_decoded(quick):
     assert codec.decoded == 0
 
 
+def test_a_decoder_learns_no_reward_before_a_policy_moves(quick):
+    latents, rewards = draw(64, 0)
+    settings = [quick(trunk="pixels", num_updates=8, refit_fraction=fraction) for fraction in (0.5, 0.0)]
+    refitted, before = (train_proxy(latents, rewards, config=each, codec=MixingCodec()) for each in settings)
+    for name, value in refitted.shared.state_dict().items():
+        assert torch.equal(value, before.shared.state_dict()[name]), name
+    assert not torch.equal(refitted.members[0].head.output.weight, before.members[0].head.output.weight)
+
+
 def test_a_proxy_takes_a_copy_of_the_decoder_it_is_given(trained):
     proxy, _ = trained
     given = TinyDecoder(**proxy.shared.geometry)
@@ -260,3 +269,13 @@ def test_a_prediction_draws_few_samples_and_judges_twice_as_many(quick, monkeypa
     assert whole.mean["reward"].std() > 0
     for kind in ("mean", "std", "ood"):
         torch.testing.assert_close(getattr(parts, kind)["reward"], getattr(whole, kind)["reward"])
+
+
+def test_a_decoder_that_draws_nothing_is_told_of(quick, monkeypatch, recwarn):
+    latents, _ = draw(64, 0)
+    given = samples_of(latents), torch.arange(64)
+    distil_decoder.distil_decoder(MixingCodec(), *given, quick())
+    assert not [warning for warning in recwarn if "tiny decoder" in str(warning.message)]
+    monkeypatch.setattr(distil_decoder, "_LEARNING_RATE", 30.0)
+    with pytest.warns(UserWarning, match="the tiny decoder explains -?[0-9]+% of the variance"):
+        distil_decoder.distil_decoder(MixingCodec(), *given, quick())

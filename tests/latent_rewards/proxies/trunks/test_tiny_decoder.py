@@ -62,7 +62,11 @@ def test_convolutions_of_images_draw_what_those_of_clips_would():
     latents = torch.randn(3, 4, 5, 8, 6, dtype=torch.float64, requires_grad=True)
     x = torch.stack([decoder.stem(frame) for frame in decoder.normalise(latents).unbind(2)], dim=2)
     for block in decoder.blocks:
-        x = x + block(x)
+        norm, *convolutions = block
+        hidden = norm(x.movedim(1, -1)).movedim(-1, 1)
+        for layer in convolutions:
+            hidden = layer(hidden)
+        x = x + hidden
     images = decoder.output(functional.gelu(x).movedim(1, -1)).permute(0, 1, 4, 2, 3).flatten(0, 1)
     expected = functional.pixel_shuffle(images, 2).reshape(3, 20, 3, 16, 12)[:, 3:]
     drawn = decoder(latents)
