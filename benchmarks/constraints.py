@@ -36,8 +36,6 @@ SEEDS = (0, 1, 2)
 LABELS = 512
 SHARE = 0.98
 """Of the student's mean of the guarded reward, the floor."""
-ASKED = 1.0
-"""The same, as tuning is asked for: more, since a floor that is just kept on training prompts is missed on others."""
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the tuned reward along the front; the guarded one has the rest."""
 HELDIN = "heldin"
@@ -88,7 +86,7 @@ class Trade:
         begun = time.perf_counter()
         dataset = self.world.dataset(seed, LABELS)
         units = {name: float(values.std()) for name, values in dataset.rewards.items()}
-        floors = lr.relative_floors(dataset, {GUARDED: ASKED})
+        floors = lr.relative_floors(dataset, {GUARDED: SHARE})
         points = {
             "free": lambda: [self._tuned(part, seed, lr.WeightedSum({TUNED: 1 / units[TUNED]}))],
             "floor": lambda: [self._tuned(part, seed, self._lagrangian(floors, units, dataset))],

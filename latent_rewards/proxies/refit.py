@@ -2,15 +2,18 @@
 
 What is held out says how good a proxy is and calibrates it. After that it is worth more as labels, as are the samples
 on which members stopped early: of 1,024 digits a member has seen 783. Report and calibration stay those of before, so
-they tell of a proxy that knew less, and err on the safe side.
+they tell of a proxy that knew less, and err on the safe side. A reward of which nothing could be learnt is left alone.
 """
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latent_rewards.proxies.ensemble import Reader
+from latent_rewards.proxies.heads import SeparateMember
 from latent_rewards.proxies.joint import continue_training
 from latent_rewards.proxies.proxy import RewardProxy
 from latent_rewards.proxies.settle import settle_strangeness
@@ -48,6 +51,7 @@ def refit(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor)
     if not learnt_heldout(proxy) or not count:
         return
     _, variance = reader.ensemble(heldout)
+    kept = [(network, deepcopy(network.state_dict())) for network in _ignorant(proxy)]
     continue_training(
         proxy,
         reader,
@@ -56,4 +60,21 @@ def refit(proxy: RewardProxy, reader: Reader, training: Tensor, heldout: Tensor)
         rate=LEARNING_RATE_FACTOR,
         redraw=False,
     )
+    for network, weights in kept:
+        network.load_state_dict(weights)
     settle_strangeness(proxy, reader, training, heldout, variance)
+
+
+def _ignorant(proxy: RewardProxy) -> list[nn.Module]:
+    """Return the networks of rewards of which held-out samples show that nothing was learnt, an R2 not above 0.
+
+    They would learn their labels by heart. Where rewards share a network there are none.
+    """
+    learnt = [proxy.report[name]["r2"] > 0 for name in proxy.reward_names]
+    return [
+        network
+        for member in proxy.members
+        if isinstance(member, SeparateMember)
+        for network, knows in zip(member.networks, learnt, strict=True)
+        if not knows
+    ]

@@ -211,6 +211,18 @@ def test_a_decoder_learns_no_reward_before_a_policy_moves(quick):
     assert not torch.equal(refitted.members[0].head.output.weight, before.members[0].head.output.weight)
 
 
+def test_a_reward_of_which_nothing_was_learnt_is_not_learnt_by_heart(quick):
+    latents, lengths = draw(200, 0)
+    rewards = {"length": lengths, "luck": torch.randn(200, generator=torch.Generator().manual_seed(1))}
+    settings = [quick(trunk="pixels", refit_fraction=fraction) for fraction in (0.5, 0.0)]
+    refitted, before = (train_proxy(latents, rewards, config=each, codec=MixingCodec()) for each in settings)
+    assert before.report["length"]["r2"] > 0 >= before.report["luck"]["r2"]
+    pairs = zip(refitted.members, before.members, strict=True)
+    for length, luck in (zip(new.networks, old.networks, strict=True) for new, old in pairs):
+        assert not torch.equal(*(network.head.output.weight for network in length))
+        assert all(map(torch.equal, luck[0].state_dict().values(), luck[1].state_dict().values()))
+
+
 def test_a_proxy_takes_a_copy_of_the_decoder_it_is_given(trained):
     proxy, _ = trained
     given = TinyDecoder(**proxy.shared.geometry)
