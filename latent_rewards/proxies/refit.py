@@ -1,8 +1,8 @@
 """The last updates of a proxy: all members learn from all samples, those held out too.
 
 What is held out says how good a proxy is and calibrates it. After that it is worth more as labels, as are the samples
-on which members stopped early: of 1,024 digits a member has seen 783. Report and calibration stay those of before, so
-they tell of a proxy that knew less, and err on the safe side. A reward of which nothing could be learnt is left alone.
+on which members stopped early: of 1,024 digits a member has seen 783. Report and calibration stay those of before, and
+tell of a proxy that knew less. A reward of which nothing could be learnt is left alone.
 """
 
 from __future__ import annotations
