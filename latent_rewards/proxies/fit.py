@@ -154,8 +154,7 @@ def train_proxy(
     proxy, reader = fitted(config, training, encode)
     proxy.selection = selection
     settle(proxy, reader, training, heldout, halve(heldout_prompts(samples, heldout)))
-    validation = _folds(config, samples, training) == 0
-    ridge = None if config.trunk == "linear" else _baseline(reader, training, validation, heldout)
+    ridge = None if config.trunk == "linear" else _baseline(reader, training, heldout, config)
     assess(proxy, reader, samples, training, heldout, ridge)
     if config.learning_curve:
         parts = [*nested_parts(samples.rewards, samples.reward_names, training, config.seed), training]
@@ -330,14 +329,14 @@ def fit_linear(proxy: RewardProxy, reader: Reader, training: Tensor, validation:
     member.intercept.copy_(intercept)
 
 
-def _baseline(reader: Reader, training: Tensor, validation: Tensor, heldout: Tensor) -> Tensor:
+def _baseline(reader: Reader, training: Tensor, heldout: Tensor, config: ProxyConfig) -> Tensor:
     """Return a ridge regression's predictions ``[n, R]`` for ``heldout``, fitted on at most 2,048 training samples.
 
     Each bucket has a regression of its own. A reward that fewer than 8 of a bucket's samples have is predicted by its
     mean over all there.
     """
     every = -(-len(training) // _BASELINE_ROWS)
-    rows, validation = training[::every], validation[::every]
+    rows, validation = training[::every], _folds(config, reader.samples, training)[::every] == 0
     targets = reader.targets(rows)
     predicted = torch.zeros(len(heldout), targets.shape[1], dtype=torch.float64)
     owners, owners_heldout = reader.samples.buckets(rows), reader.samples.buckets(heldout)

@@ -20,13 +20,13 @@ def make_stem(latent_shape: tuple[int, ...], width: int) -> nn.Conv3d:
     channels, _, height, breadth = latent_shape
     shorter = min(height, breadth)
     stride = 1 if shorter < 6 else 2 if shorter < 32 else 4
-    return strided_convolution(channels, width, stride)
-
-
-def strided_convolution(channels: int, width: int, stride: int) -> nn.Conv3d:
-    """Return a convolution over frames and positions with a stride of 1, 2 or 4 over positions; F is kept."""
-    kernel, padding = (3, 1) if stride == 1 else (2 * stride, stride // 2)
+    kernel, padding = strided_kernel(stride)
     return nn.Conv3d(channels, width, (3, kernel, kernel), stride=(1, stride, stride), padding=(1, padding, padding))
+
+
+def strided_kernel(stride: int) -> tuple[int, int]:
+    """Return kernel and padding over positions of a convolution with a stride of 1, 2 or 4."""
+    return (3, 1) if stride == 1 else (2 * stride, stride // 2)
 
 
 def pool_positions(x: Tensor) -> Tensor:

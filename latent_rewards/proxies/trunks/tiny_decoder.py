@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from latent_rewards.contracts import DataError
+from latent_rewards.proxies.trunks.conv3d import strided_kernel
 
 CHANNELS = 3
 _TARGET_SIDE = 16
@@ -61,7 +62,7 @@ class TinyDecoder(nn.Module):
         self.zoom, self.frames_per_latent, self.dropped = zoom, frames_per_latent, dropped
         self.register_buffer("latent_mean", torch.zeros(channels, 1, 1, 1))
         self.register_buffer("latent_std", torch.ones(channels, 1, 1, 1))
-        kernel, padding = (3, 1) if stride == 1 else (2 * stride, stride // 2)
+        kernel, padding = strided_kernel(stride)
         # Frames meet in the blocks; a stem that mixes them too cost a fifth of the work and drew worse.
         self.stem = nn.Conv2d(channels, _WIDTH, kernel, stride=stride, padding=padding)
         self.blocks = nn.ModuleList(

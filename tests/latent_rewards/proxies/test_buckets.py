@@ -10,7 +10,7 @@ from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies import ProxyConfig, RewardProxy, train_proxy
 from latent_rewards.proxies.buckets import check_readable, gather_buckets
 from latent_rewards.proxies.ensemble import Reader
-from latent_rewards.proxies.fit import _baseline
+from latent_rewards.proxies.fit import _baseline, _folds
 from latent_rewards.proxies.linear import fit_ridge
 from latent_rewards.proxies.text import PromptFeatures
 
@@ -134,15 +134,15 @@ def test_the_ridge_baseline_is_one_per_bucket():
     )
     reader = Reader(proxy, samples)
     training, heldout = torch.cat([torch.arange(50), torch.arange(60, 110)]), torch.tensor([119, 50, 110, 59])
-    validation = torch.arange(100) % 5 == 0
-    predicted = _baseline(reader, training, validation, heldout)
+    validation = _folds(proxy.config, samples, training) == 0
+    predicted = _baseline(reader, training, heldout, proxy.config)
     for bucket, rows in ((0, [1, 3]), (1, [0, 2])):
         features, mine = parts[bucket][:50].flatten(1), slice(50 * bucket, 50 * bucket + 50)
         weight, intercept = fit_ridge(features, rewards[bucket][:50, None], None, validation[mine])
         asked = parts[bucket].flatten(1)[heldout[rows] - 60 * bucket].double()
         torch.testing.assert_close(predicted[rows], asked @ weight + intercept)
     sparse = gather_buckets(parts, [rewards[0], torch.full((60,), math.nan)], None)
-    assert _baseline(Reader(proxy, sparse), training, validation, heldout)[[0, 2]].tolist() == [[0.0], [0.0]]
+    assert _baseline(Reader(proxy, sparse), training, heldout, proxy.config)[[0, 2]].tolist() == [[0.0], [0.0]]
 
 
 def test_lists_that_do_not_fit_together_are_refused():
