@@ -232,8 +232,13 @@ def _joint(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewSt
 
 
 def _alone(config: ds.DistillationConfig) -> dict[str, Any]:
-    """Return what CD needs where no VSD came before: the learning rate and the average of a first stage."""
-    return {"vsd_steps": 0, "cd_learning_rate": config.learning_rate, "cd_ema_decay": config.ema_decay}
+    """Return what CD needs where no VSD came before: learning rate, average and guidance of a first stage."""
+    return {
+        "vsd_steps": 0,
+        "cd_learning_rate": config.learning_rate,
+        "cd_ema_decay": config.ema_decay,
+        "cd_guidance_scale": config.guidance_scale,
+    }
 
 
 def _cd(race: Ablation, pipeline: Dollar, folder: Path, **changes: Any) -> dict[int, ds.FewStepStudent]:  # noqa: ANN401

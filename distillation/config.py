@@ -13,7 +13,7 @@ FREE_SETTINGS = frozenset(
 """Settings that change no weights."""
 
 _OUTSIDE = FREE_SETTINGS | {"schedule", "cd_steps"}  # the latter say only how far a stage goes
-_CD_ONLY = frozenset("num_timesteps curriculum solver_steps huber_c cd_weight cd_learning_rate cd_ema_decay".split())
+_CD_ONLY = frozenset("num_timesteps curriculum solver_steps huber_c cd_weight cd_guidance_scale cd_learning_rate cd_ema_decay".split())
 _FREE = {
     "vsd": _OUTSIDE | _CD_ONLY | {"vsd_steps"},
     "cd": _OUTSIDE | {"cd_weight"},
@@ -33,8 +33,10 @@ class DistillationConfig:
         step_counts: step counts the student is trained for; VSD draws one of their calls per update, all alike.
         guidance_scale: of the teacher, w in ``u + w (c - u)``; 1 is none.
         refine_guidance_scale: in place of ``guidance_scale`` where VSD trains a call that refines, which is every call
-            of a chain but its first, and in CD; None takes ``guidance_scale``. Content is decided at pure noise and
-            wants a strong guidance, a single step most of all; where it is refined, a strong one shows as flicker.
+            of a chain but its first; None takes ``guidance_scale``. Content is decided at pure noise and wants a
+            strong guidance, a single step most of all; where it is refined, a strong one shows as flicker.
+        cd_guidance_scale: in place of both in CD, whose aim is the teacher's whole path and so what the teacher's
+            samples at that guidance are worth; None takes ``refine_guidance_scale``.
         guidance_start: noise time t in [0, 1] below which the teacher is not guided; 0 guides it everywhere.
         learning_rate: of the student (AdamW; beta1 = 0 with VSD, 0.9 for CD alone).
         learning_rate_floor: share of its learning rate the student has left at the end of each stage, reached along
@@ -92,6 +94,7 @@ class DistillationConfig:
     step_counts: list[int] = field(default_factory=lambda: [1, 2, 4])
     guidance_scale: float = 5.0
     refine_guidance_scale: float | None = None
+    cd_guidance_scale: float | None = None
     guidance_start: float = 0.0
     learning_rate: float = 1e-5
     learning_rate_floor: float = 1.0
@@ -147,7 +150,7 @@ class DistillationConfig:
             if not getattr(self, name) >= least:
                 raise DistillationConfigError(f"{name} must be at least {least}; got {getattr(self, name)}")
         positive = ("learning_rate", "fake_learning_rate", "cd_learning_rate", "huber_c", "time_shift", "r1_sigma")
-        for name in (*positive, "guidance_scale", "refine_guidance_scale"):
+        for name in (*positive, "guidance_scale", "refine_guidance_scale", "cd_guidance_scale"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise DistillationConfigError(f"{name} must be positive; got {getattr(self, name)}")
         for name in ("learning_rate_floor", "guidance_start"):
@@ -189,9 +192,14 @@ class DistillationConfig:
         return self.guidance_scale if refined is None else refined
 
     @property
+    def cd_guidance(self) -> float:
+        """The teacher's guidance in CD."""
+        return self.guidance(exit_step=1) if self.cd_guidance_scale is None else self.cd_guidance_scale
+
+    @property
     def guides(self) -> bool:
         """Whether the teacher is guided anywhere, so that a negative condition is needed."""
-        return any(self.guidance(exit_step) != 1 for exit_step in (0, 1))
+        return any(scale != 1 for scale in (self.guidance(0), self.guidance(1), self.cd_guidance))
 
     @property
     def stages(self) -> dict[str, int]:

@@ -249,7 +249,7 @@ class DistillationStage(Stage):
             self.draw_noise(step, "cd"),
             t,
             s,
-            guidance_scale=limited_guidance(config.guidance(exit_step=1), t, config.guidance_start),
+            guidance_scale=limited_guidance(config.cd_guidance, t, config.guidance_start),
             negative=batch.negative,
             solver_steps=config.solver_steps,
         )

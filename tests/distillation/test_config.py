@@ -38,6 +38,7 @@ def test_step_counts_may_be_a_tuple():
         {"step_counts": ()},
         {"guidance_scale": 0.0},
         {"refine_guidance_scale": -1.0},
+        {"cd_guidance_scale": 0.0},
         {"r1_weight": -1.0},
         {"r1_sigma": 0.0},
         {"r1_weight": 1.0},
@@ -62,6 +63,7 @@ def test_settings_without_effect_are_refused():
 def test_guard_refuses_what_would_change_the_weights_and_nothing_else():
     stored = SettingsGuard(DistillationConfig(), "vsd").state_dict()
     free = DistillationConfig(vsd_steps=5000, huber_c=0.1, log_every=1, cd_learning_rate=1e-3, cd_ema_decay=0.5)
+    free.cd_guidance_scale = 2.0
     SettingsGuard(free, "vsd").load_state_dict(stored)
     with pytest.raises(DistillationConfigError, match=r"guidance_scale = 5\.0, this run has 2\.0"):
         SettingsGuard(DistillationConfig(guidance_scale=2.0), "vsd").load_state_dict(stored)

@@ -153,6 +153,11 @@ def test_calls_that_refine_have_a_guidance_of_their_own(world, numbers, monkeypa
     wanted = [1.5 if entry["exit_step"] else 3.0 for entry in history["vsd"]]
     assert seen == {"vsd": wanted, "cd": [1.5, 1.5]}
     assert set(wanted) == {1.5, 3.0}
+    for calls in seen.values():
+        calls.clear()
+    alone = settings(vsd_steps=0, cd_steps=2, cd_guidance_scale=4.0)
+    DistillationTrainer(teacher, world()[1], PROMPTS, alone).train()
+    assert seen == {"vsd": [], "cd": [4.0, 4.0]}
 
 
 def test_student_ends_on_the_average_of_its_weights(world):
