@@ -13,7 +13,9 @@ FREE_SETTINGS = frozenset(
 """Settings that change no weights."""
 
 _OUTSIDE = FREE_SETTINGS | {"schedule", "cd_steps"}  # the latter say only how far a stage goes
-_CD_ONLY = frozenset("num_timesteps curriculum solver_steps huber_c cd_weight cd_guidance_scale cd_learning_rate cd_ema_decay".split())
+_CD_ONLY = frozenset(
+    "num_timesteps curriculum solver_steps huber_c cd_weight cd_guidance_scale cd_learning_rate cd_ema_decay".split()
+)
 _FREE = {
     "vsd": _OUTSIDE | _CD_ONLY | {"vsd_steps"},
     "cd": _OUTSIDE | {"cd_weight"},
