@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import distillation as ds
+from distillation import roles as roles_module
 from distillation.condition import TextCondition
 from distillation.errors import DistillationConfigError
 from distillation.roles import Role, Separate, SharedBase, merged, roles_of, save_activations
@@ -111,6 +112,28 @@ def test_a_repeated_forward_pass_plays_the_role_that_made_it(base, inputs, randn
     base.transformer.enable_gradient_checkpointing()
     with pytest.raises(Exception, match="recomput|saved"):
         gradients()
+
+
+def test_a_repeated_block_switches_its_own_adapters_and_no_others(base, inputs, monkeypatch):
+    roles = SharedBase(base, RANK)
+    save_activations(roles, {"student": roles.student})
+    loss = (roles.student(*inputs).v ** 2).sum()
+    switched = []
+    plain = roles_module._switch
+    monkeypatch.setattr(
+        roles_module, "_switch", lambda layers, name: (switched.extend(map(id, layers)), plain(layers, name))
+    )
+    loss.backward()
+    inside = {id(layer) for layer in roles_module._adapter_layers(base.transformer.blocks)}
+    assert set(switched) == inside and len(switched) == 2 * len(inside)
+
+
+def test_a_peft_that_switches_otherwise_is_refused(base, monkeypatch):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    monkeypatch.setattr(BaseTunerLayer, "disable_adapters", property(lambda layer: False))
+    with pytest.raises(DistillationConfigError, match="peft keeps the switches"):
+        SharedBase(base, RANK)
 
 
 def test_two_roles_in_one_loss_each_get_their_own_gradient(base, inputs, randn):
