@@ -321,10 +321,13 @@ def _switch(layers: Sequence[Any], name: RoleName | None) -> None:
     """Switch the adapter of a role on in these layers and all others off.
 
     peft's own switches freeze and unfreeze every adapter too: of 300 layers 30 ms, ten times an update, or with
-    activation checkpointing twice a block.
+    activation checkpointing twice a block. Under autocast an adapter reads its input as it comes; peft would make it
+    float32 first, and autocast round it again.
     """
+    rounds = bool(layers) and torch.is_autocast_enabled(layers[0].weight.device.type)
     for layer in layers:
         layer._disable_adapters = name is None
+        layer.cast_input_dtype_enabled = not rounds
         if name is not None:
             layer._active_adapter = name
 

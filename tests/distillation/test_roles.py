@@ -128,6 +128,26 @@ def test_a_repeated_block_switches_its_own_adapters_and_no_others(base, inputs, 
     assert set(switched) == inside and len(switched) == 2 * len(inside)
 
 
+def test_under_autocast_an_adapter_reads_what_its_layer_does(tiny_wan, inputs, randn, monkeypatch):
+    roles = SharedBase(tiny_wan().float(), RANK)
+    student = shaken(roles.student, randn)
+    x_t, t, condition = inputs[0].float(), inputs[1].float(), TextCondition(inputs[2].embeddings.float())
+    layer, seen = roles_module._adapter_layers(student.roles.teacher.transformer.blocks)[-1], []
+    layer.lora_A["student"].register_forward_pre_hook(lambda _, read: seen.append(read[0].dtype))
+
+    def predicted():
+        with torch.autocast("cpu", torch.bfloat16):
+            return student(x_t, t, condition).v
+
+    ours = predicted()
+    student(x_t, t, condition)
+    assert seen == [torch.bfloat16, torch.float32]
+    # What peft does by itself gives the same numbers.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    torch.testing.assert_close(predicted(), ours, rtol=0, atol=0)
+    assert seen[-1] == torch.float32
+
+
 def test_a_peft_that_switches_otherwise_is_refused(base, monkeypatch):
     from peft.tuners.tuners_utils import BaseTunerLayer
 
