@@ -36,12 +36,7 @@ def summarise(results: Sequence[Result], methods: Sequence[str], rewards: Sequen
     for score, title in SCORES.items():
         rows = dict(_score_rows(ordered, score, rewards, sizes))
         lines += _table(f"{title}, mean ± standard deviation over seeds", ("reward", "method"), sizes, rows)
-    rows = {
-        (name, f"{result['method']}, seed {result['seed']}"): [_covered(result, size, name) for size in sizes]
-        for name in rewards
-        for result in ordered
-        if any("coverage" in entry["rewards"][name] for entry in result["sizes"].values())
-    }
+    rows = dict(_coverage_rows(ordered, rewards, sizes))
     lines += _table("Coverage of the 90 % interval, % [95 % interval over prompts]", ("reward", "method"), sizes, rows)
     strange = [result for result in ordered if any("auroc" in entry for entry in result["sizes"].values())]
     rows = {
@@ -68,13 +63,36 @@ def _score_rows(
             yield (name, "(most without ties)"), ceiling
 
 
-def _over_seeds(results: Sequence[Result], size: int, read: Callable[[Mapping[str, Any]], float | None]) -> str:
+def _coverage_rows(
+    results: Sequence[Result], rewards: Sequence[str], sizes: Sequence[int]
+) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """Yield a row for each seed and the mean over them, which is what an interval promises: a seed is one drawing."""
+    have = [
+        result
+        for result in results
+        if any("coverage" in entry["rewards"][rewards[0]] for entry in result["sizes"].values())
+    ]
+    for name in rewards:
+
+        def read(entry: Mapping[str, Any], name: str = name) -> float:
+            return 100 * float(entry["rewards"][name]["coverage"]["share"])
+
+        for method in dict.fromkeys(result["method"] for result in have):
+            same = [result for result in have if result["method"] == method]
+            for result in same:
+                yield (name, f"{method}, seed {result['seed']}"), [_covered(result, size, name) for size in sizes]
+            yield (name, f"{method}, mean"), [_over_seeds(same, size, read, digits=1) for size in sizes]
+
+
+def _over_seeds(
+    results: Sequence[Result], size: int, read: Callable[[Mapping[str, Any]], float | None], digits: int = 3
+) -> str:
     entries = [result["sizes"].get(str(size)) for result in results]
     values = [value for entry in entries if entry is not None and (value := read(entry)) is not None]
     if not values:
         return "–"
     mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{mean:.3f} ± {spread:.3f}" if max(values) > min(values) else f"{mean:.3f}"
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}" if max(values) > min(values) else f"{mean:.{digits}f}"
 
 
 def _covered(result: Result, size: int, name: str) -> str:

@@ -373,9 +373,15 @@ def measure_all(options: argparse.Namespace) -> None:
         return attempt(Run(way, size, peer=str(options.peer) if options.peer else None, **shared), free)
 
     sizes = options.sizes or (CPU_SIZES if options.device == "cpu" else GPU_SIZES)
-    peer = f"NVlabs/FastGen {commit_of(options.peer)}" if options.peer else None
+    peer = peer_name(options.peer) if options.peer else None
     facts = {**shared, "device_name": device_name(options.device), "peer": peer, "note": options.note}
     take_turns(sizes, ways, options.repeats, measure, lambda rows: store(options, rows, facts))
+
+
+def peer_name(folder: Path) -> str:
+    """Return what results call a checkout; without a repository of its own, git would tell that of the folder above."""
+    commit = commit_of(folder) if (folder / ".git").exists() else None
+    return f"NVlabs/FastGen {commit or 'of an unknown commit'}"
 
 
 def store(options: argparse.Namespace, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ def scores(spearman, **extra):
 
 
 def result(method, seed, spearmans, **settings):
-    interval = {"coverage": {"share": 0.91, "low": 0.885, "high": 0.9349}} if method == "default" else {}
+    share = 0.91 - 0.02 * seed
+    interval = {"coverage": {"share": share, "low": 0.885, "high": 0.9349}} if method == "default" else {}
     sizes = {
         str(size): {
             "rewards": {name: scores(value, **interval) for name in REWARDS},
@@ -30,8 +31,9 @@ def test_tables_are_over_seeds_and_show_what_is_missing():
     assert "| legible | default | 0.700 ± 0.141 | 0.900 |" in lines
     assert "| legible | ridge | 0.500 | – |" in lines
     assert "| moves | (most without ties) | 0.900 | 0.900 |" in lines
-    assert "| legible | default, seed 1 | 91.0 [88.5, 93.5] | 91.0 [88.5, 93.5] |" in lines
+    assert "| legible | default, seed 1 | 89.0 [88.5, 93.5] | 89.0 [88.5, 93.5] |" in lines
     assert "| legible | default, seed 0 | 91.0 [88.5, 93.5] | – |" in lines
+    assert "| legible | default, mean | 90.0 ± 1.4 | 89.0 |" in lines
     assert "| noise latents | 0.990 | 0.990 |" in lines and "| hacked policy | – | 0.950 |" in lines
     assert lines.index("| legible | default | 0.700 ± 0.141 | 0.900 |") < lines.index("| legible | ridge | 0.500 | – |")
 

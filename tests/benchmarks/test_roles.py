@@ -23,6 +23,7 @@ from benchmarks.roles import (
     expected_mib,
     main,
     measure_all,
+    peer_name,
     ratios,
     store,
     take_turns,
@@ -213,6 +214,13 @@ def test_without_a_checkout_the_peer_is_left_out_and_a_folder_without_one_is_ref
     with pytest.raises(PeerError, match="is no checkout of FastGen"):
         measure_all(asked(peer=tmp_path))
     assert len(measured) == len(OURS)
+
+
+def test_a_copy_within_another_repository_is_not_told_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(roles, "commit_of", lambda folder: "1234567")  # of the repository above
+    assert peer_name(tmp_path) == "NVlabs/FastGen of an unknown commit"
+    (tmp_path / ".git").mkdir()
+    assert peer_name(tmp_path) == "NVlabs/FastGen 1234567"
 
 
 def test_results_are_stored_by_device_and_precision(tmp_path, monkeypatch):
