@@ -6,6 +6,7 @@ import torch
 from latent_rewards.contracts import ConfigError
 from latent_rewards.proxies import refit as module
 from latent_rewards.proxies import train_proxy
+from latent_rewards.proxies.card import model_card
 from latent_rewards.proxies.ensemble import Reader
 
 
@@ -58,10 +59,30 @@ def test_every_sample_is_learnt_from_for_a_part_of_the_updates(world, quick, mon
         "batches",
         lambda self, rows, size, count, source: drawn.append((rows, count)) or batches(self, rows, size, count, source),
     )
-    train_proxy(latents, curved(latents), config=quick(num_updates=40, refit_fraction=0.25, ensemble_size=2))
-    assert [count for _, count in drawn] == [40, 40, 10, 10]
+    train_proxy(latents, curved(latents), config=quick(num_updates=80, refit_fraction=0.25, ensemble_size=2))
+    assert [count for _, count in drawn] == [80, 80, 20, 20]
     assert all(len(rows) < 55 for rows, _ in drawn[:2])
     assert all(torch.equal(rows, torch.arange(64)) for rows, _ in drawn[2:])
+
+
+def test_a_network_that_learnt_nothing_is_left_alone_and_nothing_else_is_said_of_it(world, quick):
+    latents, luck = world[0](120, 0), torch.randn(120, generator=torch.Generator().manual_seed(1))
+    refitted, before = (train_proxy(latents, luck, config=quick(refit_fraction=share)) for share in (0.5, 0.0))
+    assert before.report["reward"]["r2"] <= 0 and not module.learnt_heldout(refitted)
+    for name, value in refitted.state_dict().items():
+        assert torch.equal(value, before.state_dict()[name]), name
+    assert module.LEARNT_HELDOUT not in model_card(refitted)
+
+
+def test_the_smallest_part_of_the_updates_is_one(world, quick):
+    draw, curved = world
+    latents = draw(64, 0)
+    refitted, before = (
+        train_proxy(latents, curved(latents), config=quick(refit_fraction=share)) for share in (1e-9, 0.0)
+    )
+    assert module.learnt_heldout(refitted) and not module.learnt_heldout(before)
+    for new, old in zip(refitted.members, before.members, strict=True):
+        assert not torch.equal(new.head.output.weight, old.head.output.weight)
 
 
 def test_what_is_solved_in_closed_form_stays(world, quick, monkeypatch):
@@ -69,5 +90,6 @@ def test_what_is_solved_in_closed_form_stays(world, quick, monkeypatch):
     latents = draw(64, 0)
     monkeypatch.setattr(module, "continue_training", lambda *args, **settings: pytest.fail("nothing is trained"))
     train_proxy(latents, curved(latents), config=quick(trunk="linear"))
-    with pytest.raises(ConfigError, match="refit_fraction must not be negative; got -0.1"):
-        quick(refit_fraction=-0.1)
+    for share in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"refit_fraction must be finite and not negative; got {share}"):
+            quick(refit_fraction=share)
