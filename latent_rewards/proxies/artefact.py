@@ -1,8 +1,8 @@
 """A proxy in a folder or on the hub: safetensors, JSON, and a model card for people.
 
 ``proxy.json`` says what the proxy is and holds its report, ``proxy.safetensors`` its weights, ``heldout.safetensors``
-what it said of the samples it was not trained on, and ``README.md`` the same for a reader. A manifest with every file's
-sha256 is checked before anything is read; the card is left out of that, since people edit cards.
+what it said of samples before it was trained on them, and ``README.md`` the same for a reader. A manifest with
+every file's sha256 is checked before anything is read; the card is left out of that, since people edit cards.
 """
 
 from __future__ import annotations
