@@ -153,6 +153,11 @@ def test_members_share_the_frames_and_are_differentiable(trained):
     assert (proxy.predict(latents.detach()).std["reward"] > 0).all()
 
 
+def test_no_latents_have_no_scores(trained):
+    none = draw(1, 1)[0][:0]
+    assert trained[0](none).shape == trained[0].predict(none).mean["reward"].shape == (0,)
+
+
 def test_it_is_stored_with_its_decoder_and_loaded_without_a_codec(trained, tmp_path):
     proxy, _ = trained
     proxy.save_pretrained(tmp_path / "p")
