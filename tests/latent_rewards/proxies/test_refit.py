@@ -1,13 +1,17 @@
 """In the end a proxy learns from what was held out, and what it says of itself stays what it said before."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from latent_rewards.contracts import ConfigError
+from latent_rewards.proxies import ProxyConfig, train_proxy
 from latent_rewards.proxies import refit as module
-from latent_rewards.proxies import train_proxy
 from latent_rewards.proxies.card import model_card
 from latent_rewards.proxies.ensemble import Reader
+from latent_rewards.proxies.judgement import Judgement
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,28 @@ def test_a_network_that_learnt_nothing_is_left_alone_and_nothing_else_is_said_of
     assert module.LEARNT_HELDOUT not in model_card(refitted)
 
 
+@pytest.mark.parametrize(
+    ("changes", "learns"),
+    [
+        ({}, True),
+        ({"report": {"a": {"r2": 0.0}, "b": {"r2": 0.1}}}, True),
+        ({"report": {"a": {"r2": 0.0}, "b": {"r2": math.nan}}}, False),
+        ({"is_linear": True}, False),
+        ({"judgement": Judgement("bradley_terry")}, False),
+        ({"config": ProxyConfig(refit_fraction=0.0)}, False),
+    ],
+)
+def test_what_learns_from_held_out_samples(changes, learns):
+    proxy = {
+        "is_linear": False,
+        "judgement": None,
+        "config": ProxyConfig(),
+        "reward_names": ("a", "b"),
+        "report": {"a": {"r2": 0.9}, "b": {"r2": 0.9}},
+    }
+    assert module.learnt_heldout(SimpleNamespace(**{**proxy, **changes})) is learns
+
+
 def test_the_smallest_part_of_the_updates_is_one(world, quick):
     draw, curved = world
     latents = draw(64, 0)
@@ -86,10 +112,10 @@ def test_the_smallest_part_of_the_updates_is_one(world, quick):
 
 
 def test_what_is_solved_in_closed_form_stays(world, quick, monkeypatch):
-    draw, curved = world
-    latents = draw(64, 0)
+    latents = world[0](64, 0)
     monkeypatch.setattr(module, "continue_training", lambda *args, **settings: pytest.fail("nothing is trained"))
-    train_proxy(latents, curved(latents), config=quick(trunk="linear"))
+    solved = train_proxy(latents, latents.mean(dim=(1, 2, 3, 4)), config=quick(trunk="linear"))
+    assert solved.report["reward"]["r2"] > 0.9
     for share in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match=f"refit_fraction must be finite and not negative; got {share}"):
             quick(refit_fraction=share)
