@@ -25,7 +25,7 @@ LEARNING_RATE_FACTOR = 0.5
 LEARNT_HELDOUT = (
     "In the end the networks learnt from the held-out samples too, unless they had learnt nothing before (R2 not above "
     "0): the numbers tell of them before, when they knew less, and could not be measured again. Members agree more "
-    "since, so with few labels intervals are somewhat too narrow."
+    "since, so with few labels intervals may be too narrow."
 )
 
 
