@@ -80,7 +80,7 @@ def _add_proxy(report: Report, proxy_report: Mapping[str, Any]) -> None:
         ]
         for name, values in proxy_report.items()
     ]
-    report.add_table(headers, rows, "The proxy on samples it was not trained on, before tuning.", decimals=3)
+    report.add_table(headers, rows, "The proxy on samples it had not been trained on, before tuning.", decimals=3)
 
 
 def _add_losses(report: Report, stage: str, history: Sequence[Mapping[str, Any]]) -> None:

@@ -1,8 +1,8 @@
 """A proxy in a folder or on the hub: safetensors, JSON, and a model card for people.
 
 ``proxy.json`` says what the proxy is and holds its report, ``proxy.safetensors`` its weights, ``heldout.safetensors``
-what it said of the samples it was not trained on, and ``README.md`` the same for a reader. A manifest with every file's
-sha256 is checked before anything is read; the card is left out of that, since people edit cards.
+what it said of samples before it was trained on them, and ``README.md`` the same for a reader. A manifest with
+every file's sha256 is checked before anything is read; the card is left out of that, since people edit cards.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ DESCRIPTION, WEIGHTS, HELD_OUT, CARD = "proxy.json", "proxy.safetensors", "heldo
 _EARLIER = "latent-rewards/proxy/2"
 _SINCE = ("calibration.ratios", "ood_score.")
 """Buffers that the earlier format has not; their initial values stand for it."""
+
+_OTHER_NETWORKS = (
+    "both files are as they were stored, by another version or with another trunk of that name; fit the proxy again, "
+    "or load it with what stored it"
+)
+"""After the manifest was checked what does not fit is not damaged: the trunk has come to mean other networks."""
 
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
 
@@ -96,8 +102,8 @@ def load_proxy(
         missing = [name for name in missing if not name.startswith(_SINCE)]
     if missing or unexpected:
         raise CheckpointError(
-            f"{folder / WEIGHTS} lacks {missing} and has {unexpected} beside what {DESCRIPTION} describes; the two do "
-            "not belong together: save the proxy again"
+            f"{folder / WEIGHTS} lacks {missing} and has {unexpected} beside what {DESCRIPTION} describes: "
+            f"{_OTHER_NETWORKS}"
         )
     if (folder / HELD_OUT).is_file():
         try:
@@ -161,8 +167,8 @@ def _tensors(file: Path, proxy: RewardProxy) -> dict[str, Tensor]:
     for name, wanted in proxy.state_dict().items():
         if name in tensors and tensors[name].shape != wanted.shape:
             raise CheckpointError(
-                f"{file} holds {name} of shape {tuple(tensors[name].shape)}; {DESCRIPTION} describes "
-                f"{tuple(wanted.shape)}: save the proxy again"
+                f"{file} holds {name} of shape {tuple(tensors[name].shape)}; what {DESCRIPTION} describes has "
+                f"{tuple(wanted.shape)}: {_OTHER_NETWORKS}"
             )
     return tensors
 

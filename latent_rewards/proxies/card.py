@@ -91,7 +91,7 @@ def _report(proxy: RewardProxy) -> list[str]:
         return ["## Report", "None: this proxy was not made by `train_proxy`."]
     parts = [
         "## Report",
-        "On samples it was not trained on, calibrated by the other half of them, beside a ridge regression and a "
+        "On samples it had not been trained on, calibrated by the other half of them, beside a ridge regression and a "
         "constant. Pairs right: the share of pairs of samples that are ordered as the metric orders them; calibration "
         "error: of the Gaussian's central intervals at levels .1 to .9.",
     ]

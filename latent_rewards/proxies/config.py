@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from latent_rewards.contracts import ConfigError, unknown_name
@@ -51,7 +52,8 @@ class ProxyConfig:
             deviation; a proxy that is climbed must not change with what no eye can see. The linear trunk has none.
         holdout_fraction: part of the data kept for the report and the calibration, in (0, 0.5].
         refit_fraction: after the report and the calibration the networks go on for this part of their updates and learn
-            from all samples, the held-out ones too; 0 keeps those that were judged.
+            from all samples, the held-out ones too; 0 keeps those that were judged. Networks that learnt nothing, ridge
+            regressions and proxies of preferences stay what they were.
         decoder_clips: for "pixels", most clips decoded to teach the tiny decoder; fewer where decoding is slow.
         decoder_updates: of the tiny decoder, of 24 clips each.
         patience: evaluations without improvement after which a network stops; there is one every 25 updates, or about
@@ -138,8 +140,8 @@ class ProxyConfig:
             raise ConfigError(f"weight_decay must not be negative; got {self.weight_decay}")
         if not 0 < self.holdout_fraction <= 0.5:
             raise ConfigError(f"holdout_fraction must lie in (0, 0.5]; got {self.holdout_fraction}")
-        if self.refit_fraction < 0:
-            raise ConfigError(f"refit_fraction must not be negative; got {self.refit_fraction}")
+        if not 0 <= self.refit_fraction < math.inf:
+            raise ConfigError(f"refit_fraction must be finite and not negative; got {self.refit_fraction}")
         if self.min_samples < 16:
             raise ConfigError(f"min_samples must be at least 16; got {self.min_samples}")
         if self.ridge_alpha is not None and not self.ridge_alpha > 0:

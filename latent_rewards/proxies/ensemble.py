@@ -200,9 +200,10 @@ def train_member(
     """
     member.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(member.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=len(batches) + 1, pct_start=warmup
-    )
+    steps = len(batches) + 1
+    # A rise of exactly one step is a division by zero in OneCycleLR.
+    rise = warmup if warmup * steps != 1 else 0.99 * warmup
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=rise)
     with torch.enable_grad():
         for number, indices in enumerate(batches):
             latents, prompts, target, *level = reader(indices)

@@ -1,4 +1,4 @@
-"""What a proxy said of the samples it was not trained on, kept beside it so that its report can be drawn."""
+"""What a proxy said of samples before it was trained on them, kept beside it so that its report can be drawn."""
 
 from __future__ import annotations
 

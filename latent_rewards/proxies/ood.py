@@ -12,7 +12,8 @@ A score near 1 for many samples says that the proxy is extrapolating. An ensembl
 The threshold for a false alarm a is split-conformal (:mod:`latent_rewards.proxies.conformal`): on a sample exchangeable
 with the held-out ones ``score > threshold`` has at most probability a. Ranks among the held-out samples themselves
 count the sample itself, so a new sample's c is never the higher for that, and the bound stays a bound (it is loose by
-some 3/n). With two parts two held-out samples can be strangest, so a must be at least 2/(n + 1).
+some 3/n). With two parts two held-out samples can be strangest, so a must be at least 2/(n + 1). Features that were
+learnt from the held-out samples too (:mod:`latent_rewards.proxies.refit`) make it an approximation.
 """
 
 from __future__ import annotations

@@ -49,6 +49,9 @@ class ProxyPrediction:
 
         On samples exchangeable with the n held-out ones they cover with at least probability ``level``, up to
         fitting two numbers of the standard deviation on the same n; a level above n / (n + 1) gives infinite ends.
+        Networks that learnt from those n since (``ProxyConfig.refit_fraction``) err less and agree more than they did
+        then, so the probability is about ``level`` only, and can be lower with few labels; with a ``refit_fraction`` of
+        0 it holds.
 
         Raises:
             ConfigError: ``level`` lies outside (0, 0.999].

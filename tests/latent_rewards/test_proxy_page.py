@@ -69,7 +69,7 @@ def test_without_held_out_predictions_the_tables_remain(proxy):
 
 def test_it_says_where_the_networks_learnt_from_held_out_samples_since(proxy):
     latents = torch.randn(64, 2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    config = ProxyConfig(width=16, num_updates=8, ensemble_size=1, progress=False)
+    config = ProxyConfig(width=16, num_updates=60, ensemble_size=1, progress=False)
     networks = train_proxy(latents, latents.mean(dim=(1, 2, 3, 4)), config=config)
     assert LEARNT_HELDOUT in proxy_page(networks, "p").render()
     assert LEARNT_HELDOUT not in proxy_page(proxy, "p").render()

@@ -146,8 +146,8 @@ def look(frames: Tensor) -> Tensor:
     coarse = flat.flatten(2) @ places.coarse
     place = (2 * centres / places.size - 1).unflatten(0, batch)
     speed = functional.pad(place.diff(dim=1), (0, 0, 1, 0))
-    seen = (shape, 2 * colours, 2 * coarse, place, 8 * speed, 10 * _change(frames))
-    return torch.cat([part.reshape(*batch, -1) for part in seen], dim=2)
+    views = (part.flatten(1).unflatten(0, batch) for part in (shape, 2 * colours, 2 * coarse))
+    return torch.cat([*views, place, 8 * speed, 10 * _change(frames)[..., None]], dim=2)
 
 
 class PixelTrunk(nn.Module):

@@ -112,15 +112,16 @@ class TinyDecoder(nn.Module):
 
     def draw(self, normalised: Tensor) -> Tensor:
         """Return the frames of normalised latents."""
+        batch = len(normalised), normalised.shape[2]
         images = normalised.permute(0, 2, 3, 4, 1).flatten(0, 1).permute(0, 3, 1, 2)
-        x = self.stem(images).permute(0, 2, 3, 1).unflatten(0, (len(normalised), -1))
+        x = self.stem(images).permute(0, 2, 3, 1).unflatten(0, batch)
         del images
         for block in self.blocks:
             made = _apply(cast(nn.Sequential, block), x)
             x = x + made if torch.is_grad_enabled() else x.add_(made)
             del made
         x = self.output(_gelu(x)).flatten(0, 1).permute(0, 3, 1, 2)
-        x = functional.pixel_shuffle(x, self.zoom).unflatten(0, (len(normalised), -1))
+        x = functional.pixel_shuffle(x, self.zoom).unflatten(0, batch)
         return x.unflatten(2, (self.frames_per_latent, CHANNELS)).flatten(1, 2)[:, self.dropped :].contiguous()
 
     @torch.no_grad()

@@ -153,6 +153,11 @@ def test_members_share_the_frames_and_are_differentiable(trained):
     assert (proxy.predict(latents.detach()).std["reward"] > 0).all()
 
 
+def test_no_latents_have_no_scores(trained):
+    none = draw(1, 1)[0][:0]
+    assert trained[0](none).shape == trained[0].predict(none).mean["reward"].shape == (0,)
+
+
 def test_it_is_stored_with_its_decoder_and_loaded_without_a_codec(trained, tmp_path):
     proxy, _ = trained
     proxy.save_pretrained(tmp_path / "p")
@@ -276,11 +281,29 @@ def test_a_prediction_draws_few_samples_and_judges_twice_as_many(quick, monkeypa
     monkeypatch.setattr(members, "look", lambda frames: looked.append(len(frames)) or look(frames))
     monkeypatch.setattr("latent_rewards.proxies.prediction._NUMBERS_ON_CPU", 4 * latents[0].numel())
     proxy.members[0].trunk.register_forward_hook(lambda module, inputs, output: judged.append(len(output)))
+    given, inputs = [], RewardProxy.member_inputs
+    monkeypatch.setattr(RewardProxy, "member_inputs", lambda self, *part: given.append(part) or inputs(self, *part))
     parts = proxy.predict(latents[:14], prompts[:14])
     assert (looked, judged) == ([4, 3, 4, 3], [7, 7])
+    assert torch.equal(torch.cat([clips for clips, _ in given]), proxy.normalise(latents[:14]))
+    assert torch.equal(torch.cat([read for _, read in given]), proxy.read_prompts(prompts[:14], 14))
     assert whole.mean["reward"].std() > 0
     for kind in ("mean", "std", "ood"):
         torch.testing.assert_close(getattr(parts, kind)["reward"], getattr(whole, kind)["reward"])
+
+
+def test_what_a_decoder_explains_is_a_share_of_the_variance():
+    frames = torch.rand(10, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0)).half()
+    samples, grey = samples_of(torch.arange(10.0)[:, None, None, None, None]), frames[:7].float().mean()
+
+    def explained(part):
+        def decoder(latents):
+            return grey + part * (frames[latents.flatten().long()].float() - grey)
+
+        return distil_decoder._explained(decoder, samples, torch.arange(7), dict(enumerate(frames)))
+
+    for part, share in ((1.0, 1.0), (0.5, 0.75), (0.0, 0.0), (-1.0, -3.0)):
+        assert explained(part) == pytest.approx(share, abs=1e-5)
 
 
 def test_a_decoder_that_draws_nothing_is_told_of(quick, recwarn):

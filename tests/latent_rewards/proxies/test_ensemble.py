@@ -16,6 +16,7 @@ from latent_rewards.proxies.ensemble import (
     shuffled_batches,
     train_member,
 )
+from latent_rewards.proxies.joint import CONTINUED_WARMUP
 
 
 def test_masked_error_averages_the_known_entries_only():
@@ -104,6 +105,23 @@ def test_a_member_learns_and_is_frozen_again():
         )
     assert line.slope.item() == pytest.approx(2.0, abs=0.05)
     assert len(steps) == 151 and not line.slope.requires_grad and line.slope.grad is None
+
+
+@pytest.mark.parametrize("warmup", [0.15, CONTINUED_WARMUP])
+def test_any_number_of_updates_can_be_made(warmup):
+    x = torch.linspace(-1, 1, 8)[:, None]
+    for count in range(1, 31):
+        line, steps = Line(), []
+        train_member(
+            line,
+            lambda indices: (x[indices], None, 2 * x[indices]),
+            [torch.arange(8)] * count,
+            learning_rate=0.2,
+            weight_decay=0.0,
+            warmup=warmup,
+            stop=steps.append,
+        )
+        assert steps == list(range(count)) and 0 < line.slope.item() < 3
 
 
 def test_input_noise_flattens_the_fit_as_errors_in_variables_do():

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from latent_rewards.contracts import ConfigError, FingerprintMismatchError
-from latent_rewards.proxies import RewardProxy, WanBackbone, train_proxy
+from latent_rewards.proxies import RewardProxy, WanBackbone, joint, train_proxy
 from latent_rewards.proxies.features import linear_features
 from latent_rewards.proxies.heads import SeparateMember
 from latent_rewards.proxies.joint import JointMember, JointReader, joint_loss, left_out, network_errors, networks_of
 from latent_rewards.proxies.text import PromptFeatures
+from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
 
 SHAPE = (4, 2, 4, 4)
 WORDS = {"still": 0, "moving": 1, "clip": 2}
@@ -219,3 +220,31 @@ def test_every_network_is_judged_by_its_own_rewards(separate):
     expected = nll.nanmean(dim=0).flatten() if separate else nll.flatten(2).transpose(0, 1).flatten(1).nanmean(dim=1)
     torch.testing.assert_close(network_errors(proxy, outputs.flatten(1), targets.flatten(1)), expected)
     assert networks_of(proxy) == (networks if separate else members)
+
+
+@pytest.mark.parametrize("trunk", ["conv3d", "pixels"])
+@pytest.mark.parametrize("redraw", [False, True])
+def test_what_shares_nothing_goes_on_with_sources_of_its_own_and_all_at_the_rate_asked_for(
+    quick, monkeypatch, trunk, redraw
+):
+    decoder = TinyDecoder(4, stride=1, zoom=4, frames_per_latent=1, dropped=0) if trunk == "pixels" else None
+    settings = quick(trunk=trunk, learning_rate=0.01, input_noise=0.5)
+    proxy = RewardProxy(settings, SHAPE, ("a",), PromptFeatures("none", 0), decoder=decoder)
+    calls = []
+    monkeypatch.setattr(joint, "train_member", lambda *given, **settings: calls.append((*given, settings)))
+    reader = SimpleNamespace(noised=lambda source: SimpleNamespace(draws_from=source))
+    joint.continue_training(
+        proxy,
+        reader,
+        lambda source: [source.initial_seed()],
+        lambda number: torch.Generator().manual_seed(number),
+        rate=0.25,
+        redraw=redraw,
+    )
+    assert [batches for _, _, batches, _ in calls] == ([[0], [1], [2]] if decoder is None else [[0]])
+    for _, noised, _, settings in calls:
+        noised = noised if decoder is None else noised._reader
+        assert noised.draws_from is settings["source"] and settings["learning_rate"] == 0.0025
+        assert settings["input_noise"] == 0.5
+    learns = {parameter for member, *_ in calls for parameter in member.parameters()}
+    assert learns == {*proxy.members.parameters(), *(proxy.shared.parameters() if decoder and redraw else ())}
