@@ -32,9 +32,11 @@ def latent_statistics(latents: Tensor) -> Tensor:
     """Return ``[B, 3 C]``: each channel's mean, standard deviation, and RMS difference of neighbouring frames."""
     mean = latents.mean(dim=(2, 3, 4))
     # Tensor.std adds up one number at a time.
-    spread = (latents - mean[..., None, None, None]).square().mean(dim=(2, 3, 4)).sqrt()
-    if latents.shape[2] < 2:
-        change = torch.zeros_like(spread)
-    else:
-        change = latents.diff(dim=2).square().mean(dim=(2, 3, 4)).sqrt()
+    spread = _root_mean_square(latents - mean[..., None, None, None])
+    change = torch.zeros_like(spread) if latents.shape[2] < 2 else _root_mean_square(latents.diff(dim=2))
     return torch.cat([mean, spread, change], dim=1)
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    flat = x.flatten(2)
+    return torch.linalg.vector_norm(flat, dim=2) / flat.shape[2] ** 0.5

@@ -85,14 +85,7 @@ def predict(
     for rows in _spans(slice(0, len(latents)), at_once * (_JUDGED if isinstance(proxy.shared, TinyDecoder) else 1)):
         read = None if features is None else proxy.scale_prompts(features[rows])
         level = [values[rows] for values in levels]
-        parts = [_read(proxy, latents, part, read, level, rows.start) for part in _spans(rows, at_once)]
-        seen, statistics = (
-            torch.cat(tensors) if len(parts) > 1 else tensors[0] for tensors in zip(*parts, strict=True)
-        )
-        del parts
-        described = combine_and_describe(proxy, statistics, (seen, read, *level))
-        mean[rows], variance[rows] = described[:2]
-        distance[rows] = proxy.distance.distance(described[2])
+        mean[rows], variance[rows], distance[rows] = _judge(proxy, latents, _spans(rows, at_once), read, level)
     dtype = torch.promote_types(torch.float32, latents.dtype)
     std = proxy.deviation(variance, *levels) * proxy.reward_std
     ood = _ood(proxy, distance, variance).to(dtype)
@@ -117,6 +110,24 @@ def _spans(rows: slice, most: int) -> list[slice]:
     return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
 
 
+def _judge(
+    proxy: RewardProxy,
+    latents: Tensor | RewardDataset,
+    spans: list[slice],
+    prompts: Tensor | None,
+    level: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and variance ``[n, R]`` and distance ``[n]`` of the latents at ``spans``, which are read in turn."""
+    # Faster, but a foreign backbone may keep tensors of the first call, and could not be trained with them later.
+    ours = isinstance(proxy.shared, TinyDecoder)
+    with torch.inference_mode() if ours else torch.no_grad():
+        parts = [_read(proxy, latents, part, prompts, level, spans[0].start) for part in spans]
+        seen, statistics = (torch.cat(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True))
+        del parts
+        mean, variance, described = combine_and_describe(proxy, statistics, (seen, prompts, *level))
+        return mean, variance, proxy.distance.distance(described)
+
+
 def _read(
     proxy: RewardProxy,
     latents: Tensor | RewardDataset,
@@ -132,8 +143,8 @@ def _read(
         normalised = proxy.normalise(latents[rows])
     own = slice(rows.start - first, rows.stop - first)
     read = None if prompts is None else prompts[own]
-    seen = proxy.member_inputs(normalised, read, *(values[own] for values in level))[0]
-    return seen, latent_statistics(normalised)
+    statistics = latent_statistics(normalised)
+    return proxy.member_inputs(normalised, read, *(values[own] for values in level))[0], statistics
 
 
 def _ood(proxy: RewardProxy, distance: Tensor, variance: Tensor) -> Tensor:

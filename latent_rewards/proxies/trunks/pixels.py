@@ -25,6 +25,9 @@ WINDOW = 9
 _SHARE = 9 / 16
 _COARSE, _COARSE_WINDOW = 4, 3
 _CONTRAST_FLOOR = 0.02
+_FLOOR = 1e-8
+"""Least squared difference: so a frame of one colour has its centre in the middle, and a root its gradient."""
+
 _WINDOW_VALUES = WINDOW**2 + CHANNELS * _COARSE_WINDOW**2
 _FRAME_VALUES = CHANNELS * _COARSE**2 + 5
 
@@ -36,8 +39,13 @@ def difference(frames: Tensor) -> Tensor:
     shifts it, every pixel of the ground then differs a little, and together they draw the centre to the middle.
     """
     ground = _median(frames.detach()[:, :, ::2, ::2].flatten(2))
-    red, green, blue = (frames - ground[:, :, None, None]).split(1, dim=1)
-    return red.square().addcmul(green, green).addcmul(blue, blue)
+    squared = torch.full_like(frames[:, 0], _FLOOR)
+    # All colours at once would take as much memory as the frames.
+    for colour, level in zip(frames.unbind(dim=1), ground.unbind(dim=1), strict=True):
+        apart = colour - level[:, None, None]
+        squared = squared.addcmul_(apart, apart)
+        del apart
+    return squared[:, None]
 
 
 def _median(values: Tensor) -> Tensor:
@@ -100,8 +108,8 @@ def _places_of(frames: Tensor) -> _Places:
 
 
 def centre_of_mass(weight: Tensor) -> Tensor:
-    """Return the centre ``[N, 2]`` (x, y in pixels) of weights ``[N, 1, h, w]``, the middle where all are zero."""
-    sums = (weight + 1e-8).flatten(1) @ _places_of(weight).moments
+    """Return the centre ``[N, 2]`` (x, y in pixels) of positive weights ``[N, 1, h, w]``."""
+    sums = weight.flatten(1) @ _places_of(weight).moments
     return sums[:, :2] / sums[:, 2:]
 
 
@@ -123,9 +131,8 @@ def _contrast(x: Tensor) -> Tensor:
 
 def _change(frames: Tensor) -> Tensor:
     """Return how much each of frames ``[B, T, 3, h, w]`` differs from the one before, ``[B, T]``, 0 for the first."""
-    change = frames.diff(dim=1)
-    change = change.abs() if change.requires_grad else change.abs_()
-    return functional.pad(change.mean(dim=(2, 3, 4)), (1, 0))
+    change = [colour.diff(dim=1).abs().mean(dim=(2, 3)) for colour in frames.unbind(dim=2)]
+    return functional.pad(torch.stack(change).mean(dim=0), (1, 0))
 
 
 def look(frames: Tensor) -> Tensor:
@@ -140,8 +147,7 @@ def look(frames: Tensor) -> Tensor:
     squared = difference(flat)
     centres = centre_of_mass(squared)
     around = window_around(centres, flat)
-    # A square root has no gradient at zero.
-    shape = _contrast(cut_window((squared + 1e-8).sqrt(), around))
+    shape = _contrast(cut_window(squared.sqrt(), around))
     colours = cut_window(flat, around).flatten(2) @ places.coarse_window
     coarse = flat.flatten(2) @ places.coarse
     place = (2 * centres / places.size - 1).unflatten(0, batch)

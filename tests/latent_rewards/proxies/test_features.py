@@ -27,3 +27,9 @@ def test_statistics_are_mean_spread_and_change():
     torch.testing.assert_close(spread, torch.tensor([0.0, (20 / 6 - 1) ** 0.5]))
     torch.testing.assert_close(change, torch.tensor([0.0, 2**0.5]))
     assert torch.equal(latent_statistics(latents[:, :, :1])[:, 4:], torch.zeros(1, 2))
+
+
+def test_the_gradient_of_still_and_flat_latents_is_finite():
+    latents = torch.ones(1, 2, 3, 2, 2, requires_grad=True)
+    latent_statistics(latents).sum().backward()
+    torch.testing.assert_close(latents.grad, torch.full_like(latents, 1 / 12))

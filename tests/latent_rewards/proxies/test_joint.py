@@ -54,6 +54,22 @@ def count_calls(backbone):
     return calls, hook
 
 
+def test_what_a_transformer_keeps_of_a_prediction_can_be_climbed_through(trained, backbone):
+    kept = {}
+    hook = backbone.transformer.blocks[0].register_forward_hook(
+        lambda module, inputs, output: output * kept.setdefault("ones", torch.ones_like(output[:1]))
+    )
+    latents, prompts = draw(2, 1)[0], ["still clip", "moving clip"]
+    try:
+        before = trained.predict(latents, prompts).mean["reward"]
+        climbed = trained(latents.requires_grad_(), prompts)
+        climbed.sum().backward()
+    finally:
+        hook.remove()
+    assert kept and latents.grad.abs().sum() > 0
+    torch.testing.assert_close(climbed.detach(), before)
+
+
 def test_heads_on_frozen_features_learn_and_disagree(trained):
     assert trained.report["reward"]["spearman"] > 0.8
     assert trained.prompt_features == PromptFeatures("tokens", 12, encoded=True)
