@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks.proxy_speed import Side, compare_members, grow, measure, prepare, ratios
+from benchmarks.proxy_speed import Side, compare_members, grow, measure, pooled, prepare, ratios
 
 
 def side(seconds, weights, work, peak):
@@ -16,6 +16,11 @@ def side(seconds, weights, work, peak):
 def test_ratios_are_of_medians_and_of_weights_with_work():
     told = ratios(proxy=side([1.0, 9.0, 2.0], 2.0, 8.0, 400.0), oracle=side([60.0, 100.0, 90.0], 50.0, 150.0, 800.0))
     assert told == {"times_faster": 45.0, "memory_ratio": 0.05, "peak_ratio": 0.5}
+
+
+def test_interpreters_are_pooled_by_the_medians_of_their_memory():
+    told = pooled([side([1.0, 2.0], 3.0, work, 10 * work) for work in (5.0, 9.0, 6.0)])
+    assert told == side([1.0, 2.0] * 3, 3.0, 6.0, 60.0) | {"each_work": [5.0, 9.0, 6.0]}
 
 
 def compare_at(size):
