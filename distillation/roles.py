@@ -290,6 +290,8 @@ def _inject(denoiser: nn.Module, rank: int, targets: Sequence[str] | None) -> li
     mend_torchvision()
     from peft import LoraConfig, inject_adapter_in_model
 
+    from distillation.role_linear import RoleLinear
+
     linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
     chosen = [name for name in linear if targets is None or name.endswith(tuple(targets))]
     if not chosen:
@@ -300,7 +302,9 @@ def _inject(denoiser: nn.Module, rank: int, targets: Sequence[str] | None) -> li
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
         for name in _ROLES:
-            inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen), denoiser, name)
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen)
+            config._register_custom_module({nn.Linear: RoleLinear})
+            inject_adapter_in_model(config, denoiser, name)
     return _adapter_layers(denoiser)
 
 
@@ -321,13 +325,10 @@ def _switch(layers: Sequence[Any], name: RoleName | None) -> None:
     """Switch the adapter of a role on in these layers and all others off.
 
     peft's own switches freeze and unfreeze every adapter too: of 300 layers 30 ms, ten times an update, or with
-    activation checkpointing twice a block. Under autocast an adapter reads its input as it comes; peft would make it
-    float32 first, and autocast round it again.
+    activation checkpointing twice a block.
     """
-    rounds = bool(layers) and torch.is_autocast_enabled(layers[0].weight.device.type)
     for layer in layers:
         layer._disable_adapters = name is None
-        layer.cast_input_dtype_enabled = not rounds
         if name is not None:
             layer._active_adapter = name
 
