@@ -1,5 +1,7 @@
 """A base's linear layer gives what peft's does, gradients included, for inputs of any number of dimensions."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -16,14 +18,12 @@ from distillation.role_linear import RoleLinear  # noqa: E402
 def layers(dtype):
     """Return peft's layer and ours, with the same base and the same adapter, which is not zero."""
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(6, 5)).to(dtype).requires_grad_(False)
-    made = []
+    base, made = nn.Sequential(nn.Linear(6, 5)).to(dtype).requires_grad_(False), []
     for own in (False, True):
         config = LoraConfig(r=2, lora_alpha=2, target_modules=["0"])
         if own:
             config._register_custom_module({nn.Linear: RoleLinear})
-        network = nn.Sequential(nn.Linear(6, 5)).to(dtype).requires_grad_(False)
-        network.load_state_dict(base.state_dict())
+        network = copy.deepcopy(base)
         inject_adapter_in_model(config, network, "student")
         made.append(network[0])
     for name in ("lora_A", "lora_B"):

@@ -43,7 +43,7 @@ def difference(frames: Tensor) -> Tensor:
     # All colours at once would take as much memory as the frames.
     for colour, level in zip(frames.unbind(dim=1), ground.unbind(dim=1), strict=True):
         apart = colour - level[:, None, None]
-        squared = squared.addcmul_(apart, apart)
+        squared.addcmul_(apart, apart)
         del apart
     return squared[:, None]
 
