@@ -18,12 +18,15 @@ class RoleLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W^T + b``, plus ``(x A^T) B^T`` of the adapter that is on, ``[..., out]``, in the base's dtype."""
-        if self.disable_adapters or self.merged:
+        if self.merged:
             return super().forward(x)
+        if self.disable_adapters:
+            plain: Tensor = self.base_layer(x)
+            return plain
         (name,) = self.active_adapters
         first, second = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
         rows = x.reshape(-1, x.shape[-1])
-        made: Tensor = self.get_base_layer()(rows)
+        made: Tensor = self.base_layer(rows)
         # Under autocast the input is read as it comes; made float32 first, it would be rounded again.
         read = rows if torch.is_autocast_enabled(x.device.type) else rows.to(first.weight.dtype)
         made.addmm_(first(read).to(made.dtype), second.weight.t().to(made.dtype))

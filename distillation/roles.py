@@ -146,7 +146,7 @@ class SharedBase:
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), self.playing(role, block)
 
-        return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+        return checkpoint(block, *args, use_reentrant=False, context_fn=contexts, determinism_check="none")
 
     def merged(self, name: RoleName = "student") -> nn.Module:
         """Return a copy of the denoiser with the adapter of a role added to its weights, and no adapters."""

@@ -23,7 +23,7 @@ from distillation.errors import ConditionError, MissingPartError
 from distillation.families import Teacher, TeacherError, import_diffusers, read_json
 from distillation.families.codec import VideoCodec
 from distillation.families.grids_vp import PREDICTION_TYPES, exportable_vp
-from distillation.families.parts import PipelineParts, fitting_shape, read_pipeline
+from distillation.families.parts import PipelineParts, dtype_read, fitting_shape, read_pipeline
 from distillation.families.text import TextEncoding
 from distillation.schedule import VariancePreserving, as_time, working_dtype
 from distillation.student import LatentShape
@@ -72,7 +72,7 @@ class CogVideoXDenoiser(Denoiser):
                 f"the texts have {tokens} tokens, and this transformer takes exactly {expected}; encode them with "
                 "teacher.encode"
             )
-        dtype: torch.dtype = self.transformer.dtype  # type: ignore[assignment]
+        dtype = dtype_read(self.transformer.patch_embed)
         index = (self.schedule.num_train_timesteps * as_time(t).double() - 1).clamp(min=0)
         (output,) = self.transformer(
             hidden_states=x_t.to(dtype).transpose(1, 2),

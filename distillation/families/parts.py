@@ -151,3 +151,12 @@ def _dtype_argument(diffusers: Any) -> str:  # noqa: ANN401 - the module
     from packaging.version import Version
 
     return "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+
+
+def dtype_read(embedding: Any) -> torch.dtype:  # noqa: ANN401 - a module
+    """Return what a transformer computes in: the dtype of the layer that reads its latents.
+
+    diffusers' own property asks every module, of which adapters make thousands, at every call.
+    """
+    dtype: torch.dtype = next(embedding.parameters()).dtype
+    return dtype

@@ -22,7 +22,7 @@ from distillation.errors import ConditionError, DistillationConfigError, Missing
 from distillation.families import MODEL_INDEX, Teacher, TeacherError, import_diffusers, read_json
 from distillation.families.codec import VideoCodec
 from distillation.families.grids import TRAIN_TIMESTEPS, exportable
-from distillation.families.parts import PipelineParts, fitting_shape, read_pipeline
+from distillation.families.parts import PipelineParts, dtype_read, fitting_shape, read_pipeline
 from distillation.families.text import TextEncoding
 from distillation.schedule import RectifiedFlow, Schedule, as_time, working_dtype
 from distillation.student import LatentShape
@@ -97,7 +97,7 @@ class WanDenoiser(Denoiser):
 
     def _flow(self, network: Any, x_t: Tensor, timestep: Tensor, condition: Any) -> Tensor:  # noqa: ANN401
         """Call one transformer on x_t, with ``timestep`` [B] and what the condition holds."""
-        dtype: torch.dtype = network.dtype
+        dtype = dtype_read(network.patch_embedding)
         given = {name: value.to(device=x_t.device, dtype=dtype) for name, value in condition.extra.items()}
         states = x_t.to(dtype)
         if "image_latents" in given:

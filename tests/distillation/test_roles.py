@@ -57,6 +57,12 @@ def test_outside_its_call_no_role_is_seen(base, inputs, randn):
     assert torch.equal(base(*inputs).v, alone)
 
 
+def test_a_call_does_not_ask_every_module_for_its_dtype(base, inputs, monkeypatch):
+    student = SharedBase(base, RANK).student
+    monkeypatch.setattr(type(base.transformer), "dtype", property(lambda _: pytest.fail("thousands are asked")))
+    assert student(*inputs).v.dtype == torch.float64
+
+
 def test_the_target_starts_where_the_student_is_and_stays(base, inputs, randn):
     roles = SharedBase(base, RANK)
     student = shaken(roles.student, randn)
