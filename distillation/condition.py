@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distillation.errors import ConditionError
+from latent_rewards.training.devices import moved
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class TextCondition:
 
     def to(self, device: torch.device | str) -> TextCondition:
         """Return the condition on ``device``."""
-        return TextCondition(self.embeddings.to(device), {name: value.to(device) for name, value in self.extra.items()})
+        extra = {name: moved(value, device) for name, value in self.extra.items()}
+        return TextCondition(moved(self.embeddings, device), extra)
 
     @staticmethod
     def concatenate(conditions: Sequence[TextCondition]) -> TextCondition:

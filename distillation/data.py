@@ -12,6 +12,7 @@ from torch import Tensor
 from distillation.denoiser import Condition
 from distillation.errors import ConditionError, DistillationConfigError, NoiseError
 from distillation.latents import ShardedLatents
+from latent_rewards.training.devices import moved
 
 
 @dataclass
@@ -85,7 +86,7 @@ class DistillationData:
         def take(condition: Any, rows: Tensor) -> Any:  # noqa: ANN401 - any Condition
             return None if condition is None else condition.index_select(rows[chosen]).to(device)
 
-        latents = None if self.latents is None else self.latents[chosen.to(self.latents.device)].to(device)
+        latents = None if self.latents is None else moved(self.latents[chosen.to(self.latents.device)], device)
         prompts = None if self.prompts is None else [self.prompts[row] for row in chosen.tolist()]
         return Batch(take(self.condition, self.rows), take(self.negative, self.negative_rows), latents, prompts)
 

@@ -268,17 +268,20 @@ def guided(
         raise ConditionError(
             f"guidance_scale = {guidance_scale} needs a negative condition; encode an empty prompt, or set it to 1"
         )
-    scale = torch.as_tensor(guidance_scale, dtype=torch.float64, device=x_t.device).expand(len(x_t))
+    schedule: Any = denoiser.schedule
+    if not isinstance(guidance_scale, Tensor) or guidance_scale.ndim == 0:
+        unconditional: Prediction = denoiser(x_t, t, negative)
+        value = unconditional.value + guidance_scale * (conditional.value - unconditional.value)
+        return Prediction(x_t, t, schedule, **{conditional.native: value})
+    scale = guidance_scale.to(x_t.device).expand(len(x_t))
     rows = (scale != 1).nonzero()[:, 0]
     if not len(rows):
         return conditional
     times = t[rows] if isinstance(t, Tensor) and t.ndim else t
-    some = len(rows) < len(x_t)
-    unconditional: Prediction = denoiser(x_t[rows], times, negative.index_select(rows) if some else negative)
+    unconditional = denoiser(x_t[rows], times, negative.index_select(rows))
     u, c = unconditional.value, conditional.value[rows]
     blended = u + expand(scale[rows], x_t) * (c - u)
-    value = conditional.value.to(blended.dtype).index_copy(0, rows, blended) if some else blended
-    schedule: Any = denoiser.schedule
+    value = conditional.value.to(blended.dtype).index_copy(0, rows, blended)
     return Prediction(x_t, t, schedule, **{conditional.native: value})
 
 

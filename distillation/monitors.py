@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from distillation.denoiser import Prediction
 from distillation.errors import DistillationConfigError, NoiseError
 from distillation.schedule import add_noise, working_dtype
+from latent_rewards.training.devices import moved
 
 
 @torch.no_grad()
@@ -50,14 +51,14 @@ def saturation(samples: Tensor, reference_std: Tensor | float) -> Tensor:
         DistillationConfigError: it is not positive.
     """
     spread = channel_std(samples)
-    reference = torch.as_tensor(reference_std, dtype=spread.dtype, device=spread.device)
+    reference = torch.as_tensor(reference_std)
     if reference.ndim > 1 or (reference.ndim == 1 and len(reference) != len(spread)):
         raise NoiseError(f"reference_std has shape {list(reference.shape)}; the samples have {len(spread)} channels")
     if not bool((reference > 0).all()):
         raise DistillationConfigError(
             f"reference_std must be positive; got {float(reference.min())}: a channel of the reference is constant"
         )
-    return spread / reference
+    return spread / moved(reference, spread.device, spread.dtype)
 
 
 @torch.no_grad()

@@ -99,4 +99,4 @@ def transition(
 
 def time_like(t: float, like: Tensor) -> Tensor:
     """Return ``t`` as a scalar tensor a network can take beside the latents ``like``."""
-    return torch.tensor(t, dtype=working_dtype(like), device=like.device)
+    return torch.full((), t, dtype=working_dtype(like), device=like.device)

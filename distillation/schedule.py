@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distillation.errors import DistillationConfigError, TimestepsError
+from latent_rewards.training.devices import moved
 
 MAX_STEPS = 4
 
@@ -186,7 +187,7 @@ def working_dtype(like: Tensor) -> torch.dtype:
 
 def expand(values: Tensor, like: Tensor) -> Tensor:
     """Return ``values`` ([] or [B]) on ``like``'s device and working dtype, shaped to multiply ``like`` [B, ...]."""
-    values = values.to(device=like.device, dtype=working_dtype(like))
+    values = moved(values, like.device, working_dtype(like))
     return values if values.ndim == 0 else values.view(-1, *[1] * (like.ndim - 1))
 
 

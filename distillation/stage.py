@@ -21,11 +21,13 @@ from distillation.errors import DistillationConfigError
 from distillation.roles import Roles, roles_of, save_activations
 from distillation.student import FewStepStudent
 from distillation.vsd import adamw, sample_times, trainable
-from latent_rewards.training.devices import join_launch
+from latent_rewards.training.devices import join_launch, moved
 from latent_rewards.training.loop import (
     Ema,
+    Logs,
     LoopConfig,
     TrainingLoop,
+    read,
     set_learning_rate,
     warmup_cosine,
 )
@@ -183,20 +185,20 @@ class Stage:
         """Update the student once, and what else the stage trains."""
         rate = self.learning_rate * warmup_cosine(step, self.num_steps, floor=self.config.learning_rate_floor)
         set_learning_rate(self.loop.optimizers["student"], rate)
-        logs: dict[str, float] = {"learning_rate": rate}
+        logs: Logs = {"learning_rate": rate}
         batch = self.draw_batch(step, "student")
         with self.loop.accelerator.autocast():
             loss = self.loss(step, batch, logs)
         logs["grad_norm"] = self.loop.update("student", loss)
         self.after_update(step, batch, logs)
         self.ema.update()
-        return logs
+        return read(logs)
 
-    def loss(self, step: int, batch: Batch, logs: dict[str, float]) -> Tensor:
+    def loss(self, step: int, batch: Batch, logs: Logs) -> Tensor:
         """Return what the student minimises at ``step``, a scalar, and note its parts in ``logs``."""
         raise NotImplementedError
 
-    def after_update(self, step: int, batch: Batch, logs: dict[str, float]) -> None:
+    def after_update(self, step: int, batch: Batch, logs: Logs) -> None:
         """Train what else there is; by default nothing."""
 
     def draw_batch(self, step: int, role: str) -> Batch:
@@ -211,7 +213,7 @@ class Stage:
     def draw_times(self, step: int, role: str) -> Tensor:
         """Return VSD times [B]."""
         times = sample_times(self.draw_uniform(step, f"{role}/time"), shift=self.config.time_shift)
-        return times.to(device=self.loop.device, dtype=self.dtype)
+        return moved(times, self.loop.device, self.dtype)
 
     def draw_noise(self, step: int, role: str) -> Tensor:
         """Return standard normal noise [B, C, F, H, W]."""

@@ -14,6 +14,7 @@ from distillation.features import BlockFeatures
 from distillation.schedule import add_noise, working_dtype
 from distillation.temporal import feature_similarity_loss, temporal_consistency_loss, temporal_vsd_loss
 from distillation.vsd import vsd_target
+from latent_rewards.training.loop import Logs
 
 _NEARLY_CLEAN = 0.02  # VSD's smallest time: where a network reads latents that are not noised
 
@@ -40,7 +41,7 @@ class TemporalTerms:
         gradient: Tensor,
         difference: Tensor,
         condition: Any,  # noqa: ANN401 - any Condition
-        logs: dict[str, float],
+        logs: Logs,
     ) -> Tensor:
         """Return the terms of VSD, a scalar, and log their sum of each kind.
 
@@ -61,7 +62,7 @@ class TemporalTerms:
         prediction: Tensor,
         aim: Tensor,
         condition: Any,  # noqa: ANN401 - any Condition
-        logs: dict[str, float],
+        logs: Logs,
     ) -> Tensor:
         """Return the terms of CD, a scalar, and log them; see :meth:`of_vsd`.
 
@@ -90,10 +91,10 @@ class TemporalTerms:
             terms["correspondence"] = correspondence_loss(prediction, target, mask_first=masked)
         return terms
 
-    def _weighted(self, terms: dict[str, Tensor], like: Tensor, logs: dict[str, float]) -> Tensor:
+    def _weighted(self, terms: dict[str, Tensor], like: Tensor, logs: Logs) -> Tensor:
         total = like.new_zeros((), dtype=working_dtype(like))
         for name, term in terms.items():
-            logs[f"{name}_loss"] = logs.get(f"{name}_loss", 0.0) + float(term.detach())
+            logs[f"{name}_loss"] = logs.get(f"{name}_loss", 0.0) + term.detach()
             total = total + getattr(self.config, f"{name}_weight") * term
         return total
 

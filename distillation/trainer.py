@@ -36,6 +36,8 @@ from distillation.vsd import (
     surrogate_loss,
     trainable,
 )
+from latent_rewards.training.devices import moved
+from latent_rewards.training.loop import Logs
 from latent_rewards.training.randomness import sample_index
 
 _STD_VALUES = 2**26  # in samples as large as these, enough for the standard deviation of a channel
@@ -156,9 +158,11 @@ class DistillationStage(Stage):
         super().__init__(setup, name, num_steps, learning_rate=rate, ema_decay=decay, beta1=beta1, extras=extras)
         self.calls = [(count, exit_step) for count in config.step_counts for exit_step in range(count)]
         self.samples: Tensor | None = None
-        self.data_std = _std_of_some(self.data.latents) if self.with_vsd and self.data.latents is not None else None
+        latents = self.data.latents if self.with_vsd else None
+        data_std = torch.zeros(0) if latents is None else _std_of_some(latents)
+        self.data_std, self.varying = data_std[data_std > 0], (data_std > 0).nonzero()[:, 0].to(self.loop.device)
 
-    def loss(self, step: int, batch: Batch, logs: dict[str, float]) -> Tensor:
+    def loss(self, step: int, batch: Batch, logs: Logs) -> Tensor:
         """Return the sum of the stage's terms."""
         losses: list[Tensor] = []
         if self.with_vsd:
@@ -171,16 +175,14 @@ class DistillationStage(Stage):
             losses.append(weight * self.cd_terms(step, self.cd_data(step, batch), batch, logs))
         return torch.stack(losses).sum()
 
-    def spread(self, samples: Tensor) -> dict[str, float]:
+    def spread(self, samples: Tensor) -> Logs:
         """Return how far the student's samples spread, also against the data's channels where there is data."""
-        logs = {"x_std": float(samples.std())}
-        if self.data_std is not None and bool(self.data_std.any()):
-            varies = self.data_std > 0
-            spread = saturation(samples[:, varies.to(samples.device)], self.data_std[varies].to(samples))
-            logs["saturation"] = float(spread.max())
+        logs: Logs = {"x_std": samples.std()}
+        if len(self.data_std):
+            logs["saturation"] = saturation(samples[:, self.varying], self.data_std).max()
         return logs
 
-    def after_update(self, step: int, batch: Batch, logs: dict[str, float]) -> None:
+    def after_update(self, step: int, batch: Batch, logs: Logs) -> None:
         """Train the fake score: first on the samples the student was just updated with, then on fresh ones."""
         samples, self.samples = self.samples, None
         if samples is None:
@@ -197,26 +199,24 @@ class DistillationStage(Stage):
                 t, noise = self.draw_times(step, role), self.draw_noise(step, role)
                 if not update and step % self.config.log_every == 0:
                     lag = fake_score_lag(samples, self.fake_score, batch.condition, t, noise)
-                    logs["fake_score_lag"] = float(lag)
+                    logs["fake_score_lag"] = lag
                 loss = fake_score_loss(samples, self.fake_score, batch.condition, t, noise)
-                logs["fake_loss"] = float(loss.detach())
+                logs["fake_loss"] = loss.detach()
                 if self.discriminator is not None:
                     loss = loss + self.discriminator_terms(step, role, samples, batch, logs)
             logs["fake_grad_norm"] = self.loop.update("fake_score", loss)
 
-    def discriminator_terms(
-        self, step: int, role: str, samples: Tensor, batch: Batch, logs: dict[str, float]
-    ) -> Tensor:
+    def discriminator_terms(self, step: int, role: str, samples: Tensor, batch: Batch, logs: Logs) -> Tensor:
         """Return the weighted loss of telling noised data from noised samples."""
         assert self.discriminator is not None and batch.latents is not None  # noqa: S101 - for the type checker
         t = self.draw_times(step, f"{role}/discriminator")
         kinds = ("real", "fake", "r1") if self.config.r1_weight else ("real", "fake")
         noise = [self.draw_noise(step, f"{role}/discriminator/{kind}") for kind in kinds]
         loss = self.discriminator.loss(batch.latents.to(self.dtype), samples, batch.condition, t, *noise)
-        logs["discriminator_loss"] = float(loss.detach())
+        logs["discriminator_loss"] = loss.detach()
         return self.config.discriminator_weight * loss
 
-    def vsd_terms(self, step: int, x: Tensor, batch: Batch, exit_step: int, logs: dict[str, float]) -> Tensor:
+    def vsd_terms(self, step: int, x: Tensor, batch: Batch, exit_step: int, logs: Logs) -> Tensor:
         """Return the VSD loss of samples that left the chain at ``exit_step``, and the terms that go with it."""
         t, noise = self.draw_times(step, "vsd"), self.draw_noise(step, "vsd")
         config = self.config
@@ -226,20 +226,20 @@ class DistillationStage(Stage):
         )
         gradient = normalised(difference, distance)
         loss = surrogate_loss(x, gradient)
-        logs["vsd_loss"] = float(loss.detach())
+        logs["vsd_loss"] = loss.detach()
         # The normaliser makes g a direction; terms that are not linear want what x would be, without it.
         loss = loss + self.temporal.of_vsd(x, gradient, difference, batch.condition, logs)
         if self.discriminator is not None:
             t = self.draw_times(step, "adversarial")
             adversarial = self.discriminator.students_loss(x, batch.condition, t, self.draw_noise(step, "adversarial"))
-            logs["adversarial_loss"] = float(adversarial.detach())
+            logs["adversarial_loss"] = adversarial.detach()
             loss = loss + config.adversarial_weight * adversarial
         return loss
 
-    def cd_terms(self, step: int, x0: Tensor, batch: Batch, logs: dict[str, float]) -> Tensor:
+    def cd_terms(self, step: int, x0: Tensor, batch: Batch, logs: Logs) -> Tensor:
         """Return the CD loss at a random interval of time."""
         config = self.config
-        t, s = (time.to(device=x0.device, dtype=self.dtype) for time in self.interval(step))
+        t, s = (moved(time, x0.device, self.dtype) for time in self.interval(step))
         prediction, aim = consistency_pair(
             self.student.denoiser,
             self.ema.module,
@@ -263,10 +263,10 @@ class DistillationStage(Stage):
         grid, below = time_grid(self.config.num_timesteps), (uniform * self.config.num_timesteps).long()
         return grid[below + 1], grid[below]
 
-    def cd_loss(self, step: int, prediction: Tensor, aim: Tensor, batch: Batch, logs: dict[str, float]) -> Tensor:
+    def cd_loss(self, step: int, prediction: Tensor, aim: Tensor, batch: Batch, logs: Logs) -> Tensor:
         """Return the distance of the prediction from its aim, and of their motion."""
         loss = pseudo_huber(prediction, aim, self.config.huber_c)
-        logs["cd_loss"] = float(loss.detach())
+        logs["cd_loss"] = loss.detach()
         return loss + self.temporal.of_cd(prediction, aim, batch.condition, logs)
 
     def cd_data(self, step: int, batch: Batch) -> Tensor:

@@ -22,6 +22,8 @@ from distillation.sampler import ode_step
 from distillation.schedule import add_noise, coefficients
 from distillation.stage import Setup, Stage, TeacherModel, prepare
 from distillation.student import FewStepStudent
+from latent_rewards.training.devices import moved
+from latent_rewards.training.loop import Logs
 
 
 @dataclass
@@ -143,7 +145,7 @@ class _Round(Stage):
         super().__init__(setup, name, updates, learning_rate=rate, ema_decay=decay, beta1=0.9)
         self.count, self.predecessor = count, predecessor
 
-    def loss(self, step: int, batch: Batch, logs: dict[str, float]) -> Tensor:
+    def loss(self, step: int, batch: Batch, logs: Logs) -> Tensor:
         """Return the mean squared error of the network's native output, its target two steps of the predecessor.
 
         In units of x0 error that is the weight 1 / sigma^2 for v: SNR + 1, one of the paper's, where alpha^2 + sigma^2
@@ -152,13 +154,13 @@ class _Round(Stage):
         assert batch.latents is not None  # noqa: S101 - for the type checker; the trainer refuses others
         end = (self.draw_uniform(step, "interval") * self.count).long() + 1
         t, middle, s = ((end - part).double() / self.count for part in (0.0, 0.5, 1.0))
-        times = [time.to(device=self.loop.device, dtype=self.dtype) for time in (t, middle, s)]
+        times = [moved(time, self.loop.device, self.dtype) for time in (t, middle, s)]
         x0, noise = batch.latents.to(self.dtype), self.draw_noise(step, "progressive")
         x_t = add_noise(self._schedule, x0, noise, times[0])
         aim_x0, aim_eps = self._aim(x_t, times, batch)
         prediction: Prediction = self.student.denoiser(x_t, times[0], batch.condition)
         loss = torch.mean((prediction.value - prediction.native_target(aim_x0, aim_eps)) ** 2)
-        logs["progressive_loss"] = float(loss.detach())
+        logs["progressive_loss"] = loss.detach()
         return loss
 
     @property

@@ -21,6 +21,7 @@ from distillation.errors import DistillationConfigError
 from distillation.stage import Setup, TeacherModel, prepare
 from distillation.student import FewStepStudent
 from distillation.trainer import DistillationResult, DistillationStage
+from latent_rewards.training.loop import Logs
 
 PixelReward = Callable[[Tensor, Sequence[Any]], Tensor]
 """Videos [B, T, 3, H, W] in [0, 1] and their prompts -> [B], differentiable in the videos; higher is better."""
@@ -160,12 +161,12 @@ class _TurboStage(DistillationStage):
         super().__init__(setup, name, num_steps, ("cd",))
         self.rewards = rewards
 
-    def cd_loss(self, step: int, prediction: Tensor, aim: Tensor, batch: Batch, logs: dict[str, float]) -> Tensor:
+    def cd_loss(self, step: int, prediction: Tensor, aim: Tensor, batch: Batch, logs: Logs) -> Tensor:
         """Return the CD loss less the weighted rewards of the prediction."""
         loss = super().cd_loss(step, prediction, aim, batch, logs)
         assert batch.prompts is not None  # noqa: S101 - for the type checker; the trainer refuses others
         chosen = self.draw_uniform(step, "frames")
         for name, (weight, reward) in self.rewards.terms(prediction, batch.prompts, chosen).items():
-            logs[name] = float(reward.detach())
+            logs[name] = reward.detach()
             loss = loss - weight * reward
         return loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
 from latent_rewards.training.ranks import Ranks, current_ranks
 from latent_rewards.training.settings import SettingsError
@@ -59,6 +60,17 @@ def join_launch(name: str | None = None) -> tuple[Ranks, torch.device]:
     """
     device = choose_device(name)
     return current_ranks(cpu=device.type == "cpu"), device
+
+
+def moved(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor on a device, there cast to ``dtype``.
+
+    A GPU is not waited for: a plain copy from the CPU begins when the GPU has done all it was told before, and then it
+    has nothing to do until it is told more.
+    """
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device=device, dtype=dtype)
 
 
 def _default() -> torch.device:

@@ -21,6 +21,9 @@ from tqdm import tqdm
 from latent_rewards.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from latent_rewards.training.devices import DeviceError, join_launch
 
+Logs = dict[str, float | Tensor]
+"""What an update tells of itself: numbers, and scalar tensors that a GPU may not have computed yet."""
+
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient is NaN or infinite; raised before the optimiser step, so parameters are untouched."""
@@ -184,19 +187,17 @@ class TrainingLoop:
             NonFiniteError: the loss or a gradient is not finite; nothing was changed.
         """
         optimizer = self.optimizers[optimizer_name]
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(
-                f"{self.name}: loss {float(loss.detach())} at step {self.step} ({optimizer_name}); parameters kept"
-            )
         self.accelerator.backward(loss)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.ranks.average_gradients(parameters)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf))
-        if not math.isfinite(norm):
-            optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(
-                f"{self.name}: gradient norm {norm} at step {self.step} ({optimizer_name}); parameters kept"
-            )
+        # Both are read here, where the norm must be: a GPU that is asked for a number has nothing more to do.
+        for name, value in (("loss", float(loss.detach())), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                optimizer.zero_grad(set_to_none=True)
+                raise NonFiniteError(
+                    f"{self.name}: {name} {value} at step {self.step} ({optimizer_name}); parameters kept"
+                )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
@@ -286,6 +287,11 @@ class TrainingLoop:
                 ) from error
         self.step, self.history = step, state["history"]
         return True
+
+
+def read(logs: Mapping[str, float | Tensor]) -> dict[str, float]:
+    """Return numbers for what an update told, once all of it has been asked for: a GPU is waited for at the first."""
+    return {name: value.item() if isinstance(value, Tensor) else value for name, value in logs.items()}
 
 
 def _allow(mixed_precision: str, device: torch.device, *, alone: bool) -> None:

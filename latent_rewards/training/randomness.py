@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from latent_rewards.training.devices import moved
+
 
 def derive_seed(seed: int, stage: str, step: int, index: int = 0) -> int:
     """Return a 63-bit seed, a BLAKE2b hash of the four arguments."""
@@ -40,7 +42,7 @@ def sample_noise(
     noise = torch.empty(len(indices), *shape)
     for row, index in enumerate(indices):
         noise[row] = torch.randn(tuple(shape), generator=generator(seed, stage, step, int(index)))
-    return noise.to(device=device, dtype=dtype)
+    return moved(noise, device, dtype)
 
 
 def sample_uniform(seed: int, stage: str, step: int, indices: Sequence[int]) -> Tensor:

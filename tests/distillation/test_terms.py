@@ -16,6 +16,7 @@ from distillation.terms import Discriminator, TemporalTerms
 from distillation.trainer import start_student
 from distillation.vsd import trainable
 from latent_rewards.training.devices import DeviceError
+from latent_rewards.training.loop import read
 
 SHAPE = (4, 3, 4, 4)
 WAN_SHAPE = (4, 2, 4, 4)
@@ -61,12 +62,12 @@ def test_temporal_terms_are_weighted_sums_and_are_logged_unweighted(tiny_wan, ra
         "feature_loss": feature_similarity_loss(x, x - difference, features, mask_first=masked),
         "correspondence_loss": correspondence_loss(x, x - difference, mask_first=masked),
     }
-    assert logs == {name: pytest.approx(float(value), rel=1e-10) for name, value in parts.items()}
-    assert float(total) == pytest.approx(sum(w * v for w, v in zip((0.5, 2.0, 3.0), logs.values(), strict=True)))
-    before = dict(logs)
+    assert read(logs) == {name: pytest.approx(float(value), rel=1e-10) for name, value in parts.items()}
+    assert float(total) == pytest.approx(sum(w * v for w, v in zip((0.5, 2.0, 3.0), read(logs).values(), strict=True)))
+    before = read(logs)
     terms.of_cd(x, gradient, condition, logs)
     added = temporal_consistency_loss(x, gradient, mask_first=masked)
-    assert logs["temporal_loss"] == pytest.approx(before["temporal_loss"] + float(added), rel=1e-10)
+    assert float(logs["temporal_loss"]) == pytest.approx(before["temporal_loss"] + float(added), rel=1e-10)
     assert all(logs[name] > before[name] for name in logs)
 
 

@@ -2,12 +2,14 @@ import copy
 import math
 import subprocess
 import sys
+import traceback
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import distillation
 import distillation.trainer as trainer_module
@@ -16,7 +18,7 @@ from distillation.errors import DistillationConfigError, MissingPartError, StepC
 from distillation.monitors import channel_std
 from distillation.schedule import RectifiedFlow, VariancePreserving
 from distillation.student import FewStepStudent
-from distillation.trainer import DistillationTrainer
+from distillation.trainer import DistillationStage, DistillationTrainer
 from distillation.vsd import backward_simulation
 from latent_rewards.training.ranks import Ranks
 
@@ -307,3 +309,45 @@ def test_the_datas_spread_is_of_so_many_numbers_that_they_fit_into_memory(world,
     history = train(world, settings(vsd_steps=1, cd_steps=1), (latents, PROMPTS * 3)).history
     assert told == [2], "once, for VSD alone"
     assert history["vsd"][0]["saturation"] > 0
+
+
+class Readings(TorchDispatchMode):
+    """Notes where Python asks for a number of a floating tensor, or which rows of a tensor are not zero.
+
+    A GPU must have done all it was told before it can answer, and has nothing to do until it is told more.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        asks_number = operator == torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point()
+        if asks_number or operator == torch.ops.aten.nonzero.default:
+            self.lines.append(traceback.format_stack(limit=2)[0])
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objectives", [("vsd",), ("cd",), ("vsd", "cd")])
+def test_nothing_is_read_before_the_backward_passes_of_an_update(
+    world, learnable_gaussian, objectives, randn, monkeypatch
+):
+    changes = {"guidance_scale": 3.0, "temporal_weight": 0.5, "correspondence_weight": 0.5, "fake_updates": 3}
+    teacher, _ = world()
+    student = FewStepStudent(learnable_gaussian(RectifiedFlow(), 0.1, 0.5), latent_shape=SHAPE)
+    setup = DistillationTrainer(teacher, student, (randn(4, *SHAPE), ["a", "b", "c", "d"]), settings(**changes)).setup
+    stage = DistillationStage(setup, objectives[0], 4, objectives)
+    stage.step(0)
+    update, before = stage.loop.update, []
+
+    def noted(*of):
+        before.append([*readings.lines])
+        norm = update(*of)
+        readings.lines.clear()
+        return norm
+
+    with Readings() as readings:
+        monkeypatch.setattr(stage.loop, "update", noted)
+        logs = stage.step(1)
+    assert before == [[]] * (4 if "vsd" in objectives else 1)
+    assert all(type(value) in (int, float) for value in logs.values())

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from latent_rewards.training import devices
-from latent_rewards.training.devices import DeviceError, choose_device, join_launch
+from latent_rewards.training.devices import DeviceError, choose_device, join_launch, moved
 from latent_rewards.training.ranks import Ranks
 
 
@@ -79,3 +79,23 @@ def test_the_launch_is_joined_on_the_device(cuda, monkeypatch):
     assert join_launch("cuda") == (Ranks(1, 2), torch.device("cuda:1"))
     assert join_launch("cpu") == (Ranks(1, 2), torch.device("cpu"))
     assert joined == [False, True]
+
+
+def test_what_is_moved_keeps_its_values_and_is_cast():
+    x = torch.randn(2, 3)
+    assert moved(x, "cpu") is x
+    cast = moved(x, torch.device("cpu"), torch.float64)
+    assert cast.dtype == torch.float64 and torch.equal(cast.float(), x)
+
+
+def test_a_gpu_is_not_waited_for(monkeypatch):
+    asked = []
+
+    def to(tensor, device=None, **options):
+        asked.append((str(device), options))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append("pinned") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    moved(torch.zeros(2), "cuda:1")
+    assert asked[:2] == ["pinned", ("cuda:1", {"non_blocking": True})]

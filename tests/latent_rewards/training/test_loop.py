@@ -6,7 +6,15 @@ import torch
 from latent_rewards.training import loop as module_of_loops
 from latent_rewards.training.checkpoint import CheckpointError
 from latent_rewards.training.devices import DeviceError
-from latent_rewards.training.loop import Ema, LoopConfig, NonFiniteError, TrainingLoop, set_learning_rate, warmup_cosine
+from latent_rewards.training.loop import (
+    Ema,
+    LoopConfig,
+    NonFiniteError,
+    TrainingLoop,
+    read,
+    set_learning_rate,
+    warmup_cosine,
+)
 from latent_rewards.training.randomness import sample_noise
 from latent_rewards.training.ranks import Ranks
 
@@ -98,7 +106,13 @@ def test_non_finite_is_raised_before_the_step(where):
     with pytest.raises(NonFiniteError, match="step 0"):
         loop.update("m", loss)
     assert torch.equal(module.weight, before)
-    assert module.weight.grad is None or where == "loss"
+    assert module.weight.grad is None
+
+
+def test_what_an_update_tells_is_read_as_numbers():
+    told = read({"loss": torch.tensor(1.5, requires_grad=True), "rate": 0.25, "exit_step": 3})
+    assert told == {"loss": 1.5, "rate": 0.25, "exit_step": 3}
+    assert [type(value) for value in told.values()] == [float, float, int]
 
 
 def test_clipping_bounds_the_update():
