@@ -296,8 +296,8 @@ def limited_guidance(guidance_scale: float, t: Tensor, start: float) -> float | 
         start: time in [0, 1]; 0 guides everywhere.
 
     Returns:
-        ``guidance_scale`` itself where ``start`` is 0, else one scale per sample, like ``t``.
+        ``guidance_scale`` itself where ``start`` is 0 or it is 1, else one scale per sample, like ``t``.
     """
-    if start == 0:
+    if start == 0 or guidance_scale == 1:
         return guidance_scale
     return torch.where(t >= start, torch.full_like(t, guidance_scale), torch.ones_like(t))

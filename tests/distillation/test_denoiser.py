@@ -163,6 +163,7 @@ def test_guidance_extrapolates_every_form(schedule, learnable_gaussian, numbers,
 def test_limited_guidance_leaves_low_noise_unguided(learnable_gaussian, numbers, randn):
     t = torch.tensor([0.2, 0.35, 0.9], dtype=torch.float64)
     assert limited_guidance(3.0, t, 0.0) == 3.0
+    assert limited_guidance(1.0, t, 0.35) == 1.0, "which needs no negative condition"
     scale = limited_guidance(3.0, t, 0.35)
     assert scale.tolist() == [1.0, 3.0, 3.0]
     denoiser, x_t = learnable_gaussian(RectifiedFlow(), 0.1, 0.7, reach=2.0), randn(3, 1, 1, 1, 1)
