@@ -51,10 +51,19 @@ ADAPTERS = {"adapter_rank": 32, "learning_rate": 6e-4, "cd_learning_rate": 9e-5,
 """One base for all roles; adapters want larger learning rates, here three times those of all weights (untuned)."""
 LCM = {"num_timesteps": 50, "solver_steps": 1, "temporal_weight": 0.0}
 """What latent consistency models do (arXiv 2310.04378): 50 intervals of one solver step each."""
+LOW_NOISE = {
+    "num_timesteps": 16,
+    "solver_steps": 4,
+    "cd_max_time": 0.25,
+    "cd_keep_weight": 3.0,
+    "cd_learning_rate": 1e-4,
+}
+"""CD of the last call of four steps alone, along a path of many teacher steps; the other calls are kept."""
 TITLES = {
     "vsd": "VSD",
     "cd": "CD",
     "vsd_cd": "VSD→CD",
+    "low_noise": "VSD→CD at low noise",
     "adapters": "VSD→CD, adapters",
     "joint": "VSD + CD, joint",
     "progressive": "progressive distillation",
@@ -72,6 +81,8 @@ CLAIMS = {
     "VSD→CD above AnimateLCM": ("vsd_cd", "animatelcm"),
     "VSD→CD above both at once": ("vsd_cd", "joint"),
     "all weights above adapters": ("vsd_cd", "adapters"),
+    "VSD→CD at low noise above VSD alone": ("low_noise", "vsd"),
+    "VSD→CD at low noise above VSD→CD": ("low_noise", "vsd_cd"),
 }
 """Orderings of the total; the first three and that of T2V-Turbo are the paper's (arXiv 2412.15689)."""
 
@@ -87,7 +98,9 @@ def passes(config: ds.DistillationConfig, objective: str, *, frames: int = 1) ->
     guided = 2 if config.guides else 1
     exits = [exit_step for count in config.step_counts for exit_step in range(count)]
     chain = sum(exits) / len(exits)
-    cd = guided * config.solver_steps + 3 + 1
+    # Below ``guidance_start`` the teacher is not guided; what is kept costs a call of what was and a gradient.
+    asked = guided if config.cd_max_time > config.guidance_start else 1
+    cd = asked * config.solver_steps + 3 + 1 + (1 + 3 if config.cd_keep_weight else 0)
     # The student, the teacher's and the fake score's opinion; then the fake score, on these samples and on fresh ones.
     vsd = chain + 3 + guided + 1 + 3 + (config.fake_updates - 1) * (chain + 1 + 3)
     costs = {"vsd": vsd, "cd": cd, "joint": vsd + cd, "progressive": 2 + 3, "image_cd": cd / frames}
@@ -222,7 +235,13 @@ def _vsd(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStep
 def _vsd_cd(race: Ablation, pipeline: Dollar, folder: Path, **changes: Any) -> dict[int, ds.FewStepStudent]:  # noqa: ANN401
     config = pipeline.settings["distillation"]
     steps = {name: max(1, round(race.share * getattr(config, name))) for name in ("vsd_steps", "cd_steps")}
-    return _distil(pipeline, race.settings(pipeline, folder, **steps, **changes))
+    return _distil(pipeline, race.settings(pipeline, folder, **{**steps, **changes}))
+
+
+def _low_noise(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStepStudent]:
+    config = pipeline.settings["distillation"]
+    cost = passes(config, "cd") / passes(dataclasses.replace(config, **LOW_NOISE), "cd")
+    return _vsd_cd(race, pipeline, folder, cd_steps=max(1, round(race.share * cost * config.cd_steps)), **LOW_NOISE)
 
 
 def _joint(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStepStudent]:
@@ -286,6 +305,7 @@ _METHODS: dict[str, Callable[[Ablation, Dollar, Path], dict[int, ds.FewStepStude
     "vsd": _vsd,
     "cd": _cd,
     "vsd_cd": _vsd_cd,
+    "low_noise": _low_noise,
     "adapters": partial(_vsd_cd, **ADAPTERS),
     "joint": _joint,
     "progressive": _progressive,

@@ -15,11 +15,12 @@ FREE_SETTINGS = frozenset(
 _OUTSIDE = FREE_SETTINGS | {"schedule", "cd_steps"}  # the latter say only how far a stage goes
 _CD_ONLY = frozenset(
     "num_timesteps curriculum solver_steps huber_c cd_weight cd_guidance_scale cd_learning_rate cd_ema_decay".split()
+    + ["cd_max_time", "cd_keep_weight"]
 )
 _FREE = {
     "vsd": _OUTSIDE | _CD_ONLY | {"vsd_steps"},
     "cd": _OUTSIDE | {"cd_weight"},
-    "joint": _OUTSIDE | {"vsd_steps", "cd_learning_rate", "cd_ema_decay"},
+    "joint": _OUTSIDE | {"vsd_steps", "cd_learning_rate", "cd_ema_decay", "cd_keep_weight"},
 }
 
 
@@ -68,6 +69,10 @@ class DistillationConfig:
         cd_learning_rate: of the student in the CD stage; None takes ``learning_rate``. After VSD a tenth of it is
             better: CD averages over what the student does not yet agree on, and so blurs what VSD made sharp.
         cd_ema_decay: in place of ``ema_decay`` in the CD stage; None takes ``ema_decay``.
+        cd_max_time: noise time in (0, 1] above which CD asks nothing. Its target is an average wherever noise leaves
+            more than one answer; after VSD it helps only where there is one.
+        cd_keep_weight: weight, in the CD stage, of staying at the calls above ``cd_max_time`` what the student was when
+            the stage began; 0 is none. What they compute shares its weights with what CD changes.
         huber_c: width of the quadratic part of the CD loss, in latent units.
         time_shift: shift of the VSD times towards noise, on top of the schedule's own.
         adapter_rank: student, fake score and target are adapters of this rank on the frozen teacher; None gives each a
@@ -118,6 +123,8 @@ class DistillationConfig:
     cd_weight: float = 1.0
     cd_learning_rate: float | None = None
     cd_ema_decay: float | None = None
+    cd_max_time: float = 1.0
+    cd_keep_weight: float = 0.0
     huber_c: float = 1e-3
     time_shift: float = 1.0
     adapter_rank: int | None = None
@@ -145,7 +152,7 @@ class DistillationConfig:
         )
         if self.adapter_rank is not None:
             lowest["adapter_rank"] = 1
-        weights = "temporal feature correspondence adversarial discriminator r1 cd".split()
+        weights = "temporal feature correspondence adversarial discriminator r1 cd cd_keep".split()
         lowest |= dict.fromkeys([f"{name}_weight" for name in weights], 0)
         lowest |= dict.fromkeys(("vsd_steps", "cd_steps", "max_grad_norm"), 0)
         for name, least in lowest.items():
@@ -161,6 +168,11 @@ class DistillationConfig:
         for name in ("ema_decay", "cd_ema_decay"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise DistillationConfigError(f"{name} must lie in [0, 1); got {getattr(self, name)}")
+        if not (0 < self.cd_max_time <= 1 and (self.curriculum or self.num_cd_intervals)):
+            raise DistillationConfigError(
+                f"cd_max_time must lie in (0, 1] and leave at least one of the {self.num_timesteps} intervals of "
+                f"num_timesteps; got {self.cd_max_time}"
+            )
         if not self.step_counts:
             raise DistillationConfigError("step_counts is empty; give at least one of the student's step counts")
         if not self.stages:
@@ -176,11 +188,21 @@ class DistillationConfig:
                 f"adversarial_weight = {self.adversarial_weight} has no effect: its discriminator reads VSD's fake "
                 f"score, and the stages are {', '.join(self.stages)}; set it to 0, or train with VSD"
             )
+        if self.cd_keep_weight and self.cd_max_time == 1:
+            raise DistillationConfigError(
+                f"cd_keep_weight = {self.cd_keep_weight} has no effect where CD trains all times; lower cd_max_time, "
+                "or leave it 0"
+            )
         if self.r1_weight and not self.adversarial_weight:
             raise DistillationConfigError(
                 f"r1_weight = {self.r1_weight} has no effect without a discriminator; set adversarial_weight, or leave "
                 "it 0"
             )
+
+    @property
+    def num_cd_intervals(self) -> int:
+        """How many of the grid's intervals CD trains, those of the least noise."""
+        return round(self.cd_max_time * self.num_timesteps)
 
     def optimisation(self, stage: str) -> tuple[float, float]:
         """Return the student's learning rate and EMA decay in a stage."""

@@ -44,6 +44,10 @@ class Roles(Protocol):
         """Return a frozen denoiser that starts as the student is."""
         ...
 
+    def reference(self) -> nn.Module:
+        """Return a frozen denoiser that stays what the student is now; there is no fake score beside it."""
+        ...
+
 
 class Separate:
     """Every role has a network of its own, and all its weights are trained (full fine-tuning).
@@ -72,6 +76,10 @@ class Separate:
     def target(self) -> nn.Module:
         """Return a frozen copy of the student."""
         return copy.deepcopy(self._student).requires_grad_(False).eval()
+
+    def reference(self) -> nn.Module:
+        """Return a frozen copy of the student."""
+        return self.target()
 
 
 class SharedBase:
@@ -118,9 +126,11 @@ class SharedBase:
 
         The average of low-rank factors is not the factor of the average; it tends to it as the student settles.
         """
-        target = Role(self, "target")
-        target.load_state_dict(self.student.state_dict())
-        return target
+        return self._like_student("target")
+
+    def reference(self) -> Role:
+        """Return a role that keeps the student's adapter of now, in the place of the fake score."""
+        return self._like_student("fake_score").requires_grad_(False)
 
     @contextmanager
     def playing(self, name: RoleName | None, block: nn.Module | None = None) -> Iterator[None]:
@@ -169,6 +179,11 @@ class SharedBase:
         end = f".{name}.weight"
         named = self.teacher.named_parameters()
         return {key.removesuffix(end): value for key, value in named if key.endswith(end)}
+
+    def _like_student(self, name: RoleName) -> Role:
+        role = Role(self, name)
+        role.load_state_dict(self.student.state_dict())
+        return role
 
     def _begin(self, name: RoleName) -> Role:
         """Give a role the first weights of an adapter: A random, B zero, so that A B = 0."""

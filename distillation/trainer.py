@@ -12,18 +12,25 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from distillation.config import DistillationConfig
-from distillation.consistency import consistency_pair, curriculum_pairs, pseudo_huber, time_grid
+from distillation.consistency import (
+    consistency_function,
+    consistency_pair,
+    curriculum_pairs,
+    pseudo_huber,
+    time_grid,
+)
 from distillation.data import Batch
 from distillation.denoiser import limited_guidance
 from distillation.latents import ShardedLatents
 from distillation.monitors import channel_std, fake_score_lag, saturation
 from distillation.roles import SharedBase
+from distillation.schedule import Schedule, add_noise
 from distillation.stage import Extras, Setup, Stage, TeacherModel, prepare
 from distillation.student import FewStepStudent
 from distillation.terms import Discriminator, TemporalTerms
@@ -158,6 +165,11 @@ class DistillationStage(Stage):
         super().__init__(setup, name, num_steps, learning_rate=rate, ema_decay=decay, beta1=beta1, extras=extras)
         self.calls = [(count, exit_step) for count in config.step_counts for exit_step in range(count)]
         self.samples: Tensor | None = None
+        self.reference: nn.Module | None = None
+        if not self.with_vsd and config.cd_keep_weight:
+            self.reference = setup.roles.reference().to(self.loop.device)
+        times = [time for count in config.step_counts for time in self.student.timesteps(count)]
+        self.kept_times = torch.tensor([time for time in times if time > config.cd_max_time], dtype=torch.float64)
         latents = self.data.latents if self.with_vsd else None
         data_std = torch.zeros(0) if latents is None else _std_of_some(latents)
         self.data_std, self.varying = data_std[data_std > 0], (data_std > 0).nonzero()[:, 0].to(self.loop.device)
@@ -253,14 +265,28 @@ class DistillationStage(Stage):
             negative=batch.negative,
             solver_steps=config.solver_steps,
         )
-        return self.cd_loss(step, prediction, aim, batch, logs)
+        loss = self.cd_loss(step, prediction, aim, batch, logs)
+        return loss if self.reference is None else loss + config.cd_keep_weight * self.kept(step, x0, batch, logs)
+
+    def kept(self, step: int, x0: Tensor, batch: Batch, logs: Logs) -> Tensor:
+        """Return how far the student is from what it was, at its calls above CD's times, of which all are as likely."""
+        chosen = (self.draw_uniform(step, "keep/time") * len(self.kept_times)).long()
+        t = moved(self.kept_times[chosen], x0.device, self.dtype)
+        x_t = add_noise(cast(Schedule, self.teacher.schedule), x0, self.draw_noise(step, "keep"), t)
+        with torch.no_grad():
+            aim = consistency_function(cast(nn.Module, self.reference), x_t, t, batch.condition)
+        now = consistency_function(self.student.denoiser, x_t, t, batch.condition)
+        loss = pseudo_huber(now, aim, self.config.huber_c)
+        logs["keep_loss"] = loss.detach()
+        return loss
 
     def interval(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the ends (t, s) of CD's intervals, [B] on the CPU."""
         uniform = self.draw_uniform(step, "interval")
         if self.config.curriculum:
-            return curriculum_pairs(uniform, step / self.num_steps)
-        grid, below = time_grid(self.config.num_timesteps), (uniform * self.config.num_timesteps).long()
+            t, s = curriculum_pairs(uniform, step / self.num_steps)
+            return self.config.cd_max_time * t, self.config.cd_max_time * s
+        grid, below = time_grid(self.config.num_timesteps), (uniform * self.config.num_cd_intervals).long()
         return grid[below + 1], grid[below]
 
     def cd_loss(self, step: int, prediction: Tensor, aim: Tensor, batch: Batch, logs: Logs) -> Tensor:

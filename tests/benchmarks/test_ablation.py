@@ -20,6 +20,12 @@ SCORES = ("total", "quality", "semantic", "diversity", "frechet", "accuracy/digi
     [
         ("cd", {"guidance_scale": 1.0}, 1 + 3 + 1),
         ("cd", {"guidance_scale": 3.0, "solver_steps": 2}, 4 + 3 + 1),
+        # Where the teacher is not guided one call of it is enough; the kept calls cost the reference's and a gradient.
+        (
+            "cd",
+            {"solver_steps": 4, "cd_max_time": 0.25, "guidance_start": 0.35, "cd_keep_weight": 1.0},
+            4 + 3 + 1 + 1 + 3,
+        ),
         ("vsd", {"step_counts": [1], "fake_updates": 1, "guidance_scale": 1.0}, 0 + 3 + 1 + 1 + 3),
         # Calls (1, 0), (2, 0), (2, 1), (4, 0..3): one step of the chain before the call that is trained, on average.
         ("vsd", {"step_counts": [1, 2, 4], "fake_updates": 3}, 1 + 3 + 2 + 1 + 3 + 2 * (1 + 1 + 3)),

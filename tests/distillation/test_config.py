@@ -28,6 +28,10 @@ def test_step_counts_may_be_a_tuple():
         {"solver_steps": 0},
         {"checkpoint_every": 0},
         {"cd_weight": -1.0},
+        {"cd_keep_weight": -1.0},
+        {"cd_max_time": 0.0},
+        {"cd_max_time": 1.5},
+        {"cd_max_time": 0.1, "num_timesteps": 4},
         {"temporal_weight": float("nan")},
         {"learning_rate": 0.0},
         {"huber_c": 0.0},
@@ -58,6 +62,9 @@ def test_settings_without_effect_are_refused():
     with pytest.raises(DistillationConfigError, match="r1_weight = 1.0 has no effect without a discriminator"):
         DistillationConfig(r1_weight=1.0)
     DistillationConfig(adversarial_weight=1.0, r1_weight=1.0, schedule="joint")
+    with pytest.raises(DistillationConfigError, match=r"cd_keep_weight = 2.0 has no effect.* lower cd_max_time"):
+        DistillationConfig(cd_keep_weight=2.0)
+    DistillationConfig(cd_keep_weight=2.0, cd_max_time=0.01, curriculum=True)
 
 
 def test_guard_refuses_what_would_change_the_weights_and_nothing_else():

@@ -11,6 +11,7 @@ from distillation.condition import TextCondition
 from distillation.errors import DistillationConfigError
 from distillation.roles import Role, Separate, SharedBase, merged, roles_of, save_activations
 from distillation.trainer import start_student
+from distillation.vsd import trainable
 from latent_rewards.training.checkpoint import latest_checkpoint, load_checkpoint
 
 SHAPE = (4, 2, 4, 4)  # what tiny_wan takes
@@ -72,6 +73,20 @@ def test_the_target_starts_where_the_student_is_and_stays(base, inputs, randn):
     shaken(student, randn)
     assert torch.equal(target(*inputs).v, before)
     assert not any(parameter.requires_grad for parameter in target.parameters())
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_reference_stays_what_the_student_was(base, inputs, randn, shared):
+    roles = SharedBase(base, RANK) if shared else Separate(base, copy.deepcopy(base))
+    student = shaken(roles.student if shared else roles._student, randn)
+    reference, target = roles.reference(), roles.target()
+    before = reference(*inputs).v
+    assert torch.equal(before, student(*inputs).v)
+    shaken(student, randn), shaken(target, randn)
+    assert torch.equal(reference(*inputs).v, before)
+    assert not torch.allclose(student(*inputs).v, before)
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    assert all(parameter.requires_grad for parameter in trainable(roles.fake_score()).parameters())
 
 
 def test_gradients_reach_the_adapter_of_the_role_alone_and_are_those_of_its_weights(base, inputs):
@@ -251,6 +266,8 @@ def settings(**changes):
         "fake_learning_rate": 0.01,
         "fake_updates": 2,
         "num_timesteps": 4,
+        "cd_max_time": 0.5,
+        "cd_keep_weight": 1.0,
         "adapter_rank": RANK,
         "progress": False,
         "device": "cpu",

@@ -230,19 +230,68 @@ def test_cd_target_is_the_average_and_not_the_student(world, monkeypatch):
     assert all(distance > 0 for distance in distances[1:])
 
 
+def cd_stage(world, **changes):
+    teacher, student = world()
+    setup = DistillationTrainer(teacher, student, PROMPTS, settings(vsd_steps=0, **changes)).setup
+    return DistillationStage(setup, "cd", 4, ("cd",))
+
+
+@pytest.mark.parametrize("curriculum", [False, True])
+def test_cd_asks_nothing_above_its_times(world, curriculum):
+    stage = cd_stage(world, cd_max_time=0.3, num_timesteps=10, curriculum=curriculum, batch_size=50)
+    t, s = (torch.cat(ends) for ends in zip(*(stage.interval(step) for step in range(4)), strict=True))
+    assert bool((s < t).all()) and float(s.min()) < 0.1
+    assert 0.25 < float(t.max()) <= 0.3
+    if not curriculum:
+        assert sorted({round(time, 12) for time in t.tolist()}) == [0.1, 0.2, 0.3]
+
+
+def test_what_is_kept_is_how_far_the_calls_above_have_moved(world, randn):
+    stage = cd_stage(world, **KEEPING, huber_c=0.3)
+    assert stage.kept_times.tolist() == [1.0, 1.0, 1.0, 0.75], "the first calls of 1, 2 and 4 steps, and one more"
+    logs = {}
+    assert float(stage.kept(0, randn(4, *SHAPE), stage.draw_batch(0, "student"), logs)) == 0
+    with torch.no_grad():
+        stage.student.denoiser.shift += 0.4  # all that the student says, at every call
+    kept = stage.kept(0, randn(4, *SHAPE), stage.draw_batch(0, "student"), logs)
+    assert float(kept) == pytest.approx(0.5 - 0.3, rel=1e-12)  # sqrt(0.4^2 + 0.3^2) - 0.3
+    assert float(logs["keep_loss"]) == float(kept)
+
+
+def test_calls_that_are_kept_stay_while_cd_trains_the_others(world, randn):
+    def run(**changes):
+        config = settings(vsd_steps=0, cd_steps=80, num_timesteps=2, huber_c=0.1, cd_max_time=0.5, **changes)
+        result = train(world, config, (M + S * randn(6, *SHAPE), PROMPTS * 3))
+        return result.student.denoiser, result.history["cd"]
+
+    def at_noise(network):
+        return torch.stack([network.gain + network.slope, network.shift]).detach()
+
+    start = torch.tensor([1.2, -0.3], dtype=torch.float64)
+    (free, free_history), (kept, history) = run(step_counts=[1]), run(step_counts=[1], cd_keep_weight=3.0)
+    assert float((at_noise(free) - start).abs().max()) > 5 * float((at_noise(kept) - start).abs().max())
+    for network in (free, kept):
+        assert abs(float((network.gain + 0.5 * network.slope).detach()) - 1.2) > 0.05
+    assert "keep_loss" not in free_history[0] and history[0]["keep_loss"] == 0
+
+
 def test_same_seed_gives_the_same_weights_and_another_seed_others(world):
     once, again = (weights(train(world, settings()).student) for _ in range(2))
     assert torch.equal(once, again)
     assert not torch.equal(once, weights(train(world, settings(seed=1)).student))
 
 
+KEEPING = {"cd_max_time": 0.5, "cd_keep_weight": 2.0}
+
+
 @pytest.mark.parametrize(
-    ("schedule", "stage", "at"), [("sequential", "vsd", 3), ("sequential", "cd", 3), ("joint", "joint", 2)]
+    ("stage", "at", "changes"),
+    [("vsd", 3, {}), ("cd", 3, {}), ("cd", 3, KEEPING), ("joint", 2, {"schedule": "joint"})],
 )
-def test_a_killed_run_continues_to_identical_weights(world, tmp_path, monkeypatch, schedule, stage, at):
+def test_a_killed_run_continues_to_identical_weights(world, tmp_path, monkeypatch, stage, at, changes):
     from distillation import trainer as module
 
-    config = settings(schedule=schedule, output_dir=str(tmp_path), checkpoint_every=2)
+    config = settings(output_dir=str(tmp_path), checkpoint_every=2, **changes)
     original = module.DistillationStage.step
 
     def interrupted(self, step):
@@ -255,7 +304,7 @@ def test_a_killed_run_continues_to_identical_weights(world, tmp_path, monkeypatc
         train(world, config)
     monkeypatch.setattr(module.DistillationStage, "step", original)
     resumed = train(world, config)
-    straight = train(world, settings(schedule=schedule))
+    straight = train(world, settings(**changes))
     assert torch.equal(weights(resumed.student), weights(straight.student))
     assert resumed.history == straight.history
     assert (tmp_path / stage / "history.jsonl").is_file()
