@@ -165,11 +165,11 @@ class DistillationStage(Stage):
         super().__init__(setup, name, num_steps, learning_rate=rate, ema_decay=decay, beta1=beta1, extras=extras)
         self.calls = [(count, exit_step) for count in config.step_counts for exit_step in range(count)]
         self.samples: Tensor | None = None
-        self.reference: nn.Module | None = None
-        if not self.with_vsd and config.cd_keep_weight:
-            self.reference = setup.roles.reference().to(self.loop.device)
         times = [time for count in config.step_counts for time in self.student.timesteps(count)]
         self.kept_times = torch.tensor([time for time in times if time > config.cd_max_time], dtype=torch.float64)
+        self.reference: nn.Module | None = None
+        if config.cd_keep_weight and len(self.kept_times) and not self.with_vsd:
+            self.reference = setup.roles.reference().to(self.loop.device)
         latents = self.data.latents if self.with_vsd else None
         data_std = torch.zeros(0) if latents is None else _std_of_some(latents)
         self.data_std, self.varying = data_std[data_std > 0], (data_std > 0).nonzero()[:, 0].to(self.loop.device)
