@@ -51,13 +51,7 @@ ADAPTERS = {"adapter_rank": 32, "learning_rate": 6e-4, "cd_learning_rate": 9e-5,
 """One base for all roles; adapters want larger learning rates, here three times those of all weights (untuned)."""
 LCM = {"num_timesteps": 50, "solver_steps": 1, "temporal_weight": 0.0}
 """What latent consistency models do (arXiv 2310.04378): 50 intervals of one solver step each."""
-LOW_NOISE = {
-    "num_timesteps": 16,
-    "solver_steps": 4,
-    "cd_max_time": 0.25,
-    "cd_keep_weight": 3.0,
-    "cd_learning_rate": 1e-4,
-}
+LOW_NOISE = {"num_timesteps": 16, "solver_steps": 4, "cd_max_time": 0.25, "cd_keep_weight": 3.0}
 """CD of the last call of four steps alone, along a path of many teacher steps; the other calls are kept."""
 TITLES = {
     "vsd": "VSD",
@@ -241,7 +235,8 @@ def _vsd_cd(race: Ablation, pipeline: Dollar, folder: Path, **changes: Any) -> d
 def _low_noise(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStepStudent]:
     config = pipeline.settings["distillation"]
     cost = passes(config, "cd") / passes(dataclasses.replace(config, **LOW_NOISE), "cd")
-    return _vsd_cd(race, pipeline, folder, cd_steps=max(1, round(race.share * cost * config.cd_steps)), **LOW_NOISE)
+    steps = max(1, round(race.share * cost * config.cd_steps))
+    return _vsd_cd(race, pipeline, folder, cd_steps=steps, cd_learning_rate=1e-4, **LOW_NOISE)
 
 
 def _joint(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStepStudent]:
