@@ -70,7 +70,7 @@ class DistillationConfig:
             better: CD averages over what the student does not yet agree on, and so blurs what VSD made sharp.
         cd_ema_decay: in place of ``ema_decay`` in the CD stage; None takes ``ema_decay``.
         cd_max_time: noise time in (0, 1] above which CD asks nothing. Its target is an average wherever noise leaves
-            more than one answer; after VSD it helps only where there is one.
+            more than one answer; on moving digits it helped after VSD only where there is one.
         cd_keep_weight: weight, in the CD stage, of staying at the calls above ``cd_max_time`` what the student was when
             the stage began; 0 is none. What they compute shares its weights with what CD changes.
         huber_c: width of the quadratic part of the CD loss, in latent units.
@@ -202,7 +202,7 @@ class DistillationConfig:
     @property
     def num_cd_intervals(self) -> int:
         """How many of the grid's intervals CD trains, those of the least noise."""
-        return round(self.cd_max_time * self.num_timesteps)
+        return int(self.cd_max_time * self.num_timesteps + 1e-9)  # 0.29 * 100 is a little less than 29
 
     def optimisation(self, stage: str) -> tuple[float, float]:
         """Return the student's learning rate and EMA decay in a stage."""

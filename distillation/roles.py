@@ -150,7 +150,10 @@ class SharedBase:
             self._active = before
 
     def checkpoint(self, block: nn.Module, *args: Any) -> Any:  # noqa: ANN401 - a block's inputs
-        """Call ``block(*args)``, keeping its inputs only; the backward pass repeats it as the role of now."""
+        """Call ``block(*args)``, keeping its inputs only; the backward pass repeats it as the role of now.
+
+        The repetition is not compared with the call: that takes time, and all roles have the same shapes anyway.
+        """
         role = self._active
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

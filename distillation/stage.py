@@ -27,7 +27,7 @@ from latent_rewards.training.loop import (
     Logs,
     LoopConfig,
     TrainingLoop,
-    read,
+    read_logs,
     set_learning_rate,
     warmup_cosine,
 )
@@ -192,7 +192,7 @@ class Stage:
         logs["grad_norm"] = self.loop.update("student", loss)
         self.after_update(step, batch, logs)
         self.ema.update()
-        return read(logs)
+        return read_logs(logs)
 
     def loss(self, step: int, batch: Batch, logs: Logs) -> Tensor:
         """Return what the student minimises at ``step``, a scalar, and note its parts in ``logs``."""

@@ -289,7 +289,7 @@ class TrainingLoop:
         return True
 
 
-def read(logs: Mapping[str, float | Tensor]) -> dict[str, float]:
+def read_logs(logs: Mapping[str, float | Tensor]) -> dict[str, float]:
     """Return numbers for what an update told, once all of it has been asked for: a GPU is waited for at the first."""
     return {name: value.item() if isinstance(value, Tensor) else value for name, value in logs.items()}
 

@@ -16,7 +16,7 @@ from distillation.terms import Discriminator, TemporalTerms
 from distillation.trainer import start_student
 from distillation.vsd import trainable
 from latent_rewards.training.devices import DeviceError
-from latent_rewards.training.loop import read
+from latent_rewards.training.loop import read_logs
 
 SHAPE = (4, 3, 4, 4)
 WAN_SHAPE = (4, 2, 4, 4)
@@ -62,9 +62,11 @@ def test_temporal_terms_are_weighted_sums_and_are_logged_unweighted(tiny_wan, ra
         "feature_loss": feature_similarity_loss(x, x - difference, features, mask_first=masked),
         "correspondence_loss": correspondence_loss(x, x - difference, mask_first=masked),
     }
-    assert read(logs) == {name: pytest.approx(float(value), rel=1e-10) for name, value in parts.items()}
-    assert float(total) == pytest.approx(sum(w * v for w, v in zip((0.5, 2.0, 3.0), read(logs).values(), strict=True)))
-    before = read(logs)
+    assert read_logs(logs) == {name: pytest.approx(float(value), rel=1e-10) for name, value in parts.items()}
+    assert float(total) == pytest.approx(
+        sum(w * v for w, v in zip((0.5, 2.0, 3.0), read_logs(logs).values(), strict=True))
+    )
+    before = read_logs(logs)
     terms.of_cd(x, gradient, condition, logs)
     added = temporal_consistency_loss(x, gradient, mask_first=masked)
     assert float(logs["temporal_loss"]) == pytest.approx(before["temporal_loss"] + float(added), rel=1e-10)

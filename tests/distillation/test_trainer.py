@@ -246,6 +246,11 @@ def test_cd_asks_nothing_above_its_times(world, curriculum):
         assert sorted({round(time, 12) for time in t.tolist()}) == [0.1, 0.2, 0.3]
 
 
+@pytest.mark.parametrize(("cd_max_time", "num_timesteps", "intervals"), [(0.25, 16, 4), (0.29, 100, 29), (0.28, 10, 2)])
+def test_no_interval_of_cd_ends_above_its_times(cd_max_time, num_timesteps, intervals):
+    assert settings(cd_max_time=cd_max_time, num_timesteps=num_timesteps).num_cd_intervals == intervals
+
+
 def test_what_is_kept_is_how_far_the_calls_above_have_moved(world, randn):
     stage = cd_stage(world, **KEEPING, huber_c=0.3)
     assert stage.kept_times.tolist() == [1.0, 1.0, 1.0, 0.75], "the first calls of 1, 2 and 4 steps, and one more"

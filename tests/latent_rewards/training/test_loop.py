@@ -11,7 +11,7 @@ from latent_rewards.training.loop import (
     LoopConfig,
     NonFiniteError,
     TrainingLoop,
-    read,
+    read_logs,
     set_learning_rate,
     warmup_cosine,
 )
@@ -110,7 +110,7 @@ def test_non_finite_is_raised_before_the_step(where):
 
 
 def test_what_an_update_tells_is_read_as_numbers():
-    told = read({"loss": torch.tensor(1.5, requires_grad=True), "rate": 0.25, "exit_step": 3})
+    told = read_logs({"loss": torch.tensor(1.5, requires_grad=True), "rate": 0.25, "exit_step": 3})
     assert told == {"loss": 1.5, "rate": 0.25, "exit_step": 3}
     assert [type(value) for value in told.values()] == [float, float, int]
 
