@@ -1,10 +1,11 @@
 """What a VSD update costs with one shared base and adapters, and with full networks: ``python -m benchmarks.roles``.
 
-Student, fake score and target as adapters on one frozen teacher (:class:`distillation.roles.SharedBase`) against four
-networks of their own, each with and without gradient checkpointing, through the trainer's own stage and without data.
-With ``--peer FOLDER``, a checkout of NVlabs/FastGen, its DMD2 updates the same network with the same batch, precision
-and number of fake score updates. Every measurement has a fresh interpreter, and the ways take turns. Results go into
-``results/roles.json``, a section for each device and precision. Linux only.
+Student, fake score and target as adapters on one frozen teacher (:class:`distillation.roles.SharedBase`), held in
+float32 or in bf16, against four networks of their own, each with and without gradient checkpointing, through the
+trainer's own stage and without data. With ``--peer FOLDER``, a checkout of NVlabs/FastGen, its DMD2 updates the same
+network with the same batch, precision and number of fake score updates. Every measurement has a fresh interpreter, and
+the ways take turns. Results go into ``results/roles.json``, a section for each device and precision, and for sizes that
+are named. Linux only.
 """
 
 from __future__ import annotations
@@ -26,77 +27,12 @@ from benchmarks.fastgen_peer import DMD2, EMA_DECAY, LEARNING_RATE, check_folder
 from benchmarks.interpreter import run_apart
 from benchmarks.provenance import commit_of, provenance
 from benchmarks.proxy_speed import SPARE, device_name, free_mib, memory, settle
-from distillation.condition import TextCondition
+from benchmarks.role_sizes import SIZES, TINIEST, Size
 from distillation.trainer import DistillationStage, start_student
-from latent_rewards.training.randomness import sample_noise
 
 RESULT = Path(__file__).parent / "results" / "roles.json"
 BAR = 1 / 3
 """Most that shared roles may take of full networks' memory."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """A Wan transformer and what it reads.
-
-    Attributes:
-        num_layers: blocks.
-        num_heads: of attention.
-        head_dim: channels of a head.
-        ffn_dim: width of the blocks' feed-forward part.
-        text: tokens and channels of a prompt's embedding.
-        latents: (C, F, H, W).
-        batch_size: samples of an update.
-    """
-
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    ffn_dim: int
-    text: tuple[int, int]
-    latents: tuple[int, int, int, int]
-    batch_size: int = 1
-
-    @property
-    def tokens(self) -> int:
-        """How many the transformer reads of a sample."""
-        _, frames, height, width = self.latents
-        return frames * (height // 2) * (width // 2)
-
-    def build(self) -> nn.Module:
-        """Return the transformer, with the random weights of a seed."""
-        from distillation.families import import_diffusers
-
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            network: nn.Module = import_diffusers().WanTransformer3DModel(
-                num_layers=self.num_layers,
-                num_attention_heads=self.num_heads,
-                attention_head_dim=self.head_dim,
-                ffn_dim=self.ffn_dim,
-                text_dim=self.text[1],
-                in_channels=self.latents[0],
-                out_channels=self.latents[0],
-            )
-        return network
-
-    def texts(self, prompts: Sequence[Any]) -> TextCondition:
-        """Return made-up embeddings [B, L, D]; an encoder has no part in an update."""
-        return TextCondition(sample_noise(0, "roles/text", 0, [len(prompt) for prompt in prompts], self.text))
-
-
-TINIEST = Size(1, 2, 12, 16, (2, 8), (4, 2, 4, 4))
-SIZES = {
-    "tiniest": TINIEST,
-    "digits": Size(4, 4, 32, 384, (16, 64), (16, 5, 8, 8), batch_size=24),
-    "narrow": Size(8, 6, 64, 1536, (32, 256), (16, 3, 16, 16), batch_size=2),
-    "narrow, long": Size(8, 6, 64, 1536, (32, 256), (16, 6, 32, 32)),
-    "middle": Size(12, 12, 64, 3072, (32, 256), (16, 3, 16, 16)),
-    "wide": Size(12, 16, 64, 4096, (32, 256), (16, 3, 16, 16)),
-    "wan-1.3b": Size(30, 12, 128, 8960, (512, 4096), (16, 6, 60, 104)),
-}
-"""The moving digits' teacher; wider and deeper ones; and Wan 2.1 1.3B on 21 frames of 480 x 832."""
-
 CPU_SIZES, GPU_SIZES = ("digits", "narrow", "narrow, long", "middle", "wide"), ("wan-1.3b",)
 
 
@@ -105,7 +41,7 @@ class Way:
     """Who plays the roles.
 
     Attributes:
-        kind: "full", "shared" or "peer".
+        kind: "full", "shared", "narrow" (shared, on a base in bf16) or "peer".
         checkpointed: with gradient checkpointing.
     """
 
@@ -118,7 +54,7 @@ class Way:
         return f"{self.kind}, checkpointed" if self.checkpointed else self.kind
 
 
-KINDS = ("full", "shared", "peer")
+KINDS = ("full", "shared", "narrow", "peer")
 WAYS = {way.name: way for way in (Way(kind, also) for also in (False, True) for kind in KINDS)}
 
 
@@ -134,7 +70,7 @@ class Run:
         fake_updates: fake score updates per student update.
         guidance_scale: of the teacher.
         device: torch device.
-        mixed_precision: "no" or "bf16"; weights are float32.
+        mixed_precision: "no" or "bf16"; weights are float32, but for the base of the ways that are "narrow".
         peer: a checkout of FastGen, or None.
     """
 
@@ -177,14 +113,14 @@ class Run:
 
     def _updates(self, size: Size, calls: list[int]) -> Callable[[int], object]:
         """Return what updates once; ``calls`` grows by one with every call of a transformer, copies included."""
+        way = WAYS[self.way]
 
         def build() -> nn.Module:
             with torch.device(self.device):
-                network = size.build()
+                network = size.build(torch.bfloat16 if way.kind == "narrow" else torch.float32)
             network.register_forward_hook(lambda *_: calls.append(1))
             return network
 
-        way = WAYS[self.way]
         if way.kind == "peer":
             condition = size.texts(["a clip"] * size.batch_size).embeddings
             return DMD2(
@@ -216,7 +152,7 @@ class Run:
             fake_learning_rate=LEARNING_RATE,
             fake_updates=self.fake_updates,
             ema_decay=EMA_DECAY,
-            adapter_rank=self.rank if way.kind == "shared" else None,
+            adapter_rank=None if way.kind == "full" else self.rank,
             gradient_checkpointing=way.checkpointed,
             log_every=self.num_steps + 1,  # the fake score's lag is an additional call, in the update that is not timed
             progress=False,
@@ -242,7 +178,7 @@ def expected_mib(way: Way, size: Size) -> float:
     """
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in size.build().parameters()) * 4 / 2**20
-    return weights * (1 if way.kind == "shared" else 9)
+    return weights * {"shared": 1, "narrow": 0.5}.get(way.kind, 9)
 
 
 def attempt(run: Run, free: float) -> dict[str, Any]:
@@ -314,7 +250,7 @@ def bars(compared: Sequence[dict[str, Any]]) -> dict[str, Any]:
     largest = max(compared, key=lambda entry: expected_mib(Way("shared", False), SIZES[entry["size"]]))
     told: dict[str, Any] = {}
     for checkpointed in (False, True):
-        full, shared, peer = (Way(kind, checkpointed).name for kind in KINDS)
+        full, shared, peer = (Way(kind, checkpointed).name for kind in ("full", "shared", "peer"))
         over = largest["over"].get(shared, {})
         memory_ratio, seconds = over.get(full, {}).get("memory"), over.get(peer, {}).get("seconds")
         told[shared] = {
@@ -336,7 +272,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1, help="timed updates in a round, after one that is not")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters")
     parser.add_argument("--fake-updates", type=int, default=5, help="fake score updates per student update")
-    parser.add_argument("--precision", default="no", choices=("no", "bf16"), help="autocast; weights are float32")
+    parser.add_argument(
+        "--precision",
+        default="no",
+        choices=("no", "bf16"),
+        help="autocast; the ways 'narrow' are measured in bf16 only",
+    )
     parser.add_argument("--peer", type=Path, help="a checkout of NVlabs/FastGen; without it the peer is left out")
     parser.add_argument("--note", default="", help="what else the machine did; stored with the result")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
@@ -353,7 +294,7 @@ def measure_all(options: argparse.Namespace) -> None:
     Raises:
         PeerError: ``--peer`` is no checkout of FastGen.
     """
-    ways = [way for way in WAYS if way in options.only]
+    ways = [way for way in WAYS if way in options.only and (WAYS[way].kind != "narrow" or options.precision == "bf16")]
     if options.peer is None:
         ways = [way for way in ways if WAYS[way].kind != "peer"]
         print("the peer is left out: name a checkout of NVlabs/FastGen with --peer FOLDER", flush=True)
@@ -385,9 +326,10 @@ def peer_name(folder: Path) -> str:
 
 
 def store(options: argparse.Namespace, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Put rows, ratios and bars into the result file, in the section of their device and precision."""
+    """Put rows, ratios and bars into the result file, in the section of their device, precision and chosen sizes."""
     stored: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
-    section = options.device if options.precision == "no" else f"{options.device}_{options.precision}"
+    precision = [] if options.precision == "no" else [options.precision]
+    section = "_".join([options.device, *precision, *(options.sizes or ())])
     compared = ratios(rows)
     sizes = {size: {**asdict(SIZES[size]), "tokens": SIZES[size].tokens} for size in {row["size"]: 0 for row in rows}}
     told = {"bars": bars(compared), "ratios": compared, "rows": rows, "sizes": sizes, **facts, **provenance()}

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from distillation.denoiser import Denoiser, Prediction
 from distillation.errors import DistillationConfigError
 from distillation.schedule import Schedule
+from latent_rewards.training.precision import widened
 
 RoleName = Literal["student", "fake_score", "target"]
 _ROLES: tuple[RoleName, ...] = ("student", "fake_score", "target")
@@ -87,7 +88,8 @@ class SharedBase:
 
     Args:
         denoiser: the teacher. It is frozen, and its linear layers get adapters, which are off except inside the call
-            of a role; so the object still is the teacher for whoever holds it.
+            of a role; so the object still is the teacher for whoever holds it. It may be held in bfloat16: adapters are
+            in float32 all the same.
         rank: of the adapters, at least 1.
         targets: ends of the names of the linear layers that are adapted; None adapts all of them.
         seed: of the adapters' first weights; at first every role computes exactly what the teacher does.
@@ -162,9 +164,12 @@ class SharedBase:
         return checkpoint(block, *args, use_reentrant=False, context_fn=contexts, determinism_check="none")
 
     def merged(self, name: RoleName = "student") -> nn.Module:
-        """Return a copy of the denoiser with the adapter of a role added to its weights, and no adapters."""
+        """Return a copy of the denoiser with the adapter of a role added to its weights, and no adapters.
+
+        Its weights are in float32 if the denoiser's are in 16 bits, in which most of an adapter would be lost.
+        """
         # The memo: blocks that checkpoint hold this object, all of whose adapters would be copied too.
-        plain = copy.deepcopy(self.teacher, {id(self): self})
+        plain = widened(copy.deepcopy(self.teacher, {id(self): self}))
         for layer in _adapter_layers(plain):
             layer.merge(adapter_names=[name])
         _unwrap(plain)
@@ -323,7 +328,11 @@ def _inject(denoiser: nn.Module, rank: int, targets: Sequence[str] | None) -> li
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen)
             config._register_custom_module({nn.Linear: RoleLinear})
             inject_adapter_in_model(config, denoiser, name)
-    return _adapter_layers(denoiser)
+    layers = _adapter_layers(denoiser)
+    for layer in layers:  # peft gives them the base's dtype
+        widened(layer.lora_A)
+        widened(layer.lora_B)
+    return layers
 
 
 def _unwrap(denoiser: nn.Module) -> None:

@@ -47,8 +47,9 @@ class TeacherSection:
         num_frames: frames of a video; the three sizes are needed unless the pipeline's folder, or the cache, says.
         height: pixels.
         width: pixels.
-        dtype: of the text encoder, "float32" or "bfloat16". What is trained is held in float32: steps of a few
-            millionths vanish in bfloat16. `mixed_precision: bf16` lets it compute in bfloat16.
+        dtype: of the text encoder and, with ``adapter_rank``, of the frozen network under the adapters: "float32" or
+            "bfloat16", which halves it. What is trained is held in float32: steps of a few millionths vanish in
+            bfloat16. `mixed_precision: bf16` lets it compute in bfloat16.
         device: of everything: "cpu", "cuda", or one of several such as "cuda:1";
             None takes an accelerator if there is one.
     """
@@ -250,7 +251,8 @@ def train(settings: dict[str, Any], device: torch.device, ranks: Ranks) -> Any: 
 
     data: DataSection = settings["data"]
     cached: CachedData | None = load_cache(data.cache) if data.cache is not None else None
-    teacher = load_teacher(settings["teacher"], cached)
+    shared = settings["distillation"].adapter_rank is not None
+    teacher = load_teacher(settings["teacher"], cached, settings["teacher"].dtype if shared else "float32")
     section = dataclasses.replace(settings["distillation"], device=device_of(settings))
     student = ds.start_student(teacher, section, settings["student"].timesteps, settings["student"].eta)
     # Refused now, and not after days of training.
@@ -285,15 +287,17 @@ def put_away(teacher: Teacher, *, export: bool) -> None:
         encoder.to("cpu" if export else "meta", torch.float32)
 
 
-def load_teacher(section: TeacherSection, cached: Any) -> Teacher:  # noqa: ANN401 - CachedData or None
-    """Return the teacher on the CPU, at the section's size or else at that of the cache."""
+def load_teacher(section: TeacherSection, cached: Any, dtype: str) -> Teacher:  # noqa: ANN401 - CachedData or None
+    """Return the teacher on the CPU, its network in ``dtype``, at the section's size or else at that of the cache."""
+    import torch
+
     import distillation as ds
 
     size = {name: getattr(section, name) for name in ("num_frames", "height", "width")}
     if cached is not None and not any(size.values()):
         size = {name: getattr(cached.settings, name) for name in size}
     print(f"loading {section.path}", file=sys.stderr)
-    return ds.load_teacher(section.path, **size)
+    return ds.load_teacher(section.path, dtype=getattr(torch, dtype), **size)
 
 
 class InParts:

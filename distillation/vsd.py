@@ -17,6 +17,7 @@ from distillation.denoiser import Prediction, guided, limited_guidance
 from distillation.errors import ConditionError, DistillationConfigError, StepCountError
 from distillation.schedule import add_noise, shift_time, working_dtype
 from distillation.student import FewStepStudent, check_noise
+from latent_rewards.training.precision import widened_to_train
 from latent_rewards.training.randomness import sample_index, sample_noise, sample_uniform
 from latent_rewards.training.ranks import current_ranks
 
@@ -343,10 +344,13 @@ class VSDAnchor:
 
 
 def trainable(module: nn.Module) -> nn.Module:
-    """Return the module in training mode; if no parameter asks for gradients (a copy of a frozen one), all will."""
+    """Return the module in training mode, held and what is trained of it in at least float32.
+
+    If no parameter asks for gradients (a copy of a frozen one), all will.
+    """
     if not any(parameter.requires_grad for parameter in module.parameters()):
         module.requires_grad_(True)
-    return module.train()
+    return widened_to_train(module).train()
 
 
 def adamw(module: nn.Module, learning_rate: float, *, beta1: float) -> torch.optim.AdamW:

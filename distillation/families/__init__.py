@@ -82,7 +82,8 @@ def load_teacher(
     Args:
         path_or_hub_id: a folder with ``model_index.json``, or ``"owner/name"`` on the hub.
         device: where the networks go.
-        dtype: of the denoiser and the text encoder; the codec stays in float32.
+        dtype: of the denoiser and the text encoder; the codec stays in float32. A denoiser in bfloat16 is the base of
+            shared roles (``adapter_rank``) at half the memory; what is trained is held in float32 all the same.
         num_frames: frames of a video. The three sizes go together, and are needed unless the folder states a shape, or
             its transformer was made for one (CogVideoX).
         height: pixels.

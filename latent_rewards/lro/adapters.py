@@ -16,6 +16,7 @@ from torch import nn
 
 from latent_rewards.contracts import ConfigError
 from latent_rewards.lro.reference import adapter_layers
+from latent_rewards.training.precision import widened
 from latent_rewards.training.randomness import derive_seed
 from latent_rewards.training.torchvision_guard import mend_torchvision
 
@@ -58,14 +59,23 @@ class Adapters:
         for layer in adapter_layers(self.module):
             if layer.get_base_layer().weight.dtype == torch.float64:
                 layer.double()
+            widened(layer.lora_A)
+            widened(layer.lora_B)
 
     def merge(self) -> None:
-        """Add the adapters to the weights, put the layers back in their places, and train what was trained before."""
-        wrapped: list[tuple[str, Any]] = [
-            (path, layer) for path, layer in self.module.named_modules() if hasattr(layer, "get_base_layer")
-        ]
-        for path, layer in wrapped:
+        """Add the adapters to the weights, and take them off.
+
+        A module in 16 bits is in float32 then: in 16, most of what the adapters learnt would be lost.
+        """
+        widened(self.module)
+        for _, layer in self._wrapped():
             layer.merge()
+        self.remove()
+
+    def remove(self) -> None:
+        """Put the layers back in their places, and train what was trained before."""
+        wrapped = self._wrapped()
+        for path, layer in wrapped:
             parent, _, child = path.rpartition(".")
             setattr(self.module.get_submodule(parent), child, layer.get_base_layer())
         if wrapped:
@@ -73,13 +83,16 @@ class Adapters:
         for parameter, trained in zip(self.module.parameters(), self._trained, strict=True):
             parameter.requires_grad_(trained)
 
+    def _wrapped(self) -> list[tuple[str, Any]]:
+        return [(path, layer) for path, layer in self.module.named_modules() if hasattr(layer, "get_base_layer")]
+
 
 @contextmanager
-def merged_on_error(adapters: Adapters | None) -> Iterator[None]:
+def removed_on_error(adapters: Adapters | None) -> Iterator[None]:
     """Leave a policy as it was where its trainer cannot be made."""
     try:
         yield
     except BaseException:
         if adapters is not None:
-            adapters.merge()
+            adapters.remove()
         raise

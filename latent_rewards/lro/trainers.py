@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from latent_rewards.contracts import Anchor, ConfigError, Oracle, Policy, Prompt, Reward, check_prompts
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.lro import estimators
-from latent_rewards.lro.adapters import Adapters, merged_on_error
+from latent_rewards.lro.adapters import Adapters, removed_on_error
 from latent_rewards.lro.checks import check_finite, check_on_policy, describe, warn_of_exploitation
 from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LROConfig, StartedWith
 from latent_rewards.lro.gradients import GradientAggregation
@@ -32,6 +32,7 @@ from latent_rewards.lro.sampling import Batch, SampleSource, noise_dtype
 from latent_rewards.lro.scoring import AdaptiveReward, Proxy, ProxyReward
 from latent_rewards.rollout import Chain, Trajectory, detached_chain, rollout
 from latent_rewards.training.loop import HasStateDict, NonFiniteError, TrainingLoop, set_learning_rate
+from latent_rewards.training.precision import widened_to_train
 
 Callback = Callable[[int, dict[str, float]], None]
 
@@ -40,7 +41,8 @@ class LatentRewardTrainer:
     """What both trainers share; use :class:`ReinforceTrainer` or :class:`DifferentiableRewardTrainer`.
 
     Args:
-        policy: an ``nn.Module`` that is a Policy; parameters with ``requires_grad`` are trained in place, in eval mode.
+        policy: an ``nn.Module`` that is a Policy; parameters with ``requires_grad`` are trained in place, in eval mode
+            and in at least float32.
         proxy: scores latents; updated in place when there is an oracle.
         prompts: training prompts, texts or mappings.
         config: see :class:`~latent_rewards.lro.config.LROConfig`.
@@ -86,7 +88,7 @@ class LatentRewardTrainer:
             policy.timesteps(count)
         module = _as_module(policy)
         self.adapters = None if config.adapter_rank is None else Adapters(module, config.adapter_rank, config.seed)
-        with merged_on_error(self.adapters):
+        with removed_on_error(self.adapters):
             self.scoring = ProxyReward(proxy, reward, **config.scoring_settings())
             self.aggregation = None
             if config.gradient_aggregation is not None:
@@ -105,6 +107,7 @@ class LatentRewardTrainer:
                 else Refresher(self.scoring, oracle, dataset, self.guard, **config.refresh_settings())
             )
             warn_of_exploitation(proxy, oracle, holdout)
+            widened_to_train(module)  # its reference is a copy
             charged, compared = reference is not None or config.beta > 0, self.scoring.needs_reference
             others = {"moves": config.sync_ref_model, "new_adapters": self.adapters is not None}
             self.reference = reference_for(policy, reference, charged=charged, compared=compared, **others)

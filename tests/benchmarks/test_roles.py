@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_the_trainers_own_stage_plays_the_roles_of_a_way(way):
     run = Run(way, "tiniest", rank=3, fake_updates=2)
     stage = run._stage(TINIEST, WAYS[way], TINIEST.build)
     networks = {"student": stage.student.denoiser, "fake_score": stage.fake_score, "target": stage.ema.module}
-    shared = WAYS[way].kind == "shared"
+    shared = WAYS[way].kind != "full"
     assert all(isinstance(network, Role) == shared for network in networks.values())
     held = [id(p) for network in (stage.teacher, *networks.values()) for p in network.parameters()]
     whole = len(list(TINIEST.build().parameters()))
@@ -71,6 +72,23 @@ def test_an_update_calls_as_many_networks_in_every_way_of_ours(way):
     # The student, the teacher twice for its guidance, the fake score; then it is trained, on fresh samples but once.
     assert told["calls"] == 4 + 3 + 2
     assert len(told["seconds"]) == len(told["cpu_seconds"]) == 2 and min(told["seconds"]) > 0
+
+
+def test_a_base_in_bf16_is_built_in_it_but_for_what_diffusers_keeps(monkeypatch):
+    built = {}
+
+    def stage(run, size, way, build):
+        built[run.way] = {name: parameter.dtype for name, parameter in build().named_parameters()}
+        return SimpleNamespace(step=None)
+
+    monkeypatch.setattr(Run, "_stage", stage)
+    for way in OURS:
+        Run(way, "tiniest")._updates(TINIEST, [])
+    for way, dtypes in built.items():
+        wide = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+        kept = {name for name in dtypes if any(part in name for part in ("time_embedder", "scale_shift", "norm2"))}
+        assert wide == (kept if WAYS[way].kind == "narrow" else set(dtypes)) and kept < set(dtypes)
+        assert set(dtypes.values()) <= {torch.float32, torch.bfloat16}
 
 
 def test_the_memory_of_networks_is_seen(monkeypatch):
@@ -208,12 +226,14 @@ def test_without_a_checkout_the_peer_is_left_out_and_a_folder_without_one_is_ref
     monkeypatch.setattr(roles, "attempt", told)
     monkeypatch.setattr(roles, "RESULT", tmp_path / "roles.json")
     measure_all(asked())
-    assert [run.way for run in measured] == OURS
+    assert [run.way for run in measured] == [way for way in OURS if WAYS[way].kind != "narrow"]
     assert {(run.rank, run.fake_updates, run.num_steps, run.peer) for run in measured} == {(4, 2, 1, None)}
     assert "the peer is left out: name a checkout of NVlabs/FastGen with --peer" in capsys.readouterr().out
     with pytest.raises(PeerError, match="is no checkout of FastGen"):
         measure_all(asked(peer=tmp_path))
-    assert len(measured) == len(OURS)
+    measured.clear()
+    measure_all(asked(precision="bf16"))
+    assert [run.way for run in measured] == OURS, "a base in bf16 computes in it"
 
 
 def test_a_copy_within_another_repository_is_not_told_its_commit(monkeypatch, tmp_path):
@@ -227,12 +247,12 @@ def test_results_are_stored_by_device_and_precision(tmp_path, monkeypatch):
     monkeypatch.setattr(roles, "RESULT", tmp_path / "roles.json")
     rows = [row("full", "tiniest", 0, 90.0, 1.0), row("shared", "tiniest", 0, 20.0, 2.0)]
     store(asked(), rows, {"rank": 4})
-    store(asked(precision="bf16"), rows[:1], {"rank": 5})
+    store(asked(precision="bf16", sizes=None), rows[:1], {"rank": 5})
     told = json.loads((tmp_path / "roles.json").read_text())
-    assert list(told) == ["cpu", "cpu_bf16"] and told["cpu_bf16"]["rank"] == 5
-    assert told["cpu"]["rows"] == rows and told["cpu"]["bars"]["shared"]["memory_kept"] is True
+    assert list(told) == ["cpu_tiniest", "cpu_bf16"] and told["cpu_bf16"]["rank"] == 5
+    assert told["cpu_tiniest"]["rows"] == rows and told["cpu_tiniest"]["bars"]["shared"]["memory_kept"] is True
     size = json.loads(json.dumps(asdict(TINIEST)))
-    assert told["cpu"]["sizes"]["tiniest"] == {**size, "tokens": 8} and told["cpu"]["versions"]
+    assert told["cpu_tiniest"]["sizes"]["tiniest"] == {**size, "tokens": 8} and told["cpu_tiniest"]["versions"]
 
 
 def test_calls_of_copies_are_counted_too():

@@ -304,6 +304,48 @@ def test_vsd_and_cd_train_adapters_and_leave_the_teacher_as_it_was(base, inputs,
     assert not torch.allclose(sampled, ds.FewStepStudent(base).sample(teacher.encode(["a", "bb"]), noise, 2))
 
 
+def narrowed(base):
+    """The base as a pipeline read in bfloat16 has it: what diffusers keeps in float32 stays so."""
+    kept = base.transformer._keep_in_fp32_modules
+    for name, parameter in base.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if set(name.split(".")) & set(kept) else torch.bfloat16)
+    return base
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_adapters_on_a_base_in_bf16_are_trained_and_merged_in_float32(base, randn, precision):
+    teacher = teacher_of(narrowed(base), randn)
+    before = copy.deepcopy(base.state_dict())
+    config = settings(learning_rate=1e-6, fake_learning_rate=1e-6, ema_decay=0.0, mixed_precision=precision)
+    student = start_student(teacher, config)
+    first = {name: value.clone() for name, value in student.denoiser.state_dict().items()}
+    ds.DistillationTrainer(teacher, student, ["a", "bb"], config).train()
+    learnt = student.denoiser.state_dict()
+    assert {value.dtype for value in learnt.values()} == {torch.float32}
+    assert all(0 < float((learnt[name] - first[name]).abs().max()) < 1e-4 for name in learnt)
+    own = student.merged().denoiser.state_dict()
+    assert {value.dtype for value in own.values()} == {torch.float32}
+    name = "transformer.blocks.0.attn1.to_q"
+    down, up = (learnt[f"adapter.{name.replace('.', '/')}/lora_{end}"] for end in "AB")
+    torch.testing.assert_close(own[f"{name}.weight"], before[f"{name}.weight"].float() + up @ down, rtol=0, atol=1e-9)
+    assert all(
+        torch.equal(base.get_parameter(_inner(n) if n.startswith(name) else n), before[n])
+        for n in before
+        if n.startswith(name)
+    )
+
+
+def test_a_student_of_a_teacher_in_bf16_owns_weights_in_float32(base, randn):
+    teacher = teacher_of(narrowed(base), randn)
+    config = settings(adapter_rank=None, learning_rate=1e-6, fake_learning_rate=1e-6, ema_decay=0.0)
+    student = start_student(teacher, config)
+    result = ds.DistillationTrainer(teacher, student, ["a", "bb"], config).train()
+    weight = student.denoiser.transformer.blocks[0].ffn.net[2].weight
+    assert weight.dtype == torch.float32 and base.transformer.blocks[0].ffn.net[2].weight.dtype == torch.bfloat16
+    assert 0 < float((weight - base.transformer.blocks[0].ffn.net[2].weight.float()).detach().abs().max()) < 1e-4
+    assert result.history["vsd"][-1]["fake_grad_norm"] > 0
+
+
 def _inner(name):
     """The name of a weight once its layer is wrapped."""
     layer, _, end = name.rpartition(".")

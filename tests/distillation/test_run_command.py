@@ -15,6 +15,7 @@ import torch
 import yaml
 
 import distillation as ds
+from distillation import run_command
 from distillation.cli import build_parser, main
 from distillation.families.adapters import load_adapter
 from latent_rewards.training.ranks import Ranks
@@ -129,6 +130,19 @@ def test_adapters_are_trained_and_exported_as_asked(write, tmp_path, wan_pipelin
     assert max(float(p.detach().abs().max()) for n, p in student.named_parameters() if n.endswith("lora_B")) > 0
 
 
+@pytest.mark.parametrize(("rank", "held"), [(2, torch.bfloat16), (None, torch.float32)])
+def test_a_teacher_is_held_in_bf16_under_adapters_and_never_where_all_is_trained(
+    write, tmp_path, monkeypatch, rank, held
+):
+    teachers, load = [], run_command.load_teacher
+    monkeypatch.setattr(run_command, "load_teacher", lambda *a: teachers.append(load(*a)) or teachers[-1])
+    changes = {"adapter_rank": rank, "vsd_steps": 1, "cd_steps": 1, "mixed_precision": "bf16"}
+    assert main(["run", "--config", write(distillation=changes, teacher={"dtype": "bfloat16"})]) == 0
+    layer = teachers[0].denoiser.transformer.blocks[0].ffn.net[2]
+    assert getattr(layer, "base_layer", layer).weight.dtype == held
+    assert {value.dtype for value in weights(tmp_path / "run" / "student").values()} == {torch.float32}
+
+
 def test_flags_win_over_the_file(write, tmp_path):
     from distillation.run_command import settings_of
 
@@ -180,8 +194,6 @@ def test_what_cannot_run_says_why_before_any_work(write, tmp_path, capsys, chang
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_text_encoder_leaves_the_memory_of_a_process_that_exports_nothing(write, monkeypatch, index):
-    from distillation import run_command
-
     class Begun(Exception):
         pass
 

@@ -33,7 +33,8 @@ def policy(linear_policy):
 
         def transition(self, latents: Tensor, step: int, num_steps: int, condition) -> tuple[Tensor, Tensor]:
             mean, std = super().transition(latents, step, num_steps, condition)
-            return mean + self.body(latents.flatten(1)).view_as(latents), std
+            read = latents.flatten(1).to(self.body[0].weight.dtype)
+            return mean + self.body(read).view_as(latents), std
 
     return Layered()
 
@@ -125,6 +126,22 @@ def test_a_trainer_that_cannot_be_made_leaves_the_policy_as_it_was(policy, exact
     with pytest.raises(ConfigError, match="say how to combine them"):
         DifferentiableRewardTrainer(policy, proxy, ["a"], config())
     assert not adapter_layers(policy) and all(parameter.requires_grad for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("rank", [1, None])
+def test_a_policy_in_sixteen_bits_learns_by_steps_that_are_lost_in_them(policy, exact_proxy, rank):
+    policy.to(torch.bfloat16)
+    start = {name: value.clone() for name, value in policy.state_dict().items()}
+    settings = config(adapter_rank=rank, learning_rate=1e-5, beta=0.0, num_updates=2)
+    trainer = DifferentiableRewardTrainer(policy, exact_proxy(), ["a"], settings)
+    assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
+    assert (policy.gain.dtype == torch.bfloat16) is (rank is not None), "what is frozen stays as it is"
+    trainer.train()
+    after = policy.state_dict()
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    moved = [float((after[name] - start[name].float()).abs().max()) for name in after if "weight" in name]
+    assert 0 < min(moved) and max(moved) < 1e-4
+    assert any(torch.equal(after[name].bfloat16(), start[name]) for name in after)
 
 
 def test_what_adapters_cannot_be_added_to_is_refused(policy, linear_policy, exact_proxy):
