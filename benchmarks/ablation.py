@@ -51,8 +51,9 @@ ADAPTERS = {"adapter_rank": 32, "learning_rate": 6e-4, "cd_learning_rate": 9e-5,
 """One base for all roles; adapters want larger learning rates, here three times those of all weights (untuned)."""
 LCM = {"num_timesteps": 50, "solver_steps": 1, "temporal_weight": 0.0}
 """What latent consistency models do (arXiv 2310.04378): 50 intervals of one solver step each."""
-LOW_NOISE = {"num_timesteps": 16, "solver_steps": 4, "cd_max_time": 0.25, "cd_keep_weight": 3.0}
-"""CD of the last call of four steps alone, along a path of many teacher steps; the other calls are kept."""
+LOW_NOISE = {"num_timesteps": 4, "cd_max_time": 0.25, "cd_on_samples": True, "cd_keep_weight": 6.0}
+"""CD of the last call of four steps alone, in one interval, on the student's own samples; the other calls are kept."""
+LOW_NOISE_UPDATES, LOW_NOISE_RATE = 60, 3e-4
 TITLES = {
     "vsd": "VSD",
     "cd": "CD",
@@ -94,7 +95,8 @@ def passes(config: ds.DistillationConfig, objective: str, *, frames: int = 1) ->
     chain = sum(exits) / len(exits)
     # Below ``guidance_start`` the teacher is not guided; what is kept costs a call of what was and a gradient.
     asked = guided if config.cd_max_time > config.guidance_start else 1
-    cd = asked * config.solver_steps + 3 + 1 + (1 + 3 if config.cd_keep_weight else 0)
+    made = max(config.step_counts) if config.cd_on_samples else 0
+    cd = made + asked * config.solver_steps + 3 + 1 + (1 + 3 if config.cd_keep_weight else 0)
     # The student, the teacher's and the fake score's opinion; then the fake score, on these samples and on fresh ones.
     vsd = chain + 3 + guided + 1 + 3 + (config.fake_updates - 1) * (chain + 1 + 3)
     costs = {"vsd": vsd, "cd": cd, "joint": vsd + cd, "progressive": 2 + 3, "image_cd": cd / frames}
@@ -233,10 +235,11 @@ def _vsd_cd(race: Ablation, pipeline: Dollar, folder: Path, **changes: Any) -> d
 
 
 def _low_noise(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStepStudent]:
-    config = pipeline.settings["distillation"]
-    cost = passes(config, "cd") / passes(dataclasses.replace(config, **LOW_NOISE), "cd")
-    steps = max(1, round(race.share * cost * config.cd_steps))
-    return _vsd_cd(race, pipeline, folder, cd_steps=steps, cd_learning_rate=1e-4, **LOW_NOISE)
+    config = dataclasses.replace(pipeline.settings["distillation"], **LOW_NOISE)
+    cd_steps = max(1, round(race.share * LOW_NOISE_UPDATES))
+    left = race.budget(pipeline) - cd_steps * passes(config, "cd")
+    steps = {"vsd_steps": max(1, round(left / passes(config, "vsd"))), "cd_steps": cd_steps}
+    return _vsd_cd(race, pipeline, folder, cd_learning_rate=LOW_NOISE_RATE, **steps, **LOW_NOISE)
 
 
 def _joint(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStepStudent]:

@@ -15,7 +15,7 @@ FREE_SETTINGS = frozenset(
 _OUTSIDE = FREE_SETTINGS | {"schedule", "cd_steps"}  # the latter say only how far a stage goes
 _CD_ONLY = frozenset(
     "num_timesteps curriculum solver_steps huber_c cd_weight cd_guidance_scale cd_learning_rate cd_ema_decay".split()
-    + ["cd_max_time", "cd_keep_weight"]
+    + ["cd_max_time", "cd_on_samples", "cd_keep_weight"]
 )
 _FREE = {
     "vsd": _OUTSIDE | _CD_ONLY | {"vsd_steps"},
@@ -71,6 +71,8 @@ class DistillationConfig:
         cd_ema_decay: in place of ``ema_decay`` in the CD stage; None takes ``ema_decay``.
         cd_max_time: noise time in (0, 1] above which CD asks nothing. Its target is an average wherever noise leaves
             more than one answer; on moving digits it helped after VSD only where there is one.
+        cd_on_samples: CD noises the student's own samples even where there are data, and so learns on what the calls of a
+            chain are given.
         cd_keep_weight: weight, in the CD stage, of staying at the calls above ``cd_max_time`` what the student was when
             the stage began; 0 is none. What they compute shares its weights with what CD changes.
         huber_c: width of the quadratic part of the CD loss, in latent units.
@@ -124,6 +126,7 @@ class DistillationConfig:
     cd_learning_rate: float | None = None
     cd_ema_decay: float | None = None
     cd_max_time: float = 1.0
+    cd_on_samples: bool = False
     cd_keep_weight: float = 0.0
     huber_c: float = 1e-3
     time_shift: float = 1.0

@@ -297,7 +297,7 @@ class DistillationStage(Stage):
 
     def cd_data(self, step: int, batch: Batch) -> Tensor:
         """Return what CD noises: the data, else VSD's samples of this update, else samples at the most steps."""
-        if batch.latents is not None:
+        if batch.latents is not None and not self.config.cd_on_samples:
             return batch.latents.to(self.dtype)
         if self.samples is not None:
             return self.samples

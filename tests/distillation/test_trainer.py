@@ -230,10 +230,20 @@ def test_cd_target_is_the_average_and_not_the_student(world, monkeypatch):
     assert all(distance > 0 for distance in distances[1:])
 
 
-def cd_stage(world, **changes):
+def cd_stage(world, data=PROMPTS, **changes):
     teacher, student = world()
-    setup = DistillationTrainer(teacher, student, PROMPTS, settings(vsd_steps=0, **changes)).setup
+    setup = DistillationTrainer(teacher, student, data, settings(vsd_steps=0, **changes)).setup
     return DistillationStage(setup, "cd", 4, ("cd",))
+
+
+def test_cd_noises_data_where_there_are_some_or_the_students_own_samples_if_asked(world, randn):
+    data = (randn(2, *SHAPE), PROMPTS)
+    for options, own in (({"data": data}, False), ({"data": data, "cd_on_samples": True}, True), ({}, True)):
+        stage = cd_stage(world, **options, step_counts=[1, 2])
+        batch = stage.draw_batch(3, "student")
+        given = stage.cd_data(3, batch)
+        made = stage.student.sample(batch.condition, stage.draw_stack(3, "data", 2), 2).detach()
+        assert torch.equal(given, made if own else batch.latents) and not given.requires_grad
 
 
 @pytest.mark.parametrize("curriculum", [False, True])
