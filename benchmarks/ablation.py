@@ -2,9 +2,9 @@
 
 VSD and CD, alone, one after the other and at once, beside progressive distillation, latent consistency models (LCM),
 T2V-Turbo and CD decoupled as in AnimateLCM. All start from the same teacher and data, train for the same number of
-network passes (:func:`passes`: a gradient costs three, a guided prediction two) with the same batch, and are sampled in
-1, 2 and 4 steps. T2V-Turbo's reward is ``digits.legibility`` made differentiable, which none of the others sees, and
-its decoding comes on top of the passes.
+network passes (:mod:`benchmarks.passes`: a gradient costs three, a guided prediction two) with the same batch, and are
+sampled in 1, 2 and 4 steps. T2V-Turbo's reward is ``digits.legibility`` made differentiable, which none of the others
+sees, and its decoding comes on top of the passes.
 
 Each (method, seed) ends in ``results/ablation/<method>-seed<k>.json``, so the benchmark can be run in pieces, and a
 killed run goes on; ``--summary`` only aggregates what is there. Rows of real clips, their reconstruction and the
@@ -36,6 +36,7 @@ from benchmarks.digits import (
     seeded,
     write_summary,
 )
+from benchmarks.passes import passes
 from benchmarks.provenance import provenance
 from benchmarks.tuning import differentiable_legibility, keep
 from distillation.baselines.decoupled import DecoupledConfig, DecoupledTrainer
@@ -51,9 +52,15 @@ ADAPTERS = {"adapter_rank": 32, "learning_rate": 6e-4, "cd_learning_rate": 9e-5,
 """One base for all roles; adapters want larger learning rates, here three times those of all weights (untuned)."""
 LCM = {"num_timesteps": 50, "solver_steps": 1, "temporal_weight": 0.0}
 """What latent consistency models do (arXiv 2310.04378): 50 intervals of one solver step each."""
-LOW_NOISE = {"num_timesteps": 4, "cd_max_time": 0.25, "cd_on_samples": True, "cd_keep_weight": 6.0}
+LOW_NOISE = {
+    "num_timesteps": 4,
+    "cd_max_time": 0.25,
+    "cd_on_samples": True,
+    "cd_keep_weight": 6.0,
+    "cd_learning_rate": 3e-4,
+}
 """CD of the last call of four steps alone, in one interval, on the student's own samples; the other calls are kept."""
-LOW_NOISE_UPDATES, LOW_NOISE_RATE = 60, 3e-4
+LOW_NOISE_UPDATES = 60
 TITLES = {
     "vsd": "VSD",
     "cd": "CD",
@@ -80,27 +87,6 @@ CLAIMS = {
     "VSD→CD at low noise above VSD→CD": ("low_noise", "vsd_cd"),
 }
 """Orderings of the total; the first three and that of T2V-Turbo are the paper's (arXiv 2412.15689)."""
-
-
-def passes(config: ds.DistillationConfig, objective: str, *, frames: int = 1) -> float:
-    """Return the forward passes that one update of an objective costs per sample; a backward pass counts as two.
-
-    Args:
-        config: the settings.
-        objective: "vsd", "cd", "joint", "progressive" (a round after the first), or "image_cd" (single frames).
-        frames: latent frames of a clip, of which an image is one.
-    """
-    guided = 2 if config.guides else 1
-    exits = [exit_step for count in config.step_counts for exit_step in range(count)]
-    chain = sum(exits) / len(exits)
-    # Below ``guidance_start`` the teacher is not guided; what is kept costs a call of what was and a gradient.
-    asked = guided if config.cd_max_time > config.guidance_start else 1
-    made = max(config.step_counts) if config.cd_on_samples else 0
-    cd = made + asked * config.solver_steps + 3 + 1 + (1 + 3 if config.cd_keep_weight else 0)
-    # The student, the teacher's and the fake score's opinion; then the fake score, on these samples and on fresh ones.
-    vsd = chain + 3 + guided + 1 + 3 + (config.fake_updates - 1) * (chain + 1 + 3)
-    costs = {"vsd": vsd, "cd": cd, "joint": vsd + cd, "progressive": 2 + 3, "image_cd": cd / frames}
-    return costs[objective]
 
 
 class Ablation:
@@ -239,7 +225,7 @@ def _low_noise(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.F
     cd_steps = max(1, round(race.share * LOW_NOISE_UPDATES))
     left = race.budget(pipeline) - cd_steps * passes(config, "cd")
     steps = {"vsd_steps": max(1, round(left / passes(config, "vsd"))), "cd_steps": cd_steps}
-    return _vsd_cd(race, pipeline, folder, cd_learning_rate=LOW_NOISE_RATE, **steps, **LOW_NOISE)
+    return _vsd_cd(race, pipeline, folder, **steps, **LOW_NOISE)
 
 
 def _joint(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewStepStudent]:
@@ -249,9 +235,12 @@ def _joint(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewSt
 
 
 def _alone(config: ds.DistillationConfig) -> dict[str, Any]:
-    """Return what CD needs where no VSD came before: learning rate, average and guidance of a first stage."""
+    """Return what CD needs where no VSD came before: all times, and learning rate, average and guidance of its own."""
     return {
         "vsd_steps": 0,
+        "cd_max_time": 1.0,
+        "cd_on_samples": False,
+        "cd_keep_weight": 0.0,
         "cd_learning_rate": config.learning_rate,
         "cd_ema_decay": config.ema_decay,
         "cd_guidance_scale": config.guidance_scale,

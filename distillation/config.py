@@ -70,9 +70,10 @@ class DistillationConfig:
             better: CD averages over what the student does not yet agree on, and so blurs what VSD made sharp.
         cd_ema_decay: in place of ``ema_decay`` in the CD stage; None takes ``ema_decay``.
         cd_max_time: noise time in (0, 1] above which CD asks nothing. Its target is an average wherever noise leaves
-            more than one answer; on moving digits it helped after VSD only where there is one.
-        cd_on_samples: CD noises the student's own samples even where there are data, and so learns on what the calls of a
-            chain are given.
+            more than one answer; on moving digits it helped after VSD only where there is one. One interval below it
+            (``num_timesteps`` its inverse) learns the most from few updates: along several, each learns from the next.
+        cd_on_samples: CD noises the student's own samples even where there are data, and so learns on what a chain
+            gives its calls.
         cd_keep_weight: weight, in the CD stage, of staying at the calls above ``cd_max_time`` what the student was when
             the stage began; 0 is none. What they compute shares its weights with what CD changes.
         huber_c: width of the quadratic part of the CD loss, in latent units.

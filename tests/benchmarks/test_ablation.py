@@ -6,40 +6,27 @@ import pytest
 import yaml
 
 from benchmarks import ablation, temporal
-from benchmarks.ablation import CLAIMS, TITLES, passes, summarise
-from distillation.config import DistillationConfig
+from benchmarks.ablation import CLAIMS, TITLES, Ablation, summarise
+from benchmarks.passes import passes
 from latent_rewards.contracts import ConfigError
-from recipes.dollar import Dollar
+from latent_rewards.training.settings import read_settings
+from recipes.dollar import SECTIONS, Dollar
 from recipes.moving_digits.benchmark import DigitsBenchmark
 
 SCORES = ("total", "quality", "semantic", "diversity", "frechet", "accuracy/digit", "digits.legibility")
 
 
-@pytest.mark.parametrize(
-    ("objective", "changes", "expected"),
-    [
-        ("cd", {"guidance_scale": 1.0}, 1 + 3 + 1),
-        ("cd", {"guidance_scale": 3.0, "solver_steps": 2}, 4 + 3 + 1),
-        # Where the teacher is not guided one call of it is enough; the kept calls cost the reference's and a gradient.
-        (
-            "cd",
-            {"solver_steps": 4, "cd_max_time": 0.25, "guidance_start": 0.35, "cd_keep_weight": 1.0},
-            4 + 3 + 1 + 1 + 3,
-        ),
-        ("vsd", {"step_counts": [1], "fake_updates": 1, "guidance_scale": 1.0}, 0 + 3 + 1 + 1 + 3),
-        # Calls (1, 0), (2, 0), (2, 1), (4, 0..3): one step of the chain before the call that is trained, on average.
-        ("vsd", {"step_counts": [1, 2, 4], "fake_updates": 3}, 1 + 3 + 2 + 1 + 3 + 2 * (1 + 1 + 3)),
-        ("joint", {"step_counts": [1], "fake_updates": 1}, (3 + 2 + 1 + 3) + (2 + 3 + 1)),
-        ("progressive", {}, 2 + 3),
-    ],
-)
-def test_passes_of_an_update(objective, changes, expected):
-    assert passes(DistillationConfig(**changes), objective) == expected
-
-
-def test_an_image_costs_its_share_of_a_clip():
-    config = DistillationConfig()
-    assert passes(config, "image_cd", frames=5) == pytest.approx(passes(config, "cd") / 5)
+def test_cd_at_low_noise_takes_what_vsd_and_cd_take(monkeypatch, tmp_path):
+    trained = []
+    monkeypatch.setattr(ablation, "_distil", lambda pipeline, config: trained.append(config))
+    race = Ablation("recipes/configs/moving_digits_full.yaml", tmp_path)
+    settings = read_settings(race.config, SECTIONS)
+    pipeline = SimpleNamespace(settings=settings, config=settings["run"])
+    ablation._low_noise(race, pipeline, tmp_path)
+    (config,) = trained
+    spent = config.vsd_steps * passes(config, "vsd") + config.cd_steps * passes(config, "cd")
+    assert spent == pytest.approx(race.budget(pipeline), abs=passes(config, "vsd") / 2)
+    assert config.cd_on_samples and config.num_cd_intervals == 1 and config.cd_steps == ablation.LOW_NOISE_UPDATES
 
 
 def result(method, seed, total):
