@@ -14,6 +14,17 @@ from distillation.condition import TextCondition
 from latent_rewards.training.randomness import sample_noise
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make tensors of a dtype where none is named."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @dataclass(frozen=True)
 class Size:
     """A Wan transformer and what it reads.
@@ -79,14 +90,3 @@ SIZES = {
     "wan-14b": Size(40, 40, 128, 13824, (512, 4096), (16, 6, 60, 104)),
 }
 """The moving digits' teacher; wider and deeper ones; and Wan 2.1 1.3B and 14B on 21 frames of 480 x 832."""
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make tensors of a dtype where none is named."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -344,7 +344,7 @@ class VSDAnchor:
 
 
 def trainable(module: nn.Module) -> nn.Module:
-    """Return the module in training mode, held and what is trained of it in at least float32.
+    """Return the module in training mode, with what is trained of it held in at least float32.
 
     If no parameter asks for gradients (a copy of a frozen one), all will.
     """
