@@ -235,12 +235,9 @@ def _joint(race: Ablation, pipeline: Dollar, folder: Path) -> dict[int, ds.FewSt
 
 
 def _alone(config: ds.DistillationConfig) -> dict[str, Any]:
-    """Return what CD needs where no VSD came before: all times, and learning rate, average and guidance of its own."""
+    """Return what CD needs where no VSD came before: learning rate, average and guidance of a first stage."""
     return {
         "vsd_steps": 0,
-        "cd_max_time": 1.0,
-        "cd_on_samples": False,
-        "cd_keep_weight": 0.0,
         "cd_learning_rate": config.learning_rate,
         "cd_ema_decay": config.ema_decay,
         "cd_guidance_scale": config.guidance_scale,

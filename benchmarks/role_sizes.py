@@ -56,6 +56,7 @@ class Size:
     def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the transformer, with the random weights of a seed, in ``dtype`` but for what is to be in float32."""
         from distillation.families import import_diffusers
+        from distillation.families.parts import kept_in_float32
 
         with torch.random.fork_rng(), default_dtype(dtype):
             torch.manual_seed(0)
@@ -69,7 +70,7 @@ class Size:
                 out_channels=self.latents[0],
             )
         for name, parameter in network.named_parameters():
-            if set(name.split(".")) & set(network._keep_in_fp32_modules):  # type: ignore[arg-type]
+            if kept_in_float32(network, name):
                 parameter.data = parameter.data.float()
         return network
 

@@ -71,7 +71,7 @@ class DistillationConfig:
         cd_ema_decay: in place of ``ema_decay`` in the CD stage; None takes ``ema_decay``.
         cd_max_time: noise time in (0, 1] above which CD asks nothing. Its target is an average wherever noise leaves
             more than one answer; on moving digits it helped after VSD only where there is one. One interval below it
-            (``num_timesteps`` its inverse) learns the most from few updates: along several, each learns from the next.
+            (``num_timesteps`` its inverse) is taught by the teacher alone; of several, each learns from the next.
         cd_on_samples: CD noises the student's own samples even where there are data, and so learns on what a chain
             gives its calls.
         cd_keep_weight: weight, in the CD stage, of staying at the calls above ``cd_max_time`` what the student was when

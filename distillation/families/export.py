@@ -30,7 +30,7 @@ from distillation.families import (
     read_sidecar,
 )
 from distillation.families.grids import build_scheduler, scheduler_folder
-from distillation.families.parts import PipelineParts
+from distillation.families.parts import PipelineParts, kept_in_float32
 from distillation.student import FewStepStudent, LatentShape
 from latent_rewards.training.checkpoint import MANIFEST, commit_directory, verify_directory
 
@@ -262,11 +262,10 @@ def _write_model(model: Any, folder: Path, dtype: torch.dtype | None) -> None:  
 
 def _stored(model: Any, dtype: torch.dtype | None) -> dict[str, Tensor]:  # noqa: ANN401 - a model
     """Return the weights on the CPU, contiguous, in ``dtype`` unless diffusers keeps them in float32; ties are kept."""
-    full = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     seen: dict[tuple[int, torch.Size], Tensor] = {}
     weights: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        cast = dtype is not None and tensor.is_floating_point() and not set(name.split(".")) & set(full)
+        cast = dtype is not None and tensor.is_floating_point() and not kept_in_float32(model, name)
         key = (tensor.data_ptr(), tensor.shape)
         if key not in seen:
             seen[key] = tensor.detach().to("cpu", dtype if cast else tensor.dtype).contiguous()

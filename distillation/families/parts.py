@@ -153,6 +153,11 @@ def _dtype_argument(diffusers: Any) -> str:  # noqa: ANN401 - the module
     return "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
 
+def kept_in_float32(network: Any, name: str) -> bool:  # noqa: ANN401 - a model
+    """Return whether diffusers or transformers holds a weight in float32, whatever dtype its network is loaded in."""
+    return bool(set(name.split(".")) & set(getattr(network, "_keep_in_fp32_modules", None) or ()))
+
+
 def dtype_read(embedding: Any) -> torch.dtype:  # noqa: ANN401 - a module
     """Return what a transformer computes in: the dtype of the layer that reads its latents.
 

@@ -111,11 +111,9 @@ class LatentRewardTrainer:
             charged, compared = reference is not None or config.beta > 0, self.scoring.needs_reference
             others = {"moves": config.sync_ref_model, "new_adapters": self.adapters is not None}
             self.reference = reference_for(policy, reference, charged=charged, compared=compared, **others)
-            self.penalty = (
-                None
-                if self.reference is None or not charged
-                else KLPenalty(config, policy, self.reference, proxy, self.estimator)
-            )
+            self.penalty = None
+            if charged and self.reference is not None:
+                self.penalty = KLPenalty(config, policy, self.reference, proxy, self.estimator)
             self.loop = self._make_loop(module, len(listed))
             self.samples = SampleSource(
                 policy,

@@ -9,6 +9,7 @@ import distillation as ds
 from distillation import roles as roles_module
 from distillation.condition import TextCondition
 from distillation.errors import DistillationConfigError
+from distillation.families.parts import kept_in_float32
 from distillation.roles import Role, Separate, SharedBase, merged, roles_of, save_activations
 from distillation.trainer import start_student
 from distillation.vsd import trainable
@@ -290,10 +291,7 @@ def test_vsd_and_cd_train_adapters_and_leave_the_teacher_as_it_was(base, inputs,
     config = settings(gradient_checkpointing=checkpointed)
     student = start_student(teacher, config)
     result = ds.DistillationTrainer(teacher, student, ["a", "bb"], config).train()
-    after = base.state_dict()
-    assert all(
-        torch.equal(value, after[name] if name in after else after[_inner(name)]) for name, value in before.items()
-    )
+    assert is_as_it_was(base, before)
     assert torch.equal(base(*inputs).v, alone)
     assert list(result.history) == ["vsd", "cd"]
     own = student.merged()
@@ -306,9 +304,9 @@ def test_vsd_and_cd_train_adapters_and_leave_the_teacher_as_it_was(base, inputs,
 
 def narrowed(base):
     """The base as a pipeline read in bfloat16 has it: what diffusers keeps in float32 stays so."""
-    kept = base.transformer._keep_in_fp32_modules
     for name, parameter in base.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if set(name.split(".")) & set(kept) else torch.bfloat16)
+        wide = kept_in_float32(base.transformer, name)
+        parameter.data = parameter.data.to(torch.float32 if wide else torch.bfloat16)
     return base
 
 
@@ -328,11 +326,7 @@ def test_adapters_on_a_base_in_bf16_are_trained_and_merged_in_float32(base, rand
     name = "transformer.blocks.0.attn1.to_q"
     down, up = (learnt[f"adapter.{name.replace('.', '/')}/lora_{end}"] for end in "AB")
     torch.testing.assert_close(own[f"{name}.weight"], before[f"{name}.weight"].float() + up @ down, rtol=0, atol=1e-9)
-    assert all(
-        torch.equal(base.get_parameter(_inner(n) if n.startswith(name) else n), before[n])
-        for n in before
-        if n.startswith(name)
-    )
+    assert is_as_it_was(base, before)
 
 
 def test_a_student_of_a_teacher_in_bf16_owns_weights_in_float32(base, randn):
@@ -344,6 +338,14 @@ def test_a_student_of_a_teacher_in_bf16_owns_weights_in_float32(base, randn):
     assert weight.dtype == torch.float32 and base.transformer.blocks[0].ffn.net[2].weight.dtype == torch.bfloat16
     assert 0 < float((weight - base.transformer.blocks[0].ffn.net[2].weight.float()).detach().abs().max()) < 1e-4
     assert result.history["vsd"][-1]["fake_grad_norm"] > 0
+
+
+def is_as_it_was(base, before):
+    """Whether no weight of the base has changed since the state was taken, in layers that are wrapped now too."""
+    after = base.state_dict()
+    return all(
+        torch.equal(value, after[name] if name in after else after[_inner(name)]) for name, value in before.items()
+    )
 
 
 def _inner(name):
