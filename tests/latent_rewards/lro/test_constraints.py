@@ -224,6 +224,14 @@ def test_baselines_take_out_what_the_prompts_make_of_a_mean(linear_policy):
     assert max(abs(entry["violation/room"]) for entry in history[-20:]) > 4
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_a_reference_that_is_there_to_compare_with_is_charged_by_beta_alone(linear_policy, beta):
+    reward = lagrangian(baselines={"room": 0.0})
+    trainer = DifferentiableRewardTrainer(point(linear_policy), Plane(), ["a"], config(beta=beta), reward=reward)
+    assert trainer.reference is not None
+    assert (trainer.penalty is not None) is (beta > 0)
+
+
 @pytest.mark.parametrize("wrong", [{"bias": 0.7}, {"spread": 0.7}])
 def test_what_a_proxy_is_wrong_by_everywhere_moves_no_floor(linear_policy, wrong):
     start = torch.zeros(16, 2, 1, 1, 1, dtype=torch.float64)
