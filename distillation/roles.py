@@ -312,6 +312,7 @@ def _inject(denoiser: nn.Module, rank: int, targets: Sequence[str] | None) -> li
 
     mend_torchvision()
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import cast_adapter_dtype
 
     from distillation.role_linear import RoleLinear
 
@@ -328,11 +329,8 @@ def _inject(denoiser: nn.Module, rank: int, targets: Sequence[str] | None) -> li
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=chosen)
             config._register_custom_module({nn.Linear: RoleLinear})
             inject_adapter_in_model(config, denoiser, name)
-    layers = _adapter_layers(denoiser)
-    for layer in layers:  # peft gives them the base's dtype
-        widened(layer.lora_A)
-        widened(layer.lora_B)
-    return layers
+            cast_adapter_dtype(denoiser, name)  # at first it is the base's
+    return _adapter_layers(denoiser)
 
 
 def _unwrap(denoiser: nn.Module) -> None:

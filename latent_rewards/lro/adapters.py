@@ -51,6 +51,7 @@ class Adapters:
     def _add(self, linear: list[str], rank: int, seed: int) -> None:
         mend_torchvision()
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import cast_adapter_dtype
 
         with torch.random.fork_rng():  # peft freezes all else
             torch.manual_seed(derive_seed(seed, "lro/adapters", 0))
@@ -59,8 +60,7 @@ class Adapters:
         for layer in adapter_layers(self.module):
             if layer.get_base_layer().weight.dtype == torch.float64:
                 layer.double()
-            widened(layer.lora_A)
-            widened(layer.lora_B)
+        cast_adapter_dtype(self.module, "default")  # at first it is the base's
 
     def merge(self) -> None:
         """Add the adapters to the weights, and take them off.
