@@ -8,16 +8,15 @@ the same grid, not the exact ODE.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distillation.denoiser import Prediction, guided
+from distillation.denoiser import Prediction
 from distillation.errors import DistillationConfigError
-from distillation.sampler import ode_step
-from distillation.schedule import add_noise, coefficients, expand
+from distillation.sampler import follow_ode
+from distillation.schedule import add_noise, expand
 
 
 def time_grid(num_timesteps: int) -> Tensor:
@@ -135,10 +134,8 @@ def consistency_pair(
     schedule: Any = teacher.schedule
     with torch.no_grad():
         x_t = add_noise(schedule, x0, noise, t)
-        x_s, times = x_t, [*(t + (s - t) * step / solver_steps for step in range(solver_steps)), s]
-        for here, there in pairwise(times):
-            prediction = guided(teacher, x_s, here, condition, negative, guidance_scale)
-            x_s = ode_step(x_s, prediction, *coefficients(schedule, there, x_s))
+        times = [*(t + (s - t) * step / solver_steps for step in range(solver_steps)), s]
+        x_s = follow_ode(teacher, x_t, times, condition, guidance_scale=guidance_scale, negative=negative)
         aim = consistency_function(target, x_s, s, condition)
     return consistency_function(student, x_t, t, condition), aim
 

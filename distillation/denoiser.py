@@ -285,13 +285,13 @@ def guided(
     return Prediction(x_t, t, schedule, **{conditional.native: value})
 
 
-def limited_guidance(guidance_scale: float, t: Tensor, start: float) -> float | Tensor:
+def limited_guidance(guidance_scale: float | Tensor, t: Tensor, start: float) -> float | Tensor:
     """Return w where t >= ``start`` and 1 (no guidance) below it: guidance decides content, and harms detail.
 
     Kynkaanniemi et al. 2024 (arXiv 2404.07724) limit the guidance of a sampler to an interval of noise levels.
 
     Args:
-        guidance_scale: w.
+        guidance_scale: w; one per sample only where ``start`` is 0.
         t: [] or [B].
         start: time in [0, 1]; 0 guides everywhere.
 
@@ -300,4 +300,4 @@ def limited_guidance(guidance_scale: float, t: Tensor, start: float) -> float | 
     """
     if start == 0 or guidance_scale == 1:
         return guidance_scale
-    return torch.where(t >= start, torch.full_like(t, guidance_scale), torch.ones_like(t))
+    return torch.where(t >= start, guidance_scale, torch.ones_like(t))

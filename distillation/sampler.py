@@ -9,13 +9,15 @@ consistency sampling (1).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distillation.denoiser import Prediction, guided
+from distillation.denoiser import Prediction, guided, limited_guidance
 from distillation.errors import DistillationConfigError, PredictionError
 from distillation.schedule import coefficients, working_dtype
 
@@ -65,13 +67,42 @@ def sample_teacher(
     """
     if num_steps < 1:
         raise DistillationConfigError(f"num_steps must be at least 1; got {num_steps}")
+    x, times = noise.to(working_dtype(noise)), [1 - step / num_steps for step in range(num_steps + 1)]
+    return follow_ode(
+        denoiser, x, times, condition, guidance_scale=guidance_scale, negative=negative, progress=progress
+    )
+
+
+def follow_ode(
+    denoiser: nn.Module,
+    x_t: Tensor,
+    times: Sequence[float | Tensor],
+    condition: Any,  # noqa: ANN401 - any Condition
+    *,
+    guidance_scale: float | Tensor = 1.0,
+    guidance_start: float = 0.0,
+    negative: Any = None,  # noqa: ANN401 - any Condition
+    progress: bool = False,
+) -> Tensor:
+    """Return where deterministic steps through the times lead, [B, ...]; with n + 1 times, n predictions.
+
+    Args:
+        denoiser: a :class:`~distillation.denoiser.Denoiser`.
+        x_t: latents [B, ...] at the first time.
+        times: descending; each a number, [] or [B]; 0 is data.
+        condition: of length B, or None.
+        guidance_scale: w, a number or one per sample [B].
+        guidance_start: see :func:`~distillation.denoiser.limited_guidance`; needs a number for w.
+        negative: the condition u; needed unless ``guidance_scale`` is 1.
+        progress: draw a progress bar.
+    """
     schedule: Any = denoiser.schedule
-    x = noise.to(working_dtype(noise))
-    for step in tqdm(range(num_steps), desc="teacher", disable=not progress, dynamic_ncols=True):
-        t = time_like(1 - step / num_steps, x)
-        prediction = guided(denoiser, x, t, condition, negative, guidance_scale)
-        x = ode_step(x, prediction, *coefficients(schedule, 1 - (step + 1) / num_steps, x))
-    return x
+    for here, there in tqdm([*pairwise(times)], desc="teacher", disable=not progress, dynamic_ncols=True):
+        t = here if isinstance(here, Tensor) else time_like(here, x_t)
+        scale = limited_guidance(guidance_scale, t, guidance_start)
+        prediction = guided(denoiser, x_t, t, condition, negative, scale)
+        x_t = ode_step(x_t, prediction, *coefficients(schedule, there, x_t))
+    return x_t
 
 
 def transition(

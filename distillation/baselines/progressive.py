@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from distillation.config import DistillationConfig
 from distillation.data import Batch
-from distillation.denoiser import Prediction, guided, limited_guidance
+from distillation.denoiser import Prediction
 from distillation.errors import DistillationConfigError
-from distillation.sampler import ode_step
+from distillation.sampler import follow_ode
 from distillation.schedule import add_noise, coefficients
 from distillation.stage import Setup, Stage, TeacherModel, prepare
 from distillation.student import FewStepStudent
@@ -170,18 +170,20 @@ class _Round(Stage):
     @torch.no_grad()
     def _aim(self, x_t: Tensor, times: list[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the x0 and eps from which one step leads where two steps of the predecessor lead."""
-        reached = x_t
-        for here, there in zip(times, times[1:], strict=False):
-            reached = ode_step(reached, self._predict(reached, here, batch), *coefficients(self._schedule, there, x_t))
+        if self.predecessor is not None:
+            reached = follow_ode(self.predecessor, x_t, times, batch.condition)
+        else:
+            reached = follow_ode(
+                self.teacher,
+                x_t,
+                times,
+                batch.condition,
+                guidance_scale=self.config.guidance_scale,
+                guidance_start=self.config.guidance_start,
+                negative=batch.negative,
+            )
         alpha, sigma = coefficients(self._schedule, times[0], x_t)
         alpha_s, sigma_s = coefficients(self._schedule, times[-1], x_t)
         ratio = sigma_s / sigma
         x0 = (reached - ratio * x_t) / (alpha_s - ratio * alpha)
         return x0, (x_t - alpha * x0) / sigma
-
-    def _predict(self, x: Tensor, t: Tensor, batch: Batch) -> Prediction:
-        if self.predecessor is not None:
-            prediction: Prediction = self.predecessor(x, t, batch.condition)
-            return prediction
-        scale = limited_guidance(self.config.guidance_scale, t, self.config.guidance_start)
-        return guided(self.teacher, x, t, batch.condition, batch.negative, scale)
