@@ -116,7 +116,7 @@ class Ablation:
         """Train (or continue), sample, score; ``seconds`` are those of the training, without parts before a kill."""
         pipeline = self.pipeline(seed)
         begun = time.perf_counter()
-        students = _METHODS[method](self, pipeline, self.runs / f"{method}-seed{seed}")
+        students = self.train(method, pipeline)
         seconds = time.perf_counter() - begun
         benchmark = self.benchmark(pipeline, f"{method}-seed{seed}")
         for steps in STEPS:
@@ -134,6 +134,10 @@ class Ablation:
             "device": self.device_name(),
             **provenance(),
         }
+
+    def train(self, method: str, pipeline: Dollar) -> dict[int, ds.FewStepStudent]:
+        """Return the students of a method by their step count, trained (or continued) with the pipeline's seed."""
+        return _METHODS[method](self, pipeline, self.runs / f"{method}-seed{pipeline.config.seed}")
 
     def device_name(self) -> str:
         """Return what trainings and samples are computed on."""

@@ -5,7 +5,7 @@ import torch
 
 from distillation.denoiser import EmpiricalDenoiser, GaussianDenoiser, Prediction
 from distillation.errors import DistillationConfigError, PredictionError
-from distillation.sampler import ode_step, sample_teacher, transition
+from distillation.sampler import follow_ode, ode_step, sample_teacher, transition
 from distillation.schedule import RectifiedFlow, VariancePreserving
 
 SCHEDULES = [RectifiedFlow(), RectifiedFlow(shift=3.0), VariancePreserving(zero_snr=True), VariancePreserving("linear")]
@@ -108,6 +108,20 @@ def test_sampling_carries_no_gradient_and_guides(learnable_gaussian, numbers, ra
     moved = sample_teacher(denoiser, numbers(torch.full((2,), 3.0)), noise, num_steps=8)
     assert torch.allclose(pushed, moved, rtol=0, atol=1e-12)
     assert not torch.allclose(pushed, plain)
+
+
+def test_a_path_is_guided_at_its_times_above_the_start_only(learnable_gaussian, numbers, randn):
+    denoiser, x = learnable_gaussian(RectifiedFlow(), 0.0, 0.5, reach=1.0), randn(2, 1, 1, 1, 1)
+    ask, avoid, far = (numbers(torch.full((2,), mean)) for mean in (1.0, 0.0, 3.0))
+    times = [torch.tensor(pair, dtype=torch.float64) for pair in ((1.0, 0.8), (0.5, 0.4), (0.0, 0.0))]
+    guidance = {"guidance_scale": 3.0, "guidance_start": 0.45, "negative": avoid}
+    path = follow_ode(denoiser, x, times, ask, **guidance)
+    middle = follow_ode(denoiser, x, times[:2], far)
+    # At 0.5 the first sample is guided still, at 0.4 the second is not.
+    expected = torch.cat(
+        [follow_ode(denoiser, middle, times[1:], each)[row : row + 1] for row, each in enumerate((far, ask))]
+    )
+    assert torch.allclose(path, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
