@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from latent_rewards.contracts import ConfigError, DataError, unknown_name
+from latent_rewards.training.ranks import ALONE, Ranks
 
 ScaleRewards = Literal["none", "group", "batch"]
 
@@ -126,8 +127,10 @@ def normalize_each(
     return scaled
 
 
-def reward_scale(rewards: Tensor, num_generations: int, scale_rewards: ScaleRewards) -> Tensor:
+def reward_scale(rewards: Tensor, num_generations: int, scale_rewards: ScaleRewards, ranks: Ranks = ALONE) -> Tensor:
     """Return what rewards are divided by, ``[B]``, without gradient: 1, or the standard deviation of group or batch.
+
+    The batch is that of all ``ranks``, each of which must call this.
 
     It divides the score terms and the pathwise term alike, so that both stay in the same units. A standard deviation of
     0 counts as 1.
@@ -142,8 +145,9 @@ def reward_scale(rewards: Tensor, num_generations: int, scale_rewards: ScaleRewa
     if scale_rewards == "group":
         rows = _groups(rewards, num_generations)
     elif scale_rewards == "batch":
-        rows = rewards.view(1, -1)
+        rows = torch.cat(ranks.gather(rewards.cpu())).view(1, -1)
     else:
         raise ConfigError(f"scale_rewards must be 'none', 'group' or 'batch'; got {scale_rewards!r}")
-    std = _mean_and_std(rows)[1]
-    return torch.where(std > 0, std, torch.ones_like(std)).expand_as(rows).reshape(-1)
+    std = _mean_and_std(rows)[1].to(rewards)
+    each = torch.where(std > 0, std, torch.ones_like(std))
+    return each.expand(-1, len(rewards) // len(each)).reshape(-1)

@@ -38,6 +38,7 @@ from torch import Tensor
 from latent_rewards.contracts import ConfigError, Policy
 from latent_rewards.lro.advantages import ScaleRewards, leave_one_out, reward_scale
 from latent_rewards.rollout import Trajectory, Transitions, gaussian_log_ratio, policy_transitions, reparameterised
+from latent_rewards.training.ranks import ALONE, Ranks
 
 RewardFunction = Callable[[Tensor], Tensor]
 
@@ -108,6 +109,7 @@ def reinforce(
     head_noise: Tensor | None,
     num_generations: int,
     scale_rewards: ScaleRewards = "none",
+    ranks: Ranks = ALONE,
     epsilon: float | None = None,
     transitions: Transitions | None = None,
     costs: Tensor | None = None,
@@ -125,6 +127,7 @@ def reinforce(
         head_noise: eps, ``[B, C, F, H, W]``; None leaves the last step out.
         num_generations: samples per prompt, at least 2.
         scale_rewards: see :func:`~latent_rewards.lro.advantages.reward_scale`.
+        ranks: likewise.
         epsilon: clips the probability ratio of each step; None does not.
         transitions: the policy's transitions at the trajectory's states, if computed already.
         costs: ``[B, K]``, what each step of each chain costs, without gradient; None is nothing.
@@ -138,7 +141,7 @@ def reinforce(
     sample = final if head_noise is None else final + _checked_std(head_std) * head_noise
     with torch.no_grad():
         rewards = reward(sample)
-    advantages = leave_one_out(rewards, num_generations) / reward_scale(rewards, num_generations, scale_rewards)
+    advantages = leave_one_out(rewards, num_generations) / reward_scale(rewards, num_generations, scale_rewards, ranks)
     log_ratios = chain_log_ratios(trajectory, steps)
     if head_noise is not None:
         head = gaussian_log_ratio(sample, steps[-1][0], final, head_std)
@@ -161,6 +164,7 @@ def smoothed(
     chain: Literal["score", "path"] = "score",
     last_k: int | None = None,
     scale_rewards: ScaleRewards = "none",
+    ranks: Ranks = ALONE,
     epsilon: float | None = None,
     transitions: Transitions | None = None,
     final: Tensor | None = None,
@@ -186,6 +190,7 @@ def smoothed(
         chain: "score" or "path", for the steps before the last.
         last_k: steps that "path" goes through, the last included; None is all.
         scale_rewards: see :func:`~latent_rewards.lro.advantages.reward_scale`.
+        ranks: likewise.
         epsilon: clips the probability ratio of each step < K; None does not.
         transitions: the policy's transitions at the trajectory's states, if computed already.
         final: with "path", the end ``[B, C, F, H, W]`` of the reparameterised chain, if computed already.
@@ -205,7 +210,7 @@ def smoothed(
         rewards = reward((final.detach() + _checked_std(head_std) * draws).flatten(0, 1)).view(draws.shape[:2])
         slope = _head_slope(rewards, draws, head_std, antithetic)
         means = rewards.nanmean(dim=0)
-        scale = reward_scale(means, num_generations, scale_rewards)
+        scale = reward_scale(means, num_generations, scale_rewards, ranks)
     last = (slope * (final - final.detach())).flatten(1).sum(dim=1) / scale
     loss = -_mean_over_valid(last, means)
     if chain == "path":
@@ -234,6 +239,7 @@ def hybrid(
     *,
     num_generations: int,
     scale_rewards: ScaleRewards = "none",
+    ranks: Ranks = ALONE,
     epsilon: float | None = None,
     transitions: Transitions | None = None,
     costs: Tensor | None = None,
@@ -248,6 +254,7 @@ def hybrid(
         reward: called once, with gradient, on ``[B, C, F, H, W]``.
         num_generations: samples per prompt; at least 2 if there is a step < K.
         scale_rewards: see :func:`~latent_rewards.lro.advantages.reward_scale`; divides both terms.
+        ranks: likewise.
         epsilon: clips the probability ratio of each step < K; None does not.
         transitions: the policy's transitions at the trajectory's states, if computed already.
         costs: ``[B, K]``, what each step of each chain costs, without gradient; None is nothing.
@@ -259,7 +266,7 @@ def hybrid(
     steps = transitions if transitions is not None else policy_transitions(policy, trajectory)
     rewards = reward(steps[-1][0])
     constant = rewards.detach()
-    scale = reward_scale(constant, num_generations, scale_rewards)
+    scale = reward_scale(constant, num_generations, scale_rewards, ranks)
     return -_mean_over_valid(rewards / scale, constant) + _score_loss(
         trajectory, steps, constant, scale, num_generations, epsilon, costs
     )
@@ -273,6 +280,7 @@ def pathwise(
     last_k: int | None = None,
     num_generations: int = 1,
     scale_rewards: ScaleRewards = "none",
+    ranks: Ranks = ALONE,
     transitions: Transitions | None = None,
     final: Tensor | None = None,
 ) -> Tensor:
@@ -285,6 +293,7 @@ def pathwise(
         last_k: number of steps the gradient goes through; None is all, which is unbiased. More than K counts as K.
         num_generations: samples per prompt; matters to ``scale_rewards`` only.
         scale_rewards: see :func:`~latent_rewards.lro.advantages.reward_scale`.
+        ranks: likewise.
         transitions: the policy's transitions at the trajectory's states; only the tail's first is used.
         final: the end ``[B, C, F, H, W]`` of the reparameterised chain, if computed already; the rest is then not used.
 
@@ -292,7 +301,7 @@ def pathwise(
         ConfigError: ``last_k`` is below 1.
     """
     rewards = reward(final if final is not None else reparameterised(policy, trajectory, last_k, transitions).final)
-    scale = reward_scale(rewards, num_generations, scale_rewards)
+    scale = reward_scale(rewards, num_generations, scale_rewards, ranks)
     return -_mean_over_valid(rewards / scale, rewards.detach())
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from latent_rewards.contracts import Condition, ConfigError, Reward
 from latent_rewards.lro.advantages import normalize_each
 from latent_rewards.rewards import WeightedSum
-from latent_rewards.training.ranks import Ranks
+from latent_rewards.training.ranks import ALONE, Ranks
 
 
 class Proxy(Protocol):
@@ -146,18 +146,17 @@ class ProxyReward:
         return scores
 
     def __call__(
-        self, latents: Tensor, prompts: Sequence[str], condition: Condition | None = None
+        self, latents: Tensor, prompts: Sequence[str], condition: Condition | None = None, ranks: Ranks = ALONE
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the reward ``[N]`` and the pessimistic, capped scores ``{name: [N]}`` it was made of.
 
         A reward that differs between samples takes it from their ``condition``, of B samples: ``[i]`` belongs to
-        sample ``i % B``.
+        sample ``i % B``. Any other sees the samples of all ``ranks``, each of which must call this.
         """
         scores = self.scores(latents, prompts)
-        reward = self.reward
-        if condition is not None and isinstance(reward, ConditionedReward):
-            reward = reward.given(condition, len(latents) // len(condition))
-        return reward(scores), scores
+        if condition is not None and isinstance(self.reward, ConditionedReward):
+            return self.reward.given(condition, len(latents) // len(condition))(scores), scores
+        return _of_all(scores, self.reward, ranks), scores
 
     def normalized(self, total: Tensor, scores: Mapping[str, Tensor], repeats: int) -> Tensor:
         """Return what advantages are taken of, ``[N]``: the reward, or the sum of rewards normalised by group.
@@ -171,12 +170,15 @@ class ProxyReward:
             return total
         return self.reward(normalize_each(scores, self.reward.weights, self.normalize_groups, repeats))
 
-    def terms(self, scores: Mapping[str, Tensor], repeats: int) -> Tensor:
-        """Return the terms ``[R, N]`` whose sum :meth:`normalized` returns; the reward must be a WeightedSum."""
+    def terms(self, scores: Mapping[str, Tensor], repeats: int, ranks: Ranks = ALONE) -> Tensor:
+        """Return the terms ``[R, N]`` whose sum :meth:`normalized` returns; the reward must be a WeightedSum.
+
+        Each of the ``ranks`` must call this.
+        """
         reward = cast(WeightedSum, self.reward)
         if self.normalize_groups is not None:
             scores = normalize_each(scores, reward.weights, self.normalize_groups, repeats)
-        return reward.terms(scores)
+        return _of_all(scores, reward.terms, ranks)
 
     def after_update(self, logs: Mapping[str, float], ranks: Ranks) -> dict[str, float]:
         """Let a reward that learns see the means ``rewards/<name>/mean`` of all ranks; return what it logs.
@@ -191,3 +193,19 @@ class ProxyReward:
             [sum(column) / len(shares) for column in zip(*rows, strict=True)] for rows in zip(*shares, strict=True)
         ]
         return self.reward.after_update(*(dict(zip(self.proxy.reward_names, row, strict=True)) for row in means))
+
+
+def _of_all(scores: Mapping[str, Tensor], combine: Reward, ranks: Ranks) -> Tensor:
+    """Return this rank's part of ``combine({name: [N]}) -> [..., N]`` of all ranks' samples, with its gradient.
+
+    So a reward that compares samples of a batch is the same on any number of ranks.
+    """
+    if ranks.count == 1:
+        return combine(dict(scores))
+    shares = ranks.gather({name: values.detach().cpu() for name, values in scores.items()})
+    whole = {
+        name: torch.cat([mine if rank == ranks.index else share[name].to(mine) for rank, share in enumerate(shares)])
+        for name, mine in scores.items()
+    }
+    counts = [len(next(iter(share.values()))) for share in shares]
+    return combine(whole).split(counts, dim=-1)[ranks.index]

@@ -264,6 +264,7 @@ class LatentRewardTrainer:
         given: dict[str, Any] = {
             "num_generations": self.config.num_generations,
             "scale_rewards": self.config.scale_rewards,
+            "ranks": self.loop.ranks,
             "transitions": None if chain is None else chain.transitions,
         }
         if charge is not None:
@@ -282,13 +283,15 @@ class LatentRewardTrainer:
         def reward(latents: Tensor, *, apart: bool = False) -> Tensor:
             repeats = len(latents) // len(batch.prompts)
             with torch.autocast(latents.device.type, enabled=False):
-                total, scores = self.scoring(latents, batch.prompts * repeats, batch.condition)
+                total, scores = self.scoring(latents, batch.prompts * repeats, batch.condition, self.loop.ranks)
             per_sample = total.detach().view(repeats, -1).mean(dim=0)
             check_finite("reward", per_sample, step, batch)
             logs["reward"] = float(per_sample.mean())
             logs["reward_std"] = float(per_sample.std(correction=min(1, len(per_sample) - 1)))
             logs.update({f"rewards/{name}/mean": float(score.detach().mean()) for name, score in scores.items()})
-            return self.scoring.terms(scores, repeats) if apart else self.scoring.normalized(total, scores, repeats)
+            if apart:
+                return self.scoring.terms(scores, repeats, self.loop.ranks)
+            return self.scoring.normalized(total, scores, repeats)
 
         return reward
 

@@ -17,6 +17,7 @@ from latent_rewards.dataset import RewardDataset
 from latent_rewards.lro.config import LROConfig
 from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer
 from latent_rewards.proxies import ProxyConfig, train_proxy
+from latent_rewards.rewards import WeightedSum
 from latent_rewards.training.ranks import current_ranks
 
 PROMPTS = ["a", "b", "c", "d"]
@@ -32,7 +33,7 @@ class Oracle:
 def strange(name):
     return name.startswith(("distance", "ood_score"))
 
-def tuned(toys, trainer, **settings):
+def tuned(toys, trainer, normalize=None, **settings):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     latents = torch.randn(64, 2, 2, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -45,7 +46,8 @@ def tuned(toys, trainer, **settings):
                        refresh_every=2, refresh_queries=9, refresh_steps=3, holdout_every=2, holdout_samples=5,
                        micro_batch=4, device="cpu", progress=False, **settings)
     trainer = {"gradient": DifferentiableRewardTrainer, "reinforce": ReinforceTrainer}[trainer]
-    result = trainer(policy, proxy, PROMPTS, config, oracle=oracle, dataset=dataset, holdout=holdout).train()
+    reward = WeightedSum({"quality": 1.0}, normalize) if normalize else None
+    result = trainer(policy, proxy, PROMPTS, config, reward, oracle=oracle, dataset=dataset, holdout=holdout).train()
     curves = [list(entry["true"].values()) + list(entry["mae"].values()) for entry in result.true_curve]
     return {
         "policy": [parameter.tolist() for parameter in policy.parameters()],
@@ -72,6 +74,9 @@ CASES = {
         "gradient",
         {"kl": "return", "kl_target": 0.01, "kl_gate": "uncertain", "sync_ref_model": True, "ref_model_sync_steps": 2},
     ),
+    "zscore": ("gradient", {"normalize": "zscore"}),
+    "rank": ("gradient", {"normalize": "rank", "estimator": "hybrid"}),
+    "batch": ("gradient", {"scale_rewards": "batch"}),
     "chosen": ("gradient", {"acquisition": "uncertain", "acquisition_pool": 2}),
 }
 TOYS = Path(__file__).with_name("conftest.py")
