@@ -25,7 +25,7 @@ from latent_rewards.contracts import (
 )
 from latent_rewards.metrics.checks import warn_if_cheatable
 from latent_rewards.metrics.workers import Ask, MetricWorkers
-from latent_rewards.score_cache import ScoreCache, video_digests
+from latent_rewards.score_cache import ScoreCache, tensor_digests
 
 
 class ScoresVideos(Protocol):
@@ -194,7 +194,7 @@ class MetricOracle:
         scores: Scores = {}
         keys: dict[str, list[str]] = {}
         if self._cache is not None:
-            digests = video_digests(videos)
+            digests = tensor_digests(videos)
             for name, metric in self.metrics.items():
                 if (named := self._cache.keys(metric, digests, prompts)) is not None:
                     keys[name] = named
@@ -215,13 +215,19 @@ class PendingScores:
         self, oracle: MetricOracle, chunks: Iterable[tuple[int, Scores | Future[Scores]]], device: torch.device
     ) -> None:
         self._oracle, self._chunks, self._device = oracle, chunks, device
+        self._scores: Scores | None = None
 
     def result(self) -> Scores:
-        """Return ``{reward name: float32 [B]}`` on the latents' device.
+        """Return ``{reward name: float32 [B]}`` on the latents' device, however often it is asked for.
 
         Raises:
             MetricError: a metric failed or answered with the wrong shape.
         """
+        if self._scores is None:
+            self._scores = self._collected()
+        return self._scores
+
+    def _collected(self) -> Scores:
         columns: dict[str, list[Tensor]] = {name: [] for name in self._oracle.metrics}
         try:
             for count, chunk in self._chunks:

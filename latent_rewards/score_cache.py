@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,7 +51,7 @@ class ScoreCache:
 
         Args:
             metric: what scores.
-            videos: digests of :func:`video_digests`.
+            videos: digests of :func:`tensor_digests`.
             prompts: one per video.
         """
         if not (getattr(metric, "deterministic", False) and getattr(metric, "batch_invariant", False)):
@@ -109,10 +108,10 @@ class ScoreCache:
         return value
 
 
-def video_digests(videos: Tensor) -> list[str]:
-    """Return the sha256 of the shape, dtype and bytes of each of ``[B, T, C, H, W]``."""
-    arrays = np.ascontiguousarray(videos.detach().cpu().numpy())
-    head = f"{list(videos.shape[1:])} {videos.dtype}\n".encode()
+def tensor_digests(samples: Tensor) -> list[str]:
+    """Return the sha256 of the shape, dtype and bytes of each of ``[B, ...]``, videos or latents."""
+    arrays = samples.detach().cpu().contiguous()[..., None].flatten(1).view(torch.uint8).numpy()
+    head = f"{list(samples.shape[1:])} {samples.dtype}\n".encode()
     digests = []
     for array in arrays:
         digest = hashlib.sha256(head)

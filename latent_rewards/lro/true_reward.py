@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from latent_rewards.contracts import Codec, ConfigError, DataError, Oracle
+from latent_rewards.score_cache import tensor_digests
+
+_REMEMBERED = 4096  # calls, each of a micro-batch: more than an update's
 
 VideoReward = Callable[[Tensor, Sequence[str]], Tensor]
 """Videos ``[B, T, 3, H, W]`` in [0, 1] and prompts -> ``[B]``, with a gradient."""
@@ -24,8 +27,8 @@ VideoReward = Callable[[Tensor, Sequence[str]], Tensor]
 class TrueReward:
     """The true metrics as a proxy that is never wrong; every call queries them.
 
-    A rollout that is used for several iterations is scored once. There is no gradient and no uncertainty, so
-    ``pessimism`` changes nothing.
+    Samples that are asked for again, as those of a rollout that several iterations use, are scored once. There is no
+    gradient and no uncertainty, so ``pessimism`` changes nothing.
 
     Args:
         oracle: latents and prompts -> true rewards.
@@ -48,7 +51,7 @@ class TrueReward:
             raise ConfigError("the oracle does not say which rewards it returns; pass reward_names=[...]")
         self.oracle, self.reward_names = oracle, names
         self.num_queries = 0
-        self._last: tuple[Tensor, list[str], dict[str, Tensor]] | None = None
+        self._known: dict[tuple[str, ...], dict[str, Tensor]] = {}
 
     @property
     def latent_space(self) -> str | None:
@@ -68,10 +71,13 @@ class TrueReward:
                 "for a metric that can be differentiated"
             )
         texts = list(prompts)
-        if self._last is None or self._last[1] != texts or not torch.equal(self._last[0], latents):
+        key = (*tensor_digests(latents), *texts)
+        if key not in self._known:
             self.num_queries += len(latents)
-            self._last = latents.detach().clone(), texts, self.oracle(latents, texts)
-        rewards = self._last[2]
+            self._known[key] = self.oracle(latents, texts)
+            while len(self._known) > _REMEMBERED:
+                del self._known[next(iter(self._known))]
+        rewards = self._known[key]
         for name in self.reward_names:
             if name not in rewards:
                 raise DataError(f"the oracle returns {', '.join(sorted(rewards))} and no {name!r}; name one of those")

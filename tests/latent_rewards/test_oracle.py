@@ -44,6 +44,13 @@ def test_chunks_are_bounded_and_queries_counted(toys):
     assert oracle.fingerprints == {"one": "mean@1", "two": "mean@1"} and oracle.latent_space == "toy-codec"
 
 
+def test_scores_can_be_asked_for_again(toys):
+    oracle = MetricOracle(toys.Codec(), [Mean()], chunk_size=4)
+    pending = oracle.submit(latents(), ["p"] * 10)
+    assert torch.equal(pending.result()["mean"], pending.result()["mean"])
+    assert len(pending.result()["mean"]) == oracle.num_queries == 10
+
+
 def test_a_single_reward_that_a_trivial_clip_wins_is_warned_of(toys):
     with pytest.warns(UserWarning, match="'quality.frame_ssim' is the only reward, and a still or a grey clip"):
         MetricOracle(toys.Codec(), ["quality.frame_ssim"])

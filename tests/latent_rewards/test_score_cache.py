@@ -11,7 +11,7 @@ import torch
 
 from latent_rewards.contracts import ConfigError
 from latent_rewards.metrics import create_metric, register_metric, registry
-from latent_rewards.score_cache import ScoreCache, video_digests
+from latent_rewards.score_cache import ScoreCache, tensor_digests
 
 
 @pytest.fixture
@@ -44,11 +44,11 @@ def test_values_come_back_exactly_nan_included(tmp_path, metric):
 
 def test_a_key_is_made_of_pixels_shape_fingerprint_and_prompt_where_it_counts(tmp_path, metric):
     cache = ScoreCache(tmp_path)
-    first, second = video_digests(videos())
-    assert first != second and video_digests(videos())[0] == first
-    reshaped = video_digests(videos().reshape(2, 3, 3, 2, 8))[0]
-    assert reshaped != first and video_digests(videos().double())[0] != first
-    assert video_digests(videos().transpose(3, 4).contiguous().transpose(3, 4)) == [first, second]
+    first, second = tensor_digests(videos())
+    assert first != second and tensor_digests(videos())[0] == first
+    reshaped = tensor_digests(videos().reshape(2, 3, 3, 2, 8))[0]
+    assert reshaped != first and tensor_digests(videos().double())[0] != first
+    assert tensor_digests(videos().transpose(3, 4).contiguous().transpose(3, 4)) == [first, second]
     key = cache.keys(metric(), [first], ["a"])
     assert cache.keys(metric(), [first], ["b"]) == key
     assert cache.keys(metric(version="2"), [first], ["a"]) != key

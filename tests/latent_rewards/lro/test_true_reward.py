@@ -47,18 +47,33 @@ def settings(**changed) -> LROConfig:
     return LROConfig(**chosen | changed)
 
 
-def test_a_rollout_is_scored_once_however_often_it_is_used(linear_policy):
+@pytest.mark.parametrize("micro_batch", [64, 3])
+def test_a_rollout_is_scored_once_however_often_it_is_used(linear_policy, micro_batch):
     reward = TrueReward(truth, ["quality"])
     policy = linear_policy(dim=2, gain=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="one reward and no holdout")
         trainer = ReinforceTrainer(
-            policy, reward, PROMPTS, settings(estimator="reinforce", num_iterations=3, scale_rewards="group")
+            policy,
+            reward,
+            PROMPTS,
+            settings(estimator="reinforce", num_iterations=3, scale_rewards="group", micro_batch=micro_batch),
         )
     result = trainer.train()
     assert reward.num_queries == 4 * 8
     assert len(result.history) == 4
+
+
+def test_little_of_what_was_asked_is_remembered(monkeypatch):
+    monkeypatch.setattr("latent_rewards.lro.true_reward._REMEMBERED", 2)
+    reward, latents = TrueReward(truth, ["quality"]), torch.arange(4.0, dtype=torch.bfloat16).view(4, 1, 1, 1, 1)
+    for row in (0, 1, 0, 2, 1, 0, 0):  # 0 and 1 are known at first; 2 takes the place of 0, and 0 that of 1
+        scored = reward.scores(latents[row : row + 1], ["a"])
+        assert torch.equal(scored["quality"], truth(latents[row : row + 1], ["a"])["quality"])
+    assert reward.num_queries == 4
+    reward.scores(latents[:1], ["b"])
+    assert reward.num_queries == 5, "another prompt is another sample"
 
 
 @pytest.mark.filterwarnings("ignore:one reward")
