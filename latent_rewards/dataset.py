@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from latent_rewards.contracts import DataError, FingerprintMismatchError, Prompt, check_latents, prompt_text
+from latent_rewards.shards import FileShard, MemoryShard, Shard
 from latent_rewards.training.checkpoint import (
     MANIFEST,
     CheckpointError,
+    check_target,
     commit_directory,
     file_sha256,
     verify_directory,
@@ -35,54 +35,6 @@ COMPLETE = "complete"
 """Folder inside a finished collection that lists its parts."""
 
 _SHARD_BYTES = 2**28
-
-
-class _Shard(Protocol):
-    count: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def read(self, rows: Tensor) -> Tensor: ...
-
-
-class _MemoryShard:
-    def __init__(self, latents: Tensor) -> None:
-        self.latents = latents
-        self.count = len(latents)
-        self.shape = tuple(latents.shape[1:])
-        self.dtype = latents.dtype
-
-    def read(self, rows: Tensor) -> Tensor:
-        return self.latents[rows.to(self.latents.device)]
-
-
-@dataclass
-class _FileShard:
-    path: Path
-
-    def __post_init__(self) -> None:
-        with safe_open(self.path, "pt") as file:
-            view = file.get_slice("latents")
-            self.count, *shape = view.get_shape()
-            self.shape = tuple(shape)
-            self.dtype = view[:0].dtype
-        with self.path.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            self._start = 8 + length + json.loads(raw.read(length))["latents"]["data_offsets"][0]
-
-    def read(self, rows: Tensor) -> Tensor:
-        # Read, not mapped: mapped pages of a shard count as memory of this process, whichever of its rows is wanted.
-        values = torch.empty(len(rows), *self.shape, dtype=self.dtype)
-        buffer, size = values.flatten().view(torch.uint8).numpy().data, values[:1].nbytes
-        place = 0
-        with self.path.open("rb") as file:
-            for run in rows.tensor_split((rows.diff() != 1).nonzero()[:, 0] + 1):
-                file.seek(self._start + int(run[0]) * size)
-                end = place + len(run) * size
-                if file.readinto(buffer[place:end]) != end - place:
-                    raise CheckpointError(f"{self.path} ends before row {int(run[-1])}; restore it, or collect again")
-                place = end
-        return values
 
 
 class RewardDataset:
@@ -98,7 +50,7 @@ class RewardDataset:
 
     def __init__(
         self,
-        shards: Sequence[_Shard],
+        shards: Sequence[Shard],
         rows: Tensor,
         prompts: Sequence[str],
         rewards: Mapping[str, Tensor],
@@ -151,7 +103,7 @@ class RewardDataset:
         if unknown:
             raise DataError(f"metric_fingerprints names {unknown}, which rewards does not have ({sorted(columns)})")
         return cls(
-            [_MemoryShard(latents.detach())],
+            [MemoryShard(latents.detach())],
             torch.arange(len(latents)),
             texts,
             columns,
@@ -183,8 +135,8 @@ class RewardDataset:
         return self._shards[0].dtype
 
     def latents(self, indices: Tensor | Sequence[int] | None = None) -> Tensor:
-        """Return the latents at ``indices`` (int64 ``[M]``; all when None) as ``[M, C, F, H, W]``, read on demand."""
-        rows = self._rows if indices is None else self._rows[torch.as_tensor(indices, dtype=torch.long).cpu()]
+        """Return latents ``[M, C, F, H, W]``, read on demand, at ``indices`` (see :meth:`select`; None is all)."""
+        rows = self._rows if indices is None else self._rows[self._positions(indices)]
         ends = torch.tensor([shard.count for shard in self._shards]).cumsum(0)
         owners = torch.searchsorted(ends, rows, right=True)
         device = getattr(getattr(self._shards[0], "latents", None), "device", torch.device("cpu"))
@@ -196,8 +148,15 @@ class RewardDataset:
         return gathered
 
     def select(self, indices: Tensor | Sequence[int]) -> RewardDataset:
-        """Return a view of the samples at ``indices`` (int64 ``[M]``, repeats allowed); no latents are copied."""
-        chosen = torch.as_tensor(indices, dtype=torch.long).cpu()
+        """Return a view of some samples; no latents are copied.
+
+        Args:
+            indices: integers ``[M]``, repeats allowed, or a mask, bool ``[N]``.
+
+        Raises:
+            DataError: they are neither.
+        """
+        chosen = self._positions(indices)
         return RewardDataset(
             self._shards,
             self._rows[chosen],
@@ -207,6 +166,15 @@ class RewardDataset:
             metric_fingerprints=self.metric_fingerprints,
             failures=self.failures,
         )
+
+    def _positions(self, indices: Tensor | Sequence[int]) -> Tensor:
+        given = torch.as_tensor(indices).cpu()
+        if given.dtype == torch.bool and given.shape == (len(self),):
+            return given.nonzero()[:, 0]
+        if given.ndim != 1 or given.dtype == torch.bool or (given.is_floating_point() and len(given)):
+            got = f"{given.dtype} {list(given.shape)}"
+            raise DataError(f"choose samples by integers [M] or a mask, bool [{len(self)}]; got {got}")
+        return given.long()
 
     def concatenate(self, other: RewardDataset) -> RewardDataset:
         """Return this dataset followed by ``other``; no latents are copied.
@@ -230,10 +198,18 @@ class RewardDataset:
             )
 
     def save(self, path: str | Path) -> None:
-        """Commit the dataset to the folder ``path``: all of it or nothing; an existing folder is replaced."""
+        """Commit the dataset to the folder ``path``: all of it or nothing; a dataset that is there is replaced.
+
+        Where this dataset reads its latents from there, it reads the new files afterwards; others that do must be
+        loaded again.
+
+        Raises:
+            FolderInUseError: the folder holds something else.
+        """
         import pyarrow as pa
         from pyarrow import parquet
 
+        check_target(path, DESCRIPTION)
         row_bytes = max(1, self.dtype.itemsize * int(torch.tensor(self.latent_shape).prod()))
         shard_rows = max(1, _SHARD_BYTES // row_bytes)
         with commit_directory(path) as folder:
@@ -255,6 +231,11 @@ class RewardDataset:
                 "failures": [[index, error] for index, error in self.failures.items()],
             }
             (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+        if Path(path).resolve() in {
+            shard.path.parent.resolve() for shard in self._shards if isinstance(shard, FileShard)
+        }:
+            self._shards = [FileShard(Path(path) / name) for name in shards]
+            self._rows = torch.arange(len(self))
 
     @classmethod
     def load(cls, path: str | Path) -> RewardDataset:
@@ -287,7 +268,7 @@ class RewardDataset:
             raise CheckpointError(f"{folder} has format {description.get('format')!r}; this version reads {FORMAT!r}")
         table = parquet.read_table(folder / TABLE)
         names = table.column_names[1:]
-        shards = [_FileShard(folder / name) for name in description["shards"]]
+        shards = [FileShard(folder / name) for name in description["shards"]]
         if table.num_rows != sum(shard.count for shard in shards):
             raise CheckpointError(
                 f"{folder} has {table.num_rows} rows in {TABLE} and {sum(shard.count for shard in shards)} latents; "

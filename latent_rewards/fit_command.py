@@ -48,11 +48,13 @@ def fit_command(options: argparse.Namespace) -> int:
     from latent_rewards.collect_command import CODECS, POLICIES, codec_of, load_stored
     from latent_rewards.dataset import RewardDataset
     from latent_rewards.proxies import ProxyConfig, format_report, train_proxy
-    from latent_rewards.training.checkpoint import CheckpointError
+    from latent_rewards.proxies.artefact import DESCRIPTION
+    from latent_rewards.training.checkpoint import CheckpointError, check_target
 
     trunk = {} if options.codec is None else {"trunk": "pixels"}
     config = ProxyConfig(**{"progress": sys.stderr.isatty(), **trunk, **chosen_settings(options, ProxyConfig)})
     try:
+        check_target(options.output, DESCRIPTION)  # now, not after the training
         dataset = RewardDataset.load(options.dataset)
     except CheckpointError as error:
         raise DataError(str(error)) from error

@@ -32,6 +32,7 @@ from distillation.families import (
 from distillation.families.grids import build_scheduler, scheduler_folder
 from distillation.families.parts import PipelineParts, kept_in_float32
 from distillation.student import FewStepStudent, LatentShape
+from latent_rewards.training import checkpoint
 from latent_rewards.training.checkpoint import MANIFEST, commit_directory, verify_directory
 
 _CARD = """---
@@ -59,7 +60,7 @@ class StudentError(DistillationError, ValueError):
     """A folder does not hold a student that can be loaded."""
 
 
-class FolderInUseError(DistillationError, FileExistsError):
+class FolderInUseError(DistillationError, checkpoint.FolderInUseError):
     """The target holds something else, which writing there would remove."""
 
 
@@ -205,11 +206,7 @@ def check_target(path: Path) -> None:
     Raises:
         FolderInUseError: it holds something else.
     """
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / SIDECAR).is_file()):
-        raise FolderInUseError(
-            f"{path} exists and was not written by this library (it has no {SIDECAR}); writing there would remove what "
-            "it holds: give a new folder"
-        )
+    checkpoint.check_target(path, SIDECAR, FolderInUseError)
 
 
 def write_schedulers(folder: Path, configurations: Mapping[int, Mapping[str, Any]]) -> None:

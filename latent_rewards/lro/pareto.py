@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from latent_rewards.contracts import Condition, ConfigError, DataError, Policy, Prompt, unknown_name
 from latent_rewards.rewards import check_numbers, exclude, neutral, select_rewards
-from latent_rewards.training.checkpoint import CheckpointError, commit_directory, verify_directory
+from latent_rewards.training.checkpoint import CheckpointError, check_target, commit_directory, verify_directory
 from latent_rewards.training.randomness import generator, sample_uniform
 
 _WEIGHTS, _SETTINGS = "preferences.safetensors", "preferences.json"
@@ -201,7 +201,12 @@ class WeightConditioned(nn.Module):
             yield
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Commit the additions to a folder: safetensors and JSON. The policy itself is stored by its own means."""
+        """Commit the additions to a folder: safetensors and JSON. The policy itself is stored by its own means.
+
+        Raises:
+            FolderInUseError: the folder holds something else.
+        """
+        check_target(path, _WEIGHTS)
         settings = {"reward_names": self.reward_names, "rank": self.rank, "layers": self.layers}
         with commit_directory(path) as temporary:
             tensors = {name: value.detach().cpu().contiguous() for name, value in self.additions.state_dict().items()}

@@ -26,7 +26,7 @@ from latent_rewards.proxies.text import PromptEncoder, PromptFeatures
 from latent_rewards.proxies.trunks.backbone import VideoBackbone
 from latent_rewards.proxies.trunks.shared import SharedTrunk, check_backbone
 from latent_rewards.proxies.trunks.tiny_decoder import TinyDecoder
-from latent_rewards.training.checkpoint import CheckpointError, commit_directory, verify_directory
+from latent_rewards.training.checkpoint import CheckpointError, check_target, commit_directory, verify_directory
 
 if TYPE_CHECKING:
     from latent_rewards.proxies.proxy import RewardProxy
@@ -50,9 +50,14 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def save_proxy(proxy: RewardProxy, path: str | Path) -> None:
-    """Commit ``proxy`` to the folder ``path``: all of it or nothing; an existing folder is replaced."""
+    """Commit ``proxy`` to the folder ``path``: all of it or nothing; the proxy of an existing folder is replaced.
+
+    Raises:
+        FolderInUseError: the folder holds something else.
+    """
     from latent_rewards.proxies.card import model_card
 
+    check_target(path, DESCRIPTION)
     description = {
         "format": FORMAT,
         "config": asdict(proxy.config),

@@ -32,6 +32,29 @@ class CheckpointError(RuntimeError):
     """A stored folder is missing, incomplete or altered; the message names the file and the remedy."""
 
 
+class FolderInUseError(CheckpointError, FileExistsError):
+    """The target holds something else, which writing there would remove."""
+
+
+def check_target(path: str | Path, marker: str, error: type[Exception] = FolderInUseError) -> None:
+    """Check that a folder may be written: it is new, empty, or was written as what is written now.
+
+    Args:
+        path: the folder.
+        marker: name of a file that it then has.
+        error: what is raised.
+
+    Raises:
+        FolderInUseError: it holds something else; the message names it and the remedy.
+    """
+    path = Path(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / marker).is_file()):
+        raise error(
+            f"{path} exists and was not written by this library (it has no {marker}); writing there would remove what "
+            "it holds: give a new folder"
+        )
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -7,7 +7,7 @@ import torch
 
 from latent_rewards.contracts import DataError, FingerprintMismatchError
 from latent_rewards.dataset import DESCRIPTION, RewardDataset
-from latent_rewards.training.checkpoint import CheckpointError, commit_directory
+from latent_rewards.training.checkpoint import CheckpointError, FolderInUseError, commit_directory
 
 
 def make(count=6, *, seed=0, latent_space="vae-a", fingerprint="m@1", dtype=torch.float32):
@@ -138,6 +138,37 @@ def test_a_shard_cut_short_after_it_was_opened_is_named(tmp_path):
     stored = RewardDataset.load(tmp_path / "d")
     shard = tmp_path / "d" / "latents-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    stored.latents([0, 4])
-    with pytest.raises(CheckpointError, match="latents-00000.safetensors ends before row 5"):
+    with pytest.raises(CheckpointError, match="latents-00000.safetensors was changed after it was opened"):
         stored.latents([4, 5])
+
+
+def test_a_mask_chooses_and_what_is_neither_mask_nor_integers_is_refused():
+    data = make(6)
+    known = data.rewards["score"] > 2
+    for mask in (known, known.tolist(), known.numpy()):
+        chosen = data.select(mask)
+        assert chosen.prompts == ["clip 3", "clip 4", "clip 5"] and chosen.rewards["score"].tolist() == [3, 4, 5]
+        assert torch.equal(data.latents(mask), data.latents([3, 4, 5]))
+    assert len(data.select([])) == 0 and len(data.select(torch.zeros(6, dtype=torch.bool))) == 0
+    for wrong in (known[:3], torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]])):
+        with pytest.raises(DataError, match=r"integers \[M\] or a mask, bool \[6\]"):
+            data.select(wrong)
+
+
+def test_a_view_saved_where_it_reads_from_reads_what_it_wrote_and_others_are_told(tmp_path):
+    make(6).save(tmp_path / "data")
+    stored = RewardDataset.load(tmp_path / "data")
+    view = stored.select([5, 3, 1])
+    before = view.latents()
+    view.save(tmp_path / "data")
+    assert torch.equal(view.latents(), before) and torch.equal(view.latents([1]), before[1:2])
+    assert torch.equal(RewardDataset.load(tmp_path / "data").latents(), before)
+    with pytest.raises(CheckpointError, match="changed after it was opened; restore it, or load the dataset again"):
+        stored.latents()
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    (tmp_path / "runs" / "student").mkdir(parents=True)
+    with pytest.raises(FolderInUseError, match="runs exists and was not written by this library .*dataset.json"):
+        make(6).save(tmp_path / "runs")
+    assert (tmp_path / "runs" / "student").is_dir()

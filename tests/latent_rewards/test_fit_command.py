@@ -110,3 +110,11 @@ def test_a_number_that_is_none_is_refused(dataset, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["fit", str(dataset), "--output", str(tmp_path / "proxy"), "--width", "wide"])
     assert "--width: invalid int value: 'wide'" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_something_else_is_refused_before_the_training(dataset, monkeypatch, capsys):
+    monkeypatch.setattr("latent_rewards.proxies.train_proxy", None)
+    for taken in (dataset, dataset.parent):
+        assert main(["fit", str(dataset), "--output", str(taken), "--trunk", "linear"]) == 2
+        assert f"{taken} exists and was not written by this library" in capsys.readouterr().err
+    assert len(RewardDataset.load(dataset)) == 120

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies import RewardProxy, train_proxy
 from latent_rewards.proxies.artefact import CARD, DESCRIPTION, FORMAT, HELD_OUT, WEIGHTS
-from latent_rewards.training.checkpoint import MANIFEST, CheckpointError, commit_directory
+from latent_rewards.training.checkpoint import MANIFEST, CheckpointError, FolderInUseError, commit_directory
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -241,3 +241,10 @@ def test_what_was_altered_on_the_hub_is_refused(proxy, hub, monkeypatch, tmp_pat
     hub["org/name"][WEIGHTS] = hub["org/name"][WEIGHTS][:-4] + b"\x00\x01\x02\x03"
     with pytest.raises(CheckpointError, match="proxy.safetensors differs"):
         RewardProxy.from_pretrained("org/name")
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(proxy, stored):
+    proxy.save_pretrained(stored)
+    with pytest.raises(FolderInUseError, match="give a new folder"):
+        proxy.save_pretrained(stored.parent)
+    RewardProxy.from_pretrained(stored)
