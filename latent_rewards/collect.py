@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from latent_rewards.collection import Begin, Collection, Outcome
 from latent_rewards.contracts import ConfigError, Policy, Prompt, check_prompts, prompt_text
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.oracle import MetricOracle, PendingScores, Scores
+from latent_rewards.score_cache import tensor_digests
 from latent_rewards.training.randomness import sample_noise
 
 
@@ -80,6 +82,8 @@ def collect_rewards(
         "num_steps": num_steps,
         "batch_size": batch_size,
         "prompts": [prompt_text(prompt) for prompt in listed],
+        "prompts_beside_text": [_beside_text(prompt) for prompt in listed],
+        "latent_shape": _latent_shape(policy, listed),
         "metrics": oracle.fingerprints,
         "latent_space": oracle.latent_space,
         "policy": _policy_digest(policy),
@@ -181,6 +185,27 @@ def _sample(policy: Policy, prompts: list[Prompt], indices: list[int], seed: int
         [sample_noise(seed, "collect", step, indices, shape, device=device) for step in range(num_steps)]
     )
     return rollout(policy, condition, noise, num_steps).final
+
+
+@torch.no_grad()
+def _latent_shape(policy: Policy, prompts: list[Prompt]) -> list[int]:
+    return list(policy.latent_shape(policy.encode(prompts[:1])))
+
+
+def _beside_text(prompt: Prompt) -> dict[str, str]:
+    """Return a hash of each of a prompt's entries but its text, such as an image."""
+    entries = {} if isinstance(prompt, str) else {name: value for name, value in prompt.items() if name != "prompt"}
+    return {name: _digest(value) for name, value in sorted(entries.items())}
+
+
+def _digest(value: Any) -> str:  # noqa: ANN401 - a tensor, an array, an image, or anything that has a text
+    if not isinstance(value, Tensor):
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            known = type(value).__repr__ is not object.__repr__
+            return hashlib.sha256((repr(value) if known else type(value).__name__).encode()).hexdigest()[:16]
+        value = torch.from_numpy(np.array(array, order="C"))
+    return tensor_digests(value[None])[0][:16]
 
 
 def _device(policy: Policy) -> torch.device:

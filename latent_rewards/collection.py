@@ -193,13 +193,16 @@ class Collection:
 
 
 def check_settings(root: Path, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError, naming what differs, unless the collection in ``root`` was begun with these settings."""
+    """Raise ConfigError, naming what differs, unless the collection in ``root`` was begun with these settings.
+
+    One that was not stored, by an earlier version, is not compared.
+    """
     folder = root / _SETTINGS
     verify_directory(folder)
     stored = json.loads((folder / "settings.json").read_text())
     for name, value in settings.items():
-        if stored.get(name) != value:
-            before, now = _first_difference(stored.get(name), value)
+        if stored.get(name, value) != value:
+            before, now = _first_difference(stored[name], value)
             raise ConfigError(
                 f"{root} holds a collection with another {name}: {before} there, {now} now; use the same settings to "
                 "continue it, or another output_dir"

@@ -1,9 +1,12 @@
 """Collecting is resumable, decodes in bounded chunks, and accounts for every failure."""
 
+import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from latent_rewards.collect import collect_rewards
@@ -11,7 +14,7 @@ from latent_rewards.collection import GIVE_UP_AFTER
 from latent_rewards.contracts import ConfigError, DataError, MetricError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.oracle import MetricOracle
-from latent_rewards.training.checkpoint import CheckpointError
+from latent_rewards.training.checkpoint import CheckpointError, commit_directory
 
 
 class Rows:
@@ -136,6 +139,36 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, change, message
     collect(tmp_path / "a")
     with pytest.raises(ConfigError, match=message):
         collect(tmp_path / "a", **change)
+
+
+class Small(LinearPolicy):
+    def latent_shape(self, condition):
+        return (2, 1, 1, 1)
+
+
+def test_other_images_or_another_size_in_the_same_folder_are_refused(tmp_path):
+    def asked(grey, **more):
+        image = Image.fromarray(np.full((2, 2, 3), grey, dtype=np.uint8))
+        return [{"prompt": "a cat", "image": image, "mask": torch.full((), grey), "style": "oil", **more}]
+
+    first = collect(tmp_path / "a", prompts=asked(50))
+    assert same(collect(tmp_path / "a", prompts=asked(50)), first)
+    for other in (asked(200), asked(50, style="ink"), asked(50, mask=torch.ones(())), asked(50, tail=object())):
+        with pytest.raises(ConfigError, match="another prompts_beside_text: entry 0 is .*image.* there, .*image.* now"):
+            collect(tmp_path / "a", prompts=other)
+    odd = asked(50, tail=object())
+    assert same(collect(tmp_path / "b", prompts=odd), collect(tmp_path / "b", prompts=asked(50, tail=object())))
+    with pytest.raises(ConfigError, match="another latent_shape: entry 2 is 2 there, 1 now"):
+        collect(tmp_path / "a", prompts=asked(50), policy=Small())
+
+
+def test_a_collection_of_an_earlier_version_goes_on(tmp_path):
+    first = collect(tmp_path / "a")
+    settings = json.loads((tmp_path / "a" / "settings" / "settings.json").read_text())
+    del settings["prompts_beside_text"], settings["latent_shape"]
+    with commit_directory(tmp_path / "a" / "settings") as folder:
+        (folder / "settings.json").write_text(json.dumps(settings))
+    assert same(collect(tmp_path / "a"), first)
 
 
 def test_failing_samples_are_recorded_and_left_out(tmp_path):
