@@ -108,11 +108,14 @@ def candidate_features(proxy: RewardProxy, latents: Tensor, prompts: Prompts | N
     Raises:
         DataError: latents or prompts the proxy cannot read.
     """
-    read = proxy.read_prompts(prompts, len(latents))
+    read, level = proxy.read_prompts(prompts, len(latents)), proxy.read_time(None, len(latents))
     parts = []
     for start in range(0, len(latents), _CHUNK):
         chunk = slice(start, start + _CHUNK)
-        features = proxy.distance_features(proxy.normalise(latents[chunk]), None if read is None else read[chunk])
+        times = [t[chunk] for t in level]
+        features = proxy.distance_features(
+            proxy.normalise(latents[chunk]), None if read is None else read[chunk], *times
+        )
         parts.append(features.cpu().double())
     features = torch.cat(parts)
     return (features - features.mean(dim=0)) / features.std(dim=0, unbiased=False).clamp(min=1e-12)

@@ -41,7 +41,7 @@ def gather_buckets(
         prompts: the same, all of one kind.
         linear: the trunk reads one shape only.
         latent_space: fingerprint of the codec; datasets bring their own.
-        use_prompts: whether to keep the prompts.
+        use_prompts: whether the proxy reads the prompts.
         in_memory_bytes: see :func:`gather_samples`; of each dataset.
 
     Raises:
@@ -128,6 +128,7 @@ def _joined(parts: Sequence[Samples]) -> Samples:
         first.metric_fingerprints,
         bucket_shapes=tuple(part.latent_shape for part in parts),
         bucket_starts=tuple(starts.tolist()),
+        use_prompts=first.use_prompts,
     )
 
 

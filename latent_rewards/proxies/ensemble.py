@@ -69,7 +69,7 @@ class Reader:
 
     def __init__(self, proxy: RewardProxy, samples: Samples, prompts: PromptTable | None = None) -> None:
         self._proxy, self.samples = proxy, samples
-        self._prompts = prompts or PromptTable(proxy, samples.prompts, len(samples))
+        self._prompts = prompts or PromptTable(proxy, samples.read_prompts, len(samples))
         mean, scale = proxy.reward_mean.to("cpu", torch.float64), proxy.reward_std.to("cpu", torch.float64)
         self.rewards = ((samples.rewards - mean) / scale).to(proxy.reward_mean)
         self._draw: Draw | None = None

@@ -58,6 +58,7 @@ _CHUNK = 128
 _STATISTICS_ROWS = 4096
 _BASELINE_ROWS = 2048
 _MIN_BASELINE = 8
+_ALIKE = 1e-3  # spread of prompts, in units of their size, at which they do not differ
 
 
 def train_proxy(
@@ -189,7 +190,7 @@ def _fit(config: ProxyConfig, training: Tensor, samples: Samples, given: Given) 
     """Return a proxy fitted on the rows ``training``, not yet calibrated, and what reads samples for it."""
     folds = _folds(config, samples, training)
     proxy = _make_proxy(config, samples, given)
-    table = PromptTable(proxy, samples.prompts, len(samples))
+    table = PromptTable(proxy, samples.read_prompts, len(samples))
     set_scales(proxy, samples, training, table)
     proxy.to(choose_device(config.device))
     reader = Reader(proxy, samples, table)
@@ -237,7 +238,12 @@ def _train_on_preferences(
     source = cast(Tensor | RewardDataset, latents)
     unknown = None if isinstance(source, RewardDataset) else torch.full((len(source),), math.nan)
     samples = gather_samples(
-        source, unknown, prompts, latent_space=latent_space, in_memory_bytes=config.in_memory_bytes
+        source,
+        unknown,
+        prompts,
+        latent_space=latent_space,
+        use_prompts=config.use_prompts,
+        in_memory_bytes=config.in_memory_bytes,
     )
     ids = prompt_ids(samples.prompts)
     check_preferences(preferences, len(samples), ids, config.min_samples)
@@ -246,10 +252,9 @@ def _train_on_preferences(
         rewards=torch.full((len(samples), 1), math.nan, dtype=torch.float64),
         reward_names=(name,),
         metric_fingerprints={},
-        prompts=samples.prompts if config.use_prompts else None,
     )
     proxy = _make_proxy(config, samples, given)
-    table = PromptTable(proxy, samples.prompts, len(samples))
+    table = PromptTable(proxy, samples.read_prompts, len(samples))
     set_scales(proxy, samples, preferences.pairs.unique(), table)
     proxy.reward_mean.zero_()
     proxy.reward_std.fill_(1.0)
@@ -267,7 +272,7 @@ def _make_proxy(config: ProxyConfig, samples: Samples, given: Given) -> RewardPr
             config,
             samples.latent_shape,
             samples.reward_names,
-            PromptFeatures.infer(samples.prompts, config.text_features, given.encode),
+            PromptFeatures.infer(samples.read_prompts, config.text_features, given.encode),
             latent_shapes=samples.latent_shapes,
             latent_space=samples.latent_space,
             metric_fingerprints=samples.metric_fingerprints,
@@ -305,12 +310,20 @@ def set_scales(proxy: RewardProxy, samples: Samples, training: Tensor, table: Pr
     proxy.latent_std.copy_(spread.clamp(min=1e-6 * float(spread.max()) + 1e-12)[:, None, None, None])
     chosen = table(rows)
     if chosen is not None:
-        chosen = chosen.double().cpu()
-        if chosen.ndim == 3:
-            chosen = chosen[real_tokens(chosen)]
-        centred = chosen - chosen.mean(dim=0)
-        proxy.prompt_mean.copy_(chosen.mean(dim=0))
-        proxy.prompt_scale.copy_(1 / centred.square().mean().sqrt().clamp(min=1e-6))
+        _set_prompt_scale(proxy, chosen.double().cpu())
+
+
+def _set_prompt_scale(proxy: RewardProxy, chosen: Tensor) -> None:
+    tokens = chosen.ndim == 3
+    if tokens:
+        chosen = chosen[real_tokens(chosen)]
+    mean = chosen.mean(dim=0)
+    spread, size = (values.square().mean().sqrt() for values in (chosen - mean, chosen))
+    if spread <= _ALIKE * size:
+        # Of other prompts nothing is known: they are read as these. A backbone wants its tokens back, though.
+        spread = size if tokens else torch.tensor(math.inf)
+    proxy.prompt_mean.copy_(mean)
+    proxy.prompt_scale.copy_(1 / spread)
 
 
 def fit_linear(proxy: RewardProxy, reader: Reader, training: Tensor, validation: Tensor) -> None:

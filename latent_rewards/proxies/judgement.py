@@ -139,7 +139,7 @@ def calibrate(judgement: Judgement, duels: Duels) -> float:
     Returns:
         The factor.
     """
-    fitted = deepcopy(judgement).double().requires_grad_(True)
+    fitted = deepcopy(judgement).to(duels.scores.device, torch.float64).requires_grad_(True)
     log_scale = torch.zeros((), dtype=torch.float64, requires_grad=True)
     parameters = [log_scale, *(p for p in fitted.parameters() if bool(torch.isfinite(p)))]
     priors = [parameter.detach().clone() for parameter in parameters]
@@ -176,7 +176,7 @@ def crossfit_log_probabilities(judgement: Judgement, duels: Duels) -> Tensor:
     result = torch.empty(count, 3, dtype=torch.float64)
     for half in (0, 1):
         judged = torch.arange(count) % 2 == half
-        own = deepcopy(judgement)
+        own = deepcopy(judgement).to(duels.scores.device)
         factor = calibrate(own, duels[~judged])
         part = duels[judged]
         part.scores = part.scores * factor

@@ -32,11 +32,12 @@ class Samples:
         latent_shape: ``(C, F, H, W)``, of the first bucket.
         rewards: float64 ``[N, R]``, NaN where one does not apply.
         reward_names: R names.
-        prompts: N texts, embeddings, or None.
+        prompts: N texts, embeddings, or None; samples of one prompt are not divided.
         latent_space: fingerprint of the codec, or None.
         metric_fingerprints: ``{reward name: fingerprint}``, empty if unknown.
         bucket_shapes: the latent shape of each bucket; empty for a single one.
         bucket_starts: the first sample of each bucket.
+        use_prompts: whether the proxy reads the prompts.
     """
 
     latents: Callable[[Tensor], Tensor]
@@ -48,10 +49,16 @@ class Samples:
     metric_fingerprints: dict[str, str]
     bucket_shapes: tuple[tuple[int, ...], ...] = ()
     bucket_starts: tuple[int, ...] = (0,)
+    use_prompts: bool = True
 
     def __len__(self) -> int:
         """Return N."""
         return len(self.rewards)
+
+    @property
+    def read_prompts(self) -> Prompts | None:
+        """The prompts as the proxy reads them: None if it reads none."""
+        return self.prompts if self.use_prompts else None
 
     @property
     def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -117,9 +124,10 @@ def gather_samples(
         latent_shape,
         torch.stack([_reward_column(name, values, count) for name, values in columns.items()], dim=1),
         tuple(columns),
-        prompts if use_prompts else None,
+        prompts,
         latent_space,
         dict(fingerprints),
+        use_prompts=use_prompts,
     )
 
 

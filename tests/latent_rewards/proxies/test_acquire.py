@@ -132,3 +132,12 @@ def test_what_cannot_be_chosen_is_refused(exact):
         exact.acquire(LATENTS, 3, strategy="divers")
     with pytest.raises(DataError, match="NaN"):
         exact.acquire(LATENTS * math.nan, 3, strategy="random")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_proxy_of_noisy_latents_chooses_among_clean_ones(world, quick, strategy):
+    draw, curved = world
+    latents = draw(80, 0)
+    config = quick(noise_levels=(0.0, 1.0), ensemble_size=2, num_updates=5)
+    chosen = train_proxy(latents, curved(latents), config=config).acquire(latents, 8, strategy=strategy)
+    assert len(chosen.unique()) == 8

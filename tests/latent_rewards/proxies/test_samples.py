@@ -8,6 +8,7 @@ import torch
 from latent_rewards.contracts import DataError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.proxies import samples as module
+from latent_rewards.proxies.buckets import gather_buckets
 from latent_rewards.proxies.samples import (
     check_trainable,
     concatenate_samples,
@@ -46,7 +47,8 @@ def test_a_dataset_brings_everything_along_even_when_it_is_not_read_into_memory(
         assert (samples.latent_space, samples.metric_fingerprints) == ("v", {"r": "m"})
         assert torch.equal(samples.latents(torch.tensor([5, 2])), LATENTS[[5, 2]])
         assert samples.prompts == ["p"] * 40
-    assert gather_samples(dataset, None, None, use_prompts=False).prompts is None
+    assert gather_samples(dataset, None, None).read_prompts == ["p"] * 40
+    assert gather_samples(dataset, None, None, use_prompts=False).read_prompts is None
     with pytest.raises(DataError, match="brings its own"):
         gather_samples(dataset, REWARD, None)
 
@@ -117,3 +119,16 @@ def test_concatenated_samples_read_from_the_right_side():
     assert both.prompts[9:11] == ["a9", "b0"] and both.rewards[:, 0].tolist() == REWARD.tolist()
     with pytest.raises(DataError, match="of one kind"):
         concatenate_samples(first, gather_samples(LATENTS, REWARD, torch.zeros(40, 3)))
+
+
+@pytest.mark.parametrize("use_prompts", [True, False])
+def test_samples_of_one_prompt_are_not_divided_whether_prompts_are_read_or_not(use_prompts):
+    prompts = [f"clip {i % 12}" for i in range(40)]
+    for source in (LATENTS, [LATENTS[:20], LATENTS[20:]]):
+        parts = isinstance(source, list)
+        rewards = [REWARD[:20], REWARD[20:]] if parts else REWARD
+        texts = [prompts[:20], prompts[20:]] if parts else prompts
+        samples = gather_buckets(source, rewards, texts, use_prompts=use_prompts)
+        training, heldout = ({prompts[i] for i in part} for part in split_samples(samples, 0.2, 0))
+        assert len(heldout) > 1 and not training & heldout
+        assert (samples.read_prompts is None) is not use_prompts
