@@ -230,8 +230,9 @@ class TrainingLoop:
                 self._report(bar, logs)
                 if self.step % self.config.checkpoint_every == 0 or self.step == self.config.num_steps:
                     self.save()
-        if self.config.log_with:
-            self.accelerator.end_training()
+        # Not accelerate's end_training(), which ends the launch's process group too: the next stage needs it.
+        for tracker in self.accelerator.trackers if self.config.log_with else ():
+            tracker.finish()
         return self.history
 
     def _report(self, bar: tqdm, logs: Mapping[str, float]) -> None:

@@ -15,6 +15,7 @@ import torch
 from distillation.config import DistillationConfig
 from distillation.errors import DistillationConfigError
 from distillation.schedule import RectifiedFlow
+from distillation.stage import Stage
 from distillation.student import FewStepStudent
 from distillation.trainer import DistillationTrainer
 from distillation.vsd import VSDAnchor
@@ -36,6 +37,11 @@ def distilled(toys, batch_size=6, **settings):
                                 temporal_weight=0.1, ema_decay=0.5, progress=False, device="cpu", **settings)
     DistillationTrainer(teacher, student, ["a", "bb", "cccc"], config).train()
     return [float(parameter.detach()) for parameter in student.denoiser.parameters()]
+
+def logged(toys, folder):
+    joined, run = [], Stage.run
+    Stage.run = lambda stage: joined.append([stage.name, stage.loop.ranks.index, stage.loop.ranks.count]) or run(stage)
+    return distilled(toys, log_with="tensorboard", log_every=1, output_dir=str(folder)), joined
 
 def anchored(toys):
     torch.set_num_threads(1)
@@ -63,6 +69,7 @@ if __name__ == "__main__":
         distilled(toys, batch_size=5)
     except DistillationConfigError as error:
         found["error"] = str(error)
+    found["logged"] = logged(toys, Path(sys.argv[2], "logged"))
     told.write_text(json.dumps(found))
     current_ranks().leave()
 """
@@ -89,3 +96,13 @@ def test_two_processes_end_where_one_ends(launched, name):
 def test_a_batch_that_cannot_be_shared_is_refused(launched):
     _, parts = launched
     assert [part["error"] for part in parts] == ["batch_size=5 cannot be shared by 2 ranks; use a multiple"] * 2
+
+
+def test_a_tracker_that_ends_with_its_stage_leaves_the_processes_together(launched):
+    root, parts = launched
+    for index, part in enumerate(parts):
+        weights, joined = part["logged"]
+        assert joined == [["vsd", index, 2], ["cd", index, 2]]
+        assert weights == part["sequential"]
+    for stage in ("vsd", "cd"):  # written once, by the first process
+        assert len(list((root / "logged" / stage).rglob("events.out.tfevents.*"))) == 1
