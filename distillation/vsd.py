@@ -341,6 +341,9 @@ class VSDAnchor:
             tensor = next(iter([*module.parameters(), *module.buffers()]), None)
             if tensor is not None and tensor.device != device:
                 module.to(device)
+        # The moments of a checkpoint were read to where the fake score was then; reading them anew takes them along.
+        if any(state["exp_avg"].device != parameter.device for parameter, state in self.optimizer.state.items()):
+            self.optimizer.load_state_dict(self.optimizer.state_dict())
 
 
 def trainable(module: nn.Module) -> nn.Module:

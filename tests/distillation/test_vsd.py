@@ -364,6 +364,24 @@ def test_anchor_learns_from_what_it_observes_as_from_a_loss_and_asks_no_teacher(
     assert float(anchors[0].fake_score.mean.detach()) == float(anchors[1].fake_score.mean.detach()) != before
 
 
+def test_moments_of_a_checkpoint_follow_the_fake_score_to_another_device(
+    affine, learnable_gaussian, numbers, randn, monkeypatch
+):
+    trained = make_anchor(learnable_gaussian)
+    train_with_anchor(FewStepStudent(affine(RectifiedFlow()), timesteps={2: [1.0, 0.5]}), trained, numbers, randn, 2)
+    resumed = make_anchor(learnable_gaussian)
+    resumed.load_state_dict(trained.state_dict())
+    # As on the way to a GPU, the parameters stay the same objects.
+    monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: True)
+    resumed._place(torch.device("meta"))
+    optimizer = resumed.optimizer
+    assert {p.device.type for p in optimizer.param_groups[0]["params"]} == {"meta"}
+    assert len(optimizer.state) == 2
+    for parameter, state in optimizer.state.items():
+        assert {state[name].device for name in ("exp_avg", "exp_avg_sq")} == {parameter.device}
+        assert float(state["step"]) == float(next(iter(trained.optimizer.state.values()))["step"]) > 0
+
+
 def test_anchor_continues_from_its_state_to_identical_weights(affine, learnable_gaussian, numbers, randn):
     contracts = pytest.importorskip("latent_rewards.contracts")
     from latent_rewards.training.checkpoint import pack_state, unpack_state
