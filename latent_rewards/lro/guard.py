@@ -157,8 +157,11 @@ class Guard:
         else:
             # A price answers a floor that is missed: that is no reason to stop while there is a policy that kept it.
             self._since_best += shortfall == 0 or self._best_shortfall > 0
-            self.stopped = self.patience is not None and self._since_best >= self.patience
+            self.stopped = self._out_of_patience()
         return {f"holdout/{name}": mean for name, mean in means.items()}
+
+    def _out_of_patience(self) -> bool:
+        return self.patience is not None and self._since_best >= self.patience
 
     def _judged(self, means: Mapping[str, float]) -> tuple[float, float]:
         """Return the score of an evaluation, and by how much it misses the floors."""
@@ -188,12 +191,13 @@ class Guard:
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned; whether to stop is judged by the patience of now."""
         for name in _STATE:
             if name in state:  # checkpoints from before floors were followed have no shortfall
                 setattr(self, name, state[name])
         if "_best_shortfall" not in state and self.best_step is not None:
             self._best_shortfall = 0.0
+        self.stopped = self._out_of_patience()
 
 
 _STATE = (

@@ -266,6 +266,27 @@ def test_holdout_stops_early_and_the_best_policy_remains(linear_policy, exact_pr
     assert result.history[5]["holdout/quality"] == result.holdout_curve[1]["values"]["quality"]
 
 
+@pytest.mark.parametrize("patience", [2, 100, None])
+def test_a_run_that_stopped_early_goes_on_with_more_patience(linear_policy, exact_proxy, tmp_path, patience):
+    def run(patience, folder):
+        policy = linear_policy(gain=0.0)
+        settings = config(
+            step_counts=[1], num_updates=60, learning_rate=0.1, holdout_every=5, holdout_samples=4,
+            patience=patience, output_dir=str(tmp_path / folder),
+        )  # fmt: skip
+        trainer = DifferentiableRewardTrainer(policy, exact_proxy(target=5.0), PROMPTS, settings, holdout=truth)
+        return trainer.train(), policy.shift.detach()
+
+    stopped, best = run(2, "one")
+    assert stopped.stopped_early and len(stopped.history) < 60
+    resumed, weight = run(patience, "one")
+    assert torch.equal(weight, best) and resumed.best_step == stopped.best_step
+    assert resumed.stopped_early is (patience == 2)
+    whole, _ = run(patience, "another")
+    assert resumed.proxy_curve == whole.proxy_curve and resumed.holdout_curve == whole.holdout_curve
+    assert len(resumed.history) == (len(stopped.history) if patience == 2 else 60)
+
+
 def test_learning_rate_rises_linearly_over_the_warm_up(linear_policy, exact_proxy):
     settings = config(step_counts=[1], num_updates=6, learning_rate=0.1, warmup=4, beta=0.0)
     assert [settings.learning_rate_at(step) for step in range(6)] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
