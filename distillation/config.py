@@ -141,7 +141,7 @@ class DistillationConfig:
     log_every: int = 10
     checkpoint_every: int = 100
     progress: bool = True
-    mixed_precision: str = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     device: str | None = None
 
     def __post_init__(self) -> None:

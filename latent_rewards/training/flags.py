@@ -8,11 +8,12 @@ import inspect
 import re
 from collections.abc import Callable, Sequence
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 _READERS: dict[type, Callable[[str], Any]] = {int: int, float: float, str: str}
+_NONE = type(None)
 
 
 class SettingsParser(argparse.ArgumentParser):
@@ -64,14 +65,21 @@ def attribute_docs(settings: type) -> dict[str, str]:
 def _reader(hint: Any) -> Callable[[str], Any]:  # noqa: ANN401 - a type hint
     """Return what turns a flag's text into a value of the type ``hint``; others than numbers and texts are YAML."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    readers = [_READERS.get(kind, yaml.safe_load) for kind in kinds if kind is not type(None)]
-    optional = type(None) in kinds
+    readers = [
+        str if _chooses_text(kind) else _READERS.get(kind, yaml.safe_load) for kind in kinds if kind is not _NONE
+    ]
+    optional = _NONE in kinds
 
     def read(text: str) -> Any:  # noqa: ANN401
         return None if optional and text.lower() == "none" else readers[0](text)
 
     read.__name__ = getattr(kinds[0], "__name__", "value")
     return read
+
+
+def _chooses_text(kind: Any) -> bool:  # noqa: ANN401 - a type hint
+    """Return whether all choices are texts, which YAML would not leave alone: to it ``no`` is false."""
+    return get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind))
 
 
 def chosen_settings(options: argparse.Namespace, settings: type) -> dict[str, Any]:

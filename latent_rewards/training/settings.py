@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -54,7 +54,7 @@ def read_section(file: str | Path, name: str, kind: type, values: Any) -> Any:  
         raise SettingsError(f"{where} must be a mapping; got {values!r}")
     _refuse_unknown(where, "key", values, [field.name for field in dataclasses.fields(kind)])
     try:
-        (section,) = TrlParser(cast(Any, kind)).parse_dict(_numbers(kind, values))
+        (section,) = TrlParser(cast(Any, kind)).parse_dict(_texts(kind, _numbers(kind, values)))
     except (TypeError, ValueError) as error:
         raise SettingsError(f"{where}: {error}") from error
     return section
@@ -79,3 +79,16 @@ def _numbers(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
             return value
 
     return {name: number(value) if name in wanted else value for name, value in values.items()}
+
+
+def _texts(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn truth values, which YAML 1.1 makes of a bare ``no`` or ``yes``, into these words where they are choices."""
+    hints = get_type_hints(kind)
+
+    def text(name: str, value: Any) -> Any:  # noqa: ANN401
+        parts = (hints[name], *get_args(hints[name]))
+        choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+        word = "yes" if value else "no"
+        return word if isinstance(value, bool) and value not in choices and word in choices else value
+
+    return {name: text(name, value) for name, value in values.items()}

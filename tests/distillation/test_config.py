@@ -1,8 +1,12 @@
+import argparse
+
 import pytest
 
 from distillation.baselines.turbo import TurboConfig
 from distillation.config import DistillationConfig, SettingsGuard
 from distillation.errors import DistillationConfigError
+from latent_rewards.training.flags import add_settings, chosen_settings
+from latent_rewards.training.settings import read_settings
 
 
 def test_stages_follow_the_schedule():
@@ -99,3 +103,13 @@ def test_a_falling_learning_rate_fixes_the_length_of_its_stage(stage, steps):
     with pytest.raises(DistillationConfigError, match=steps):
         longer = DistillationConfig(learning_rate_floor=0.1, **{steps: 5000})
         SettingsGuard(longer, stage).load_state_dict(SettingsGuard(falling, stage).state_dict())
+
+
+def test_the_default_precision_can_be_given_in_a_file_and_as_a_flag(tmp_path):
+    (tmp_path / "s.yaml").write_text("distillation: {mixed_precision: no, progress: no}")
+    found = read_settings(tmp_path / "s.yaml", {"distillation": DistillationConfig})["distillation"]
+    assert (found.mixed_precision, found.progress) == ("no", False)
+    parser = argparse.ArgumentParser()
+    add_settings(parser, DistillationConfig)
+    options = parser.parse_args(["--mixed-precision", "no"])
+    assert chosen_settings(options, DistillationConfig) == {"mixed_precision": "no"}

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
 from latent_rewards.contracts import ConfigError
 from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LROConfig, StartedWith
-from latent_rewards.training.settings import SettingsError, read_section
+from latent_rewards.training.flags import add_settings, chosen_settings
+from latent_rewards.training.settings import SettingsError, read_section, read_settings
 
 
 @pytest.mark.parametrize(
@@ -133,3 +136,13 @@ def test_the_kl_of_the_return_is_not_taken_once_for_each_reward():
     with pytest.raises(ConfigError, match="once for each reward; use kl='per_state'"):
         chosen.check_estimator(("reinforce", "smoothed"))
     LROConfig(kl="return", gradient_aggregation="upgrad", estimator="pathwise").check_estimator(("hybrid", "pathwise"))
+
+
+def test_the_default_precision_can_be_given_in_a_file_and_as_a_flag(tmp_path):
+    (tmp_path / "s.yaml").write_text("lro: {mixed_precision: no, progress: no}")
+    found = read_settings(tmp_path / "s.yaml", {"lro": LROConfig})["lro"]
+    assert (found.mixed_precision, found.progress) == ("no", False)
+    parser = argparse.ArgumentParser()
+    add_settings(parser, LROConfig)
+    options = parser.parse_args(["--mixed-precision", "no"])
+    assert chosen_settings(options, LROConfig) == {"mixed_precision": "no"}

@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+from typing import Literal
 
 from latent_rewards.training.flags import add_settings, attribute_docs, chosen_settings
 
@@ -27,3 +28,22 @@ def test_fields_of_other_types_are_yaml():
     options = parser.parse_args(["--sizes", "[1, 2]", "--many", "None"])
     assert chosen_settings(options, Settings) == {"sizes": [1, 2], "many": None}
     assert "50 % of them odd" in " ".join(parser.format_help().split())
+
+
+def test_choices_among_texts_are_texts():
+    @dataclasses.dataclass
+    class Settings:
+        """Of a test."""
+
+        answer: Literal["no", "yes"] = "yes"
+        perhaps: Literal["no", "1"] | None = "1"
+        several: Literal[1, "no"] = 1
+
+    parser = argparse.ArgumentParser()
+    add_settings(parser, Settings)
+    found = {}
+    for text in ("no", "yes", "1", "none"):
+        options = parser.parse_args(["--answer", text, "--perhaps", text, "--several", text])
+        found[text] = list(chosen_settings(options, Settings).values())
+    assert found["no"] == ["no", "no", False] and found["yes"] == ["yes", "yes", True]
+    assert found["1"] == ["1", "1", 1] and found["none"] == ["none", None, "none"]

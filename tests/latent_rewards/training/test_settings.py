@@ -30,6 +30,21 @@ def test_values_types_and_defaults(tmp_path):
     assert found["other"] == Tuning()
 
 
+@dataclass
+class Asked:
+    answer: Literal["no", "yes"] | None = None
+    enabled: bool = True
+    either: Literal["no", False] = "no"
+    mode: Literal["a", "b"] = "a"
+
+
+@pytest.mark.parametrize(("word", "value", "text"), [("no", False, "no"), ("yes", True, "yes"), ("'no'", "no", "no")])
+def test_words_that_yaml_takes_for_truth_values_are_words_where_they_are_choices(tmp_path, word, value, text):
+    (tmp_path / "s.yaml").write_text(f"asked: {{answer: {word}, enabled: {word}, either: {word}, mode: {word}}}")
+    found = read_settings(tmp_path / "s.yaml", {"asked": Asked})["asked"]
+    assert found == Asked(answer=text, enabled=value, either=value, mode=value)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
