@@ -22,7 +22,7 @@ def read_prompts(path: str | Path) -> list[str]:
     if not file.is_file():
         raise PromptsError(f"no prompts file {file}; give a text file with one prompt a line")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors begin with a mark
     except UnicodeDecodeError as error:
         raise PromptsError(f"{file} is not UTF-8 text ({error.reason}); give one prompt a line") from error
     if "\0" in text:

@@ -93,7 +93,7 @@ def read_lines(path: str) -> list[str]:
         DataError: the file cannot be read.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # some editors begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompts file {path} cannot be read: {error}") from error
     return [line for line in lines if line.strip()]
@@ -124,7 +124,7 @@ def prompt_of(file: Path, name: str, prompts: dict[str, str]) -> str | None:
     if name in prompts:
         return prompts[name]
     try:
-        return beside.read_text(encoding="utf-8").strip() if beside.is_file() else None
+        return beside.read_text(encoding="utf-8-sig").strip() if beside.is_file() else None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"prompt {beside} cannot be read: {error}") from error
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from latent_rewards.contracts import ConfigError, DataError
-from latent_rewards.video import encode_mp4, read_video
+from latent_rewards.video import encode_mp4, prompt_of, read_lines, read_prompts, read_video
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -140,3 +140,12 @@ def test_wrong_choices_are_refused(file, frames):
         read_video(file, frames=frames)
     with pytest.raises(ConfigError, match="short_side"):
         read_video(file, short_side=0)
+
+
+def test_the_mark_that_some_editors_begin_a_file_with_is_no_part_of_a_prompt(tmp_path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a.mp4\ta cat\n", encoding="utf-8-sig")
+    assert read_prompts(str(path)) == {"a.mp4": "a cat"}
+    path.write_text("a cat\n", encoding="utf-8-sig")
+    assert read_lines(str(path)) == ["a cat"]
+    assert prompt_of(tmp_path / "a.mp4", "a.mp4", {}) == "a cat"
