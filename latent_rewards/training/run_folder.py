@@ -28,6 +28,8 @@ class RunFolder:
     def remember(self, settings: Mapping[str, Any]) -> None:
         """Keep the settings of the run, each section a dataclass, and refuse to continue it with others.
 
+        A setting that was not known when the folder was begun had its default's effect.
+
         Raises:
             SettingsError: the folder was begun with other settings; the message names the first that differs.
         """
@@ -36,8 +38,10 @@ class RunFolder:
         if stored.is_file():
             before = json.loads(stored.read_text())
             for section, values in current.items():
+                # A setting without a default is as it was, unless all of its section is new to this folder.
+                known = (values if section in before else {}) | _defaults(settings[section]) | before.get(section, {})
                 for key, value in values.items():
-                    if (was := before.get(section, {}).get(key)) != value:
+                    if (was := known.get(key)) != value:
                         raise SettingsError(
                             f"{self.path} was begun with {section}.{key} = {was!r}, now {value!r}; restore it, or use "
                             "another folder"
@@ -86,3 +90,14 @@ class RunFolder:
         """Return the logged updates of the training stage in the folder ``stage``, empty if it did not run."""
         file = self.path / stage / "history.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _defaults(section: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass
+    """Return the defaults of a dataclass as JSON would give them back; fields without one are left out."""
+    found = {}
+    for field in dataclasses.fields(section):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return dict(json.loads(json.dumps(found, default=dataclasses.asdict)))

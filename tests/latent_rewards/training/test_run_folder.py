@@ -1,5 +1,5 @@
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -28,6 +28,32 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     folder.remember({"lro": Section()})
     with pytest.raises(SettingsError, match=r"lro.beta = 0.05, now 0.7"):
         folder.remember({"lro": Section(beta=0.7)})
+
+
+@dataclass
+class Grown:
+    """What a section of a later version is."""
+
+    seed: int
+    beta: float = 0.05
+    inner: Section = field(default_factory=Section)
+    counts: tuple[int, ...] = (1, 2)
+
+
+@pytest.mark.parametrize("stored", [{"seed": 1}, {"beta": 0.05}, {"seed": 1, "gone": 3}])
+def test_a_setting_that_the_folder_does_not_know_yet_had_its_default(tmp_path, stored):
+    folder = RunFolder(tmp_path / "run")
+    with commit_directory(folder.path / "settings") as temporary:
+        (temporary / "settings.json").write_text(json.dumps({"lro": stored}))
+    folder.remember({"lro": Grown(1)})
+    folder.remember({"lro": Grown(1), "new": Section()})
+    for changed, message in (({"beta": 0.7}, "beta = 0.05, now 0.7"), ({"counts": (4,)}, r"counts = \[1, 2\], now")):
+        with pytest.raises(SettingsError, match=message):
+            folder.remember({"lro": Grown(1, **changed)})
+    with pytest.raises(SettingsError, match="new.beta = 0.05, now 0.7"):
+        folder.remember({"lro": Grown(1), "new": Section(0.7)})
+    with pytest.raises(SettingsError, match="other.seed = None, now 1"):  # the folder of something else
+        folder.remember({"other": Grown(1)})
 
 
 @pytest.mark.parametrize("alone", [False, True])
