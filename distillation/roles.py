@@ -284,6 +284,17 @@ def merged(denoiser: nn.Module) -> nn.Module:
     return denoiser.roles.merged(denoiser.name) if isinstance(denoiser, Role) else denoiser
 
 
+def trains_nothing(module: nn.Module) -> bool:
+    """Return whether all that asks for gradients are adapters that are off, as in a copy of a shared base."""
+    asking = {parameter for parameter in module.parameters() if parameter.requires_grad}
+    for layer in _adapter_layers(module):
+        if layer.disable_adapters:
+            asking -= set(layer.parameters()) - set(layer.get_base_layer().parameters())
+            if not asking:
+                return True
+    return False
+
+
 def save_activations(roles: Roles, trained: Mapping[str, nn.Module]) -> None:
     """Switch activation checkpointing on in the networks that are trained.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distillation.denoiser import Prediction, guided, limited_guidance
 from distillation.errors import ConditionError, DistillationConfigError, StepCountError
+from distillation.roles import trains_nothing
 from distillation.schedule import add_noise, shift_time, working_dtype
 from distillation.student import FewStepStudent, check_noise
 from latent_rewards.training.precision import widened_to_train
@@ -208,7 +209,8 @@ class VSDAnchor:
     Args:
         teacher: the denoiser of the data; only called without gradients.
         fake_score: the denoiser of the policy's samples, trained here; start it as a copy of the teacher. If none of
-            its parameters asks for gradients all of them will, else (adapters) only those that do.
+            its parameters asks for gradients all of them will, else (adapters) only those that do. Where the policy is
+            an adapter on the teacher, ``student.denoiser.roles.fake_score()``.
         guidance_scale: of the teacher.
         refine_guidance_scale: in its place for every call of the chain but the first; None takes ``guidance_scale``.
         guidance_start: see :func:`~distillation.denoiser.limited_guidance`.
@@ -222,7 +224,7 @@ class VSDAnchor:
 
     Raises:
         ConditionError: guidance without a negative condition.
-        DistillationConfigError: ``fake_updates`` is less than 1.
+        DistillationConfigError: ``fake_updates`` is less than 1, or the fake score has nothing to train.
     """
 
     def __init__(
@@ -350,7 +352,16 @@ def trainable(module: nn.Module) -> nn.Module:
     """Return the module in training mode, with what is trained of it held in at least float32.
 
     If no parameter asks for gradients (a copy of a frozen one), all will.
+
+    Raises:
+        DistillationConfigError: all that asks for gradients are adapters that are off.
     """
+    if trains_nothing(module):
+        raise DistillationConfigError(
+            f"{type(module).__name__} has nothing to train: all that asks for gradients in it are adapters that are "
+            "off, as in a copy of a teacher that start_student gave adapters; take student.denoiser.roles.fake_score() "
+            "as the fake score, or copy the teacher after student.merged() and student.denoiser.roles.remove()"
+        )
     if not any(parameter.requires_grad for parameter in module.parameters()):
         module.requires_grad_(True)
     return widened_to_train(module).train()

@@ -302,6 +302,34 @@ def test_vsd_and_cd_train_adapters_and_leave_the_teacher_as_it_was(base, inputs,
     assert not torch.allclose(sampled, ds.FewStepStudent(base).sample(teacher.encode(["a", "bb"]), noise, 2))
 
 
+def test_an_anchor_beside_an_adapter_takes_a_role_for_its_fake_score(base, inputs, randn):
+    teacher, before, (*_, condition) = teacher_of(base, randn), copy.deepcopy(base.state_dict()), inputs
+    student = start_student(teacher, settings())
+    with pytest.raises(DistillationConfigError, match=r"adapters that are off.*student.denoiser.roles.fake_score\(\)"):
+        ds.VSDAnchor(base, copy.deepcopy(base))
+
+    def trains(policy, fake):
+        anchor, was = ds.VSDAnchor(base, fake, learning_rate=0.01), fake(*inputs).v
+        anchor.loss(policy, condition, randn(2, 2, *SHAPE)).backward()
+        anchor.after_step()
+        assert any(parameter.grad is not None for parameter in policy.parameters())
+        return is_as_it_was(base, before) and not torch.allclose(fake(*inputs).v, was)
+
+    assert trains(student, student.denoiser.roles.fake_score())
+    own = student.merged()
+    student.denoiser.roles.remove()
+    assert trains(own, copy.deepcopy(base))
+
+
+def test_a_copy_of_a_teacher_with_adapters_is_no_student_of_its_own(base, randn):
+    teacher = teacher_of(base, randn)
+    start_student(teacher, settings())
+    config = settings(adapter_rank=None)
+    own = ds.FewStepStudent(copy.deepcopy(base), latent_shape=SHAPE)
+    with pytest.raises(DistillationConfigError, match="has nothing to train"):
+        ds.DistillationTrainer(teacher, own, ["a"], config).train()
+
+
 def narrowed(base):
     """The base as a pipeline read in bfloat16 has it: what diffusers keeps in float32 stays so."""
     for name, parameter in base.named_parameters():
