@@ -92,7 +92,7 @@ def sample_command(options: argparse.Namespace) -> int:
     # A lone file is written anew, as a shell command does; in a folder what is there was made by the same command.
     todo = [index for index, file in enumerate(files) if single or not file.is_file()][ranks.index :: ranks.count]
     if todo:
-        sample_all(listed, todo, files, options, device)
+        sample_all(listed, todo, files, options, device, with_prompts=not single)
     ranks.wait_for(lambda: all(file.is_file() for file in files))
     if ranks.index == 0:
         print(f"{len(files)} {'video' if single else 'videos'} in {output}")
@@ -179,9 +179,18 @@ def load(options: argparse.Namespace, device: torch.device) -> FewStepStudent:
 
 
 def sample_all(
-    listed: Sequence[str], todo: Sequence[int], files: Sequence[Path], options: argparse.Namespace, device: torch.device
+    listed: Sequence[str],
+    todo: Sequence[int],
+    files: Sequence[Path],
+    options: argparse.Namespace,
+    device: torch.device,
+    *,
+    with_prompts: bool,
 ) -> None:
-    """Sample, decode and write the videos ``todo``; those of one batch are in memory at once."""
+    """Sample, decode and write the videos ``todo``; those of one batch are in memory at once.
+
+    ``with_prompts`` writes its prompt beside each.
+    """
     import torch
     from tqdm import tqdm
 
@@ -199,7 +208,7 @@ def sample_all(
                 latents = student.sample(student.encode([listed[row] for row in batch]), noise.to(device), steps)
                 videos = student.exporter.codec.decode(latents)
             for row, video in zip(batch, videos, strict=True):
-                if options.prompts is not None:  # the video last: where it is, all is
+                if with_prompts:  # the video last: where it is, all is
                     files[row].with_suffix(".txt").write_text(listed[row] + "\n", encoding="utf-8")
                 write_mp4(files[row], video, fps=options.fps)
             bar.update(len(batch))

@@ -57,6 +57,17 @@ def test_a_folder_of_samples_goes_on_and_no_batch_size_changes_a_video(student_f
     assert "sample.dtype = 'float32', now 'bfloat16'" in capsys.readouterr().err
 
 
+def test_a_prompt_lies_beside_each_video_of_a_folder_and_beside_no_lone_file(student_folder, tmp_path):
+    command = ["sample", str(student_folder), "--num-steps", "1", "--device", "cpu"]
+    folder, prompts = tmp_path / "out", tmp_path / "p.txt"
+    assert main([*command, "--prompt", "two digits rest", "--per-prompt", "2", "--output", str(folder)]) == 0
+    found = {file.name: file.read_text() for file in folder.glob("*.txt")}
+    assert found == dict.fromkeys(("00000.txt", "00001.txt"), "two digits rest\n")
+    prompts.write_text("a digit moves left")
+    assert main([*command, "--prompts", str(prompts), "--output", str(tmp_path / "alone.mp4")]) == 0
+    assert (tmp_path / "alone.mp4").is_file() and not (tmp_path / "alone.txt").exists()
+
+
 def test_an_adapter_is_sampled_on_its_base(wan_pipeline, student_folder, tmp_path, monkeypatch, capsys):
     teacher = ds.load_teacher(wan_pipeline, num_frames=5, height=16, width=16)
     student = ds.start_student(teacher, ds.DistillationConfig(adapter_rank=2))
