@@ -7,21 +7,19 @@ decoded in bounded chunks and the videos dropped.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from latent_rewards.collection import Begin, Collection, Outcome
 from latent_rewards.contracts import ConfigError, Policy, Prompt, check_prompts, prompt_text
 from latent_rewards.dataset import RewardDataset
+from latent_rewards.digests import value_digest, weights_digest
 from latent_rewards.oracle import MetricOracle, PendingScores, Scores
-from latent_rewards.score_cache import tensor_digests
 from latent_rewards.training.randomness import sample_noise
 
 
@@ -195,17 +193,7 @@ def _latent_shape(policy: Policy, prompts: list[Prompt]) -> list[int]:
 def _beside_text(prompt: Prompt) -> dict[str, str]:
     """Return a hash of each of a prompt's entries but its text, such as an image."""
     entries = {} if isinstance(prompt, str) else {name: value for name, value in prompt.items() if name != "prompt"}
-    return {name: _digest(value) for name, value in sorted(entries.items())}
-
-
-def _digest(value: Any) -> str:  # noqa: ANN401 - a tensor, an array, an image, or anything that has a text
-    if not isinstance(value, Tensor):
-        array = np.asarray(value)
-        if array.dtype.kind not in "biuf":
-            known = type(value).__repr__ is not object.__repr__
-            return hashlib.sha256((repr(value) if known else type(value).__name__).encode()).hexdigest()[:16]
-        value = torch.from_numpy(np.array(array, order="C"))
-    return tensor_digests(value[None])[0][:16]
+    return {name: value_digest(value) for name, value in sorted(entries.items())}
 
 
 def _device(policy: Policy) -> torch.device:
@@ -215,11 +203,6 @@ def _device(policy: Policy) -> torch.device:
 
 
 def _policy_digest(policy: Policy) -> str:
-    """Return a hash of up to 1,024 values of each parameter and buffer: enough to notice other weights, and fast."""
-    digest = hashlib.sha256(type(policy).__name__.encode())
-    tensors = policy.state_dict() if isinstance(policy, nn.Module) else {}
-    for name, tensor in tensors.items():
-        values = tensor.detach().flatten()
-        values = values[:: math.ceil(max(1, len(values)) / 1024)].to("cpu", torch.float64)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    weights = weights_digest(policy) if isinstance(policy, nn.Module) else value_digest(type(policy).__name__)
+    preference = getattr(policy, "preference", None)
+    return f"{weights} at {preference.tolist()}" if isinstance(preference, Tensor) else weights

@@ -108,18 +108,6 @@ class ScoreCache:
         return value
 
 
-def tensor_digests(samples: Tensor) -> list[str]:
-    """Return the sha256 of the shape, dtype and bytes of each of ``[B, ...]``, videos or latents."""
-    arrays = samples.detach().cpu().contiguous()[..., None].flatten(1).view(torch.uint8).numpy()
-    head = f"{list(samples.shape[1:])} {samples.dtype}\n".encode()
-    digests = []
-    for array in arrays:
-        digest = hashlib.sha256(head)
-        digest.update(array.data)
-        digests.append(digest.hexdigest())
-    return digests
-
-
 def _sha256(content: Any) -> str:  # noqa: ANN401 - anything JSON can write
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from latent_rewards.contracts import Codec, ConfigError, DataError, Oracle
-from latent_rewards.score_cache import tensor_digests
+from latent_rewards.digests import tensor_digests
 
 _REMEMBERED = 4096  # calls, each of a micro-batch: more than an update's
 

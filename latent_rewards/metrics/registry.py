@@ -31,6 +31,7 @@ from latent_rewards.contracts import (
     UnknownMetricError,
     unknown_name,
 )
+from latent_rewards.digests import source_digest
 from latent_rewards.metrics import plugins
 from latent_rewards.metrics.metric import Metric, MetricInfo
 from latent_rewards.metrics.signatures import (
@@ -38,7 +39,6 @@ from latent_rewards.metrics.signatures import (
     parameters_of,
     qualified_name,
     score_parameters,
-    source_hash,
     takes_any,
     takes_videos,
 )
@@ -291,7 +291,7 @@ def _definition_of(target: Callable[..., Any], name: str = "") -> _Definition:
     if isinstance(target, Metric):
         return _define(MetricInfo(**target.info), lambda: target)
     needs_prompt = "prompts" in score_parameters(target)
-    version = getattr(target, "version", None) or source_hash(target)
+    version = getattr(target, "version", None) or source_digest(target)
     return _define(MetricInfo(name=name or qualified_name(target), version=version, needs_prompt=needs_prompt), target)
 
 
@@ -345,9 +345,9 @@ def _instantiate(definition: _Definition, options: dict[str, Any]) -> Metric:
 
 
 def _origin(name: str, target: Callable[..., Any]) -> str:
-    """Return the module that makes a target when imported; empty for an object, whose state no import brings back."""
-    nameless = not (inspect.isroutine(target) or inspect.isclass(target)) and name == qualified_name(target)
-    return "" if nameless else getattr(target, "__module__", "")
+    """Return the module that makes a target when imported; empty where none brings back what the target holds."""
+    lasting = (inspect.isroutine(target) or inspect.isclass(target)) and "<locals>" not in name
+    return "" if name == qualified_name(target) and not lasting else getattr(target, "__module__", "")
 
 
 def _bind(definition: _Definition, options: dict[str, Any]) -> tuple[dict[str, Any], View]:

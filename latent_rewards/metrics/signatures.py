@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -59,12 +58,3 @@ def qualified_name(target: object) -> str:
     """Return ``module:name`` of a function or class, or of an object's class."""
     named = target if hasattr(target, "__qualname__") else type(target)
     return f"{named.__module__}:{named.__qualname__}"
-
-
-def source_hash(target: object) -> str:
-    """Return a text that changes with the source of a function or class; "0" where there is no source to read."""
-    try:
-        source = inspect.getsource(target if hasattr(target, "__qualname__") else type(target))  # type: ignore[arg-type]
-    except (OSError, TypeError):
-        return "0"
-    return "source-" + hashlib.sha256(source.encode()).hexdigest()[:8]

@@ -13,6 +13,7 @@ from latent_rewards.collect import collect_rewards
 from latent_rewards.collection import GIVE_UP_AFTER
 from latent_rewards.contracts import ConfigError, DataError, MetricError
 from latent_rewards.dataset import RewardDataset
+from latent_rewards.metrics import create_metric
 from latent_rewards.oracle import MetricOracle
 from latent_rewards.training.checkpoint import CheckpointError, commit_directory
 
@@ -83,8 +84,8 @@ class Mean:
 PROMPTS = ["a", {"prompt": "bb"}, "ccc"]
 
 
-def collect(output_dir=None, *, metric=None, policy=None, **settings):
-    oracle = MetricOracle(Codec(), [metric or Mean()])
+def collect(output_dir=None, *, metric=None, policy=None, codec=None, **settings):
+    oracle = MetricOracle(codec or Codec(), [metric or Mean()])
     arguments = {"num_samples": 10, "batch_size": 3, "num_steps": 2, "seed": 5, "progress": False, **settings}
     prompts = arguments.pop("prompts", PROMPTS)
     return collect_rewards(policy or LinearPolicy(), prompts, oracle, output_dir=output_dir, **arguments)
@@ -94,7 +95,8 @@ def same(a, b):
     return (
         torch.equal(a.latents(), b.latents())
         and a.prompts == b.prompts
-        and torch.equal(a.rewards["mean"], b.rewards["mean"])
+        and list(a.rewards) == list(b.rewards)
+        and all(torch.equal(values, b.rewards[name]) for name, values in a.rewards.items())
         and a.failures == b.failures
     )
 
@@ -139,6 +141,45 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, change, message
     collect(tmp_path / "a")
     with pytest.raises(ConfigError, match=message):
         collect(tmp_path / "a", **change)
+
+
+def above(threshold):
+    def score(videos):
+        return (videos > threshold).float().mean(dim=(1, 2, 3, 4))
+
+    return score
+
+
+class Bounded(Codec):
+    def decode(self, latents):
+        return super().decode(latents).sigmoid()
+
+
+def test_a_metric_that_holds_another_value_is_another_metric(tmp_path):
+    first = collect(tmp_path / "a", metric=create_metric(above(0.2)), codec=Bounded())
+    assert same(collect(tmp_path / "a", metric=create_metric(above(0.2)), codec=Bounded()), first)
+    with pytest.raises(ConfigError, match="another metrics"):
+        collect(tmp_path / "a", metric=create_metric(above(0.8)), codec=Bounded())
+    latents = torch.randn(2, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    for threshold in (0.2, 0.6):
+        metric = create_metric(above(threshold))
+        oracle = MetricOracle(Bounded(), {"above": metric}, cache_dir=tmp_path / "cache")
+        assert torch.equal(oracle(latents, ["a"] * 2)["above"], metric(Bounded().decode(latents)))
+
+
+class Preferring(LinearPolicy):
+    """As a policy that was told the weights of two rewards, which are no parameter of it."""
+
+    def __init__(self, *preference):
+        super().__init__()
+        self.preference = torch.tensor(preference)
+
+
+def test_a_policy_of_other_preferences_is_another_policy(tmp_path):
+    first = collect(tmp_path / "a", policy=Preferring(0.0, 1.0))
+    assert same(collect(tmp_path / "a", policy=Preferring(0.0, 1.0)), first)
+    with pytest.raises(ConfigError, match="another policy"):
+        collect(tmp_path / "a", policy=Preferring(1.0, 0.0))
 
 
 class Small(LinearPolicy):

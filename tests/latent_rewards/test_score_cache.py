@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from latent_rewards.contracts import ConfigError
+from latent_rewards.digests import tensor_digests
 from latent_rewards.metrics import create_metric, register_metric, registry
-from latent_rewards.score_cache import ScoreCache, tensor_digests
+from latent_rewards.score_cache import ScoreCache
 
 
 @pytest.fixture
