@@ -23,9 +23,10 @@ from latent_rewards.contracts import (
     Prompt,
     check_latents,
 )
+from latent_rewards.digests import tensor_digests
 from latent_rewards.metrics.checks import warn_if_cheatable
 from latent_rewards.metrics.workers import Ask, MetricWorkers
-from latent_rewards.score_cache import ScoreCache, tensor_digests
+from latent_rewards.score_cache import ScoreCache
 
 
 class ScoresVideos(Protocol):
@@ -91,6 +92,11 @@ class MetricOracle:
         self._workers = MetricWorkers(self.metrics, num_workers, timeout=timeout) if num_workers else None
         self._cache = ScoreCache(cache_dir) if cache_dir is not None else None
         self.num_queries = 0
+
+    @property
+    def lower_is_better(self) -> frozenset[str]:
+        """The names of the rewards that should fall."""
+        return frozenset(name for name, metric in self.metrics.items() if not getattr(metric, "higher_is_better", True))
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -17,7 +17,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers hav
         action="append",
         metavar="REWARD=WEIGHT",
         help="of a reward of a proxy that has several, compared in standard deviations; may be repeated (default: 1 "
-        "each)",
+        "each, and -1 where less is better)",
     )
     command.add_argument("--html", metavar="FILE", help="also write a page with the run's curves")
     command.add_argument("--kind", help="of the policy's folder, where it does not say so itself")
@@ -153,7 +153,7 @@ def make_trainer(options: argparse.Namespace) -> LatentRewardTrainer:
         proxy,
         prompts,
         config=config,
-        reward=combined(proxy.reward_names, options.weight),
+        reward=combined(proxy.reward_names, options.weight, lower_is_better(metrics) & {*proxy.reward_names}),
         oracle=None if options.frozen else make_oracle(codec, metrics, device),
         dataset=RewardDataset.load(options.dataset) if options.dataset else None,
         holdout=make_oracle(codec, options.holdout, device) if options.holdout else None,
@@ -176,8 +176,26 @@ def prompt_encoder(policy: Any) -> Any:  # noqa: ANN401 - any stored policy
     return encode
 
 
-def combined(names: Sequence[str], weights: Sequence[tuple[str, float]] | None) -> WeightedSum | None:
+def lower_is_better(specs: Sequence[tuple[str, dict[str, Any]]]) -> set[str]:
+    """Return which of the rewards, named by their metrics' names and options, should fall; others are not known."""
+    from latent_rewards.cli import metric_label
+    from latent_rewards.metrics import list_metrics
+    from latent_rewards.metrics.registry import metric_info
+
+    known = {*list_metrics()}
+    found = [spec for spec in specs if spec[0] in known or ":" in spec[0]]
+    return {metric_label(name, options) for name, options in found if not metric_info(name).higher_is_better}
+
+
+def combined(
+    names: Sequence[str], weights: Sequence[tuple[str, float]] | None, falling: Collection[str] = ()
+) -> WeightedSum | None:
     """Return the weighted sum of several rewards in standard deviations, or None for a proxy that has one.
+
+    Args:
+        names: of the proxy's rewards.
+        weights: of those that count; None is 1 for each, and -1 for those that should fall.
+        falling: names of the latter.
 
     Raises:
         ConfigError: a weight names no reward of the proxy.
@@ -187,9 +205,9 @@ def combined(names: Sequence[str], weights: Sequence[tuple[str, float]] | None) 
     for name, _ in weights or ():
         if name not in names:
             raise ConfigError(unknown_name("reward", name, names))
-    if len(names) == 1 and not weights:
+    if len(names) == 1 and not weights and not falling:
         return None
-    chosen = dict(weights) if weights else dict.fromkeys(names, 1.0)
+    chosen = dict(weights) if weights else {name: -1.0 if name in falling else 1.0 for name in names}
     return WeightedSum(chosen, normalize="zscore" if len(names) > 1 else None)
 
 

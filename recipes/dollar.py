@@ -46,7 +46,7 @@ class RunConfig:
         name: folder of the run below ``output_dir``.
         teacher: folder or hub id of a diffusers video pipeline.
         metrics: true metrics; what the student is tuned towards.
-        weights: factor of each metric in the reward; None is 1 for each.
+        weights: factor of each metric in the reward; None is 1 for each, and -1 for those of which less is better.
         holdout: metrics that are never optimised, for early stop and rollback.
         world: "moving_digits" brings its own prompts, data and benchmark; "prompts" reads ``prompts_file``.
         prompts_file: one prompt a line; the last ``num_eval_prompts`` are kept for evaluation.
@@ -232,11 +232,13 @@ class Dollar:
         return policy, json.loads((self.folder.path / curves).read_text())
 
     def reward(self) -> lr.WeightedSum | None:
-        """Return the weighted sum of several metrics, or None for a single one."""
-        if len(self.config.metrics) == 1:
+        """Return the weighted sum of several metrics, or None for a single one that should rise."""
+        falling, names = self.oracle.lower_is_better, self.config.metrics
+        if len(names) == 1 and self.config.weights is None and not falling:
             return None
-        weights = self.config.weights or [1.0] * len(self.config.metrics)
-        return lr.WeightedSum(dict(zip(self.config.metrics, weights, strict=True)), normalize="zscore")
+        weights = self.config.weights or [-1.0 if name in falling else 1.0 for name in names]
+        normalize: Any = "zscore" if len(names) > 1 else None
+        return lr.WeightedSum(dict(zip(names, weights, strict=True)), normalize=normalize)
 
     def anchor(self, student: ds.FewStepStudent) -> VSDAnchor:
         """Return a VSD anchor whose fake score has seen the student's samples."""

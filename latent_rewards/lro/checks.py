@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from latent_rewards.contracts import Oracle
+from latent_rewards.contracts import ConfigError, Oracle, Reward
 from latent_rewards.lro.sampling import Batch
 from latent_rewards.lro.scoring import Proxy
 from latent_rewards.rollout import Trajectory, Transitions, gaussian_kl, gaussian_log_ratio
@@ -65,6 +65,20 @@ def check_on_policy(step: int, trajectory: Trajectory, transitions: Transitions,
                 f"{worst:.3g}, at most {RATIO_TOLERANCE} expected): something in it is random or depends on gradient "
                 "mode, such as dropout; make the forward deterministic"
             )
+
+
+def check_direction(proxy: Proxy, reward: Reward | None, oracle: Oracle | None) -> None:
+    """Check that a metric of which less is better is not maximised for want of a word.
+
+    Raises:
+        ConfigError: it is the only reward, and nothing says how to combine it.
+    """
+    names = tuple(proxy.reward_names)
+    if reward is None and len(names) == 1 and names[0] in getattr(oracle, "lower_is_better", ()):
+        raise ConfigError(
+            f"less of {names[0]!r} is better, and a reward is maximised: pass "
+            f"reward=WeightedSum({{{names[0]!r}: -1.0}}), or a weight of 1.0 if more of it is what you want"
+        )
 
 
 def warn_of_exploitation(proxy: Proxy, oracle: Oracle | None, holdout: Oracle | None) -> None:

@@ -71,6 +71,7 @@ class Guard:
         min_improvement: by how much an evaluation must beat the best.
         floors: an evaluation that keeps them is better than one that does not, and of two that do not, the one that
             misses less.
+        lower_is_better: names of held-out rewards that should fall.
         num_queries: true queries spent on refreshes.
         gaps: one entry per refresh: ``{"step", "proxy": {name: mean}, "true": {name: mean}, "mae": {name: error}}``,
             the error being the proxy's mean absolute one before it learns from these samples.
@@ -84,6 +85,7 @@ class Guard:
     patience: int | None = None
     min_improvement: float = 0.0
     floors: Floors | None = None
+    lower_is_better: frozenset[str] = frozenset()
     num_queries: int = 0
     gaps: list[dict[str, Any]] = field(default_factory=list)
     holdout: list[dict[str, Any]] = field(default_factory=list)
@@ -138,8 +140,9 @@ class Guard:
     def record_holdout(self, step: int, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Record held-out rewards ``{name: [B]}`` of the policy after ``step`` updates; return the values to log.
 
-        The score is the mean over rewards of their means over samples, NaN excluded; higher is better. Rewards that
-        have a floor do not enter it if there are others. A new best keeps a copy of the policy's trainable parameters.
+        The score is the mean over rewards of their means over samples, NaN excluded, those that should fall negative;
+        higher is better. Rewards that have a floor do not enter it if there are others. A new best keeps a copy of the
+        policy's trainable parameters.
 
         Raises:
             DataError: a reward applies to no sample, or is infinite.
@@ -166,7 +169,8 @@ class Guard:
     def _judged(self, means: Mapping[str, float]) -> tuple[float, float]:
         """Return the score of an evaluation, and by how much it misses the floors."""
         floors = {} if self.floors is None else self.floors.floors
-        free = [mean for name, mean in means.items() if name not in floors] or list(means.values())
+        gains = {name: -mean if name in self.lower_is_better else mean for name, mean in means.items()}
+        free = [gain for name, gain in gains.items() if name not in floors] or list(gains.values())
         start = self.holdout[0]["values"] if self.holdout else means
         return sum(free) / len(free), 0.0 if self.floors is None else self.floors.shortfall(means, start)
 

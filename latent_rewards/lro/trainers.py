@@ -20,7 +20,7 @@ from latent_rewards.contracts import Anchor, ConfigError, Oracle, Policy, Prompt
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.lro import estimators
 from latent_rewards.lro.adapters import Adapters, removed_on_error
-from latent_rewards.lro.checks import check_finite, check_on_policy, describe, warn_of_exploitation
+from latent_rewards.lro.checks import check_direction, check_finite, check_on_policy, describe, warn_of_exploitation
 from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LROConfig, StartedWith
 from latent_rewards.lro.gradients import GradientAggregation
 from latent_rewards.lro.guard import Floors, Guard, RefreshSchedule
@@ -80,9 +80,10 @@ class LatentRewardTrainer:
     ) -> None:
         self.config = config = config or LROConfig()
         self.estimator = config.check_estimator(self.estimator_names)
-        self.policy, self.oracle, self.holdout, self.anchor = policy, oracle, holdout, anchor
-        self.callbacks = tuple(callbacks)
+        self.policy, self.oracle, self.holdout = policy, oracle, holdout
+        self.anchor, self.callbacks = anchor, tuple(callbacks)
         check_fingerprints(oracle, proxy, dataset)
+        check_direction(proxy, reward, oracle)
         listed = check_prompts(prompts)
         for count in config.step_counts:
             policy.timesteps(count)
@@ -100,12 +101,11 @@ class LatentRewardTrainer:
                 patience=config.patience,
                 min_improvement=config.min_improvement,
                 floors=reward if isinstance(reward, Floors) else None,
+                lower_is_better=getattr(holdout, "lower_is_better", frozenset()),
             )
-            self.refresher = (
-                None
-                if oracle is None
-                else Refresher(self.scoring, oracle, dataset, self.guard, **config.refresh_settings())
-            )
+            self.refresher = None
+            if oracle is not None:
+                self.refresher = Refresher(self.scoring, oracle, dataset, self.guard, **config.refresh_settings())
             warn_of_exploitation(proxy, oracle, holdout)
             widened_to_train(module)  # its reference is a copy
             charged, compared = reference is not None or config.beta > 0, self.scoring.needs_reference

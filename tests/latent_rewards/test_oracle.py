@@ -44,6 +44,11 @@ def test_chunks_are_bounded_and_queries_counted(toys):
     assert oracle.fingerprints == {"one": "mean@1", "two": "mean@1"} and oracle.latent_space == "toy-codec"
 
 
+def test_an_oracle_knows_which_of_its_metrics_should_fall(toys):
+    metrics = {"soft": create_metric("quality.blur"), "sharp": create_metric("quality.sharpness"), "mean": Mean()}
+    assert MetricOracle(toys.Codec(), metrics).lower_is_better == {"soft"}
+
+
 def test_scores_can_be_asked_for_again(toys):
     oracle = MetricOracle(toys.Codec(), [Mean()], chunk_size=4)
     pending = oracle.submit(latents(), ["p"] * 10)

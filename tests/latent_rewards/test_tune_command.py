@@ -11,7 +11,7 @@ from latent_rewards.cli import build_parser, main
 from latent_rewards.contracts import ConfigError
 from latent_rewards.lro import LROConfig
 from latent_rewards.proxies import RewardProxy
-from latent_rewards.tune_command import DECIDED, combined
+from latent_rewards.tune_command import DECIDED, combined, lower_is_better
 
 LOADERS = '''
 import json
@@ -168,6 +168,11 @@ def test_weights_are_checked_against_the_proxys_rewards():
     assert combined(("level",), None) is None
     assert combined(("level", "dark"), None).weights == {"level": 1.0, "dark": 1.0}
     assert combined(("level",), [("level", -2.0)]).normalize is None
+    assert combined(("level",), None, {"level"}).weights == {"level": -1.0}
+    assert combined(("level", "dark"), None, {"dark"}).weights == {"level": 1.0, "dark": -1.0}
+    assert combined(("level", "dark"), [("dark", 2.0)], {"dark"}).weights == {"dark": 2.0}
+    specs = [("quality.blur", {}), ("quality.blur", {"resize": 8}), ("quality.sharpness", {}), ("of a model", {})]
+    assert lower_is_better(specs) == {"quality.blur", "quality.blur,resize=8"}
 
 
 def test_a_policy_that_cannot_be_saved_is_refused(stored, tmp_path, capsys):

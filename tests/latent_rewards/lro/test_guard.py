@@ -143,3 +143,12 @@ def test_state_round_trips():
 def test_a_holdout_that_applies_to_nothing_is_an_error():
     with pytest.raises(DataError, match="'a' has mean nan at step 3"):
         guard().record_holdout(3, {"a": tensor(math.nan)})
+
+
+def test_of_a_metric_that_should_fall_the_lowest_is_the_best():
+    watched = guard(patience=2, lower_is_better=frozenset({"blur"}))
+    for step, (blur, sharp) in enumerate([(0.3, 0.5), (0.1, 0.5), (0.2, 0.5), (0.3, 0.5)]):
+        watched.record_holdout(step, {"blur": tensor(blur), "sharp": tensor(sharp)})
+    assert watched.best_step == 1 and watched.stopped
+    assert [entry["score"] for entry in watched.holdout] == pytest.approx([0.1, 0.2, 0.15, 0.1])
+    assert watched.holdout[0]["values"] == {"blur": 0.3, "sharp": 0.5}

@@ -498,3 +498,27 @@ def test_mismatches_are_found_at_construction(linear_policy, exact_proxy):
 
     with pytest.raises(ValueError, match="claims 1 step"):
         ReinforceTrainer(OneStep(), exact_proxy(), PROMPTS, config())
+
+
+class Falling:
+    """The true metric as one of which less is better."""
+
+    lower_is_better = frozenset({"quality"})
+
+    def __call__(self, latents: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        return {"quality": -truth(latents, prompts)["quality"]}
+
+
+def test_a_metric_of_which_less_is_better_needs_a_word_and_turns_the_holdout(linear_policy, exact_proxy):
+    settings = config(step_counts=[1], num_updates=10, learning_rate=0.1, holdout_every=5, holdout_samples=4)
+    with pytest.raises(ConfigError, match=r"less of 'quality' is better.*WeightedSum\(\{'quality': -1.0\}\)"):
+        DifferentiableRewardTrainer(linear_policy(), exact_proxy(), PROMPTS, settings, oracle=Falling())
+    reward = WeightedSum({"quality": 1.0})
+    DifferentiableRewardTrainer(linear_policy(), exact_proxy(), PROMPTS, settings, reward, oracle=Falling())
+    rising, falling = (
+        DifferentiableRewardTrainer(linear_policy(gain=0.0), exact_proxy(), PROMPTS, settings, holdout=holdout).train()
+        for holdout in (truth, Falling())
+    )
+    for one, other in zip(rising.holdout_curve, falling.holdout_curve, strict=True):
+        assert one["score"] == other["score"] == -other["values"]["quality"]
+    assert rising.best_step == falling.best_step > 0
