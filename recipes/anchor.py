@@ -51,7 +51,7 @@ def warm_anchor(
         config: see :class:`AnchorConfig`.
         distilled: whose guidance and shift of times the anchor takes.
         num_steps: sampling steps.
-        batch_size: samples per warm-up update.
+        batch_size: samples per warm-up update; more where that gives each rank as many, and at least one.
         seed: root of all randomness.
         device: torch device of all networks.
     """
@@ -67,7 +67,9 @@ def warm_anchor(
         fake_updates=config.fake_updates,
         seed=seed,
     )
-    share = current_ranks().part(batch_size)
+    ranks = current_ranks()
+    batch_size = -(-batch_size // ranks.count) * ranks.count  # gradients are averaged, so no share is smaller or empty
+    share = ranks.part(batch_size)
     for step in range(config.warmup):
         texts = [prompts[(step * batch_size + row) % len(prompts)] for row in share]
         stack = [

@@ -1,9 +1,55 @@
+import json
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 import distillation as ds
 from recipes.anchor import AnchorConfig, warm_anchor
+
+TOYS = Path(__file__).parents[1] / "distillation" / "conftest.py"
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
+import torch
+import distillation as ds
+from latent_rewards.training.ranks import current_ranks
+from recipes.anchor import AnchorConfig, warm_anchor
+
+def warmed(toys, batch_size):
+    torch.set_num_threads(1)
+    shape, flow = (1, 3, 3, 3), ds.RectifiedFlow()
+    encode = lambda prompts: toys["Numbers"](torch.tensor([float(len(prompt)) for prompt in prompts]))
+    denoiser = toys["LearnableGaussian"](flow, 0.3, 0.7, reach=0.1).float()
+    teacher = SimpleNamespace(denoiser=denoiser, encode=encode, latent_shape=shape)
+    student = ds.FewStepStudent(toys["AffineDenoiser"](flow, 1.2, -0.3).float(), latent_shape=shape, encode=encode)
+    anchor = warm_anchor(
+        teacher, student, ["a", "bb", "cccc"], AnchorConfig(learning_rate=0.01, warmup=3),
+        ds.DistillationConfig(guidance_scale=2.0), num_steps=2, batch_size=batch_size, seed=0, device="cpu",
+    )
+    return [float(value.detach()) for value in anchor.fake_score.parameters()]
+
+if __name__ == "__main__":
+    toys, told = run_path(sys.argv[1]), Path(sys.argv[2], f"rank{os.environ['RANK']}.json")
+    current_ranks()
+    told.write_text(json.dumps({count: warmed(toys, count) for count in (1, 2, 3)}))
+    current_ranks().leave()
+"""
+
+
+def test_each_process_shows_the_anchor_as_many_samples_and_at_least_one(launch, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = launch(tmp_path / "script.py", TOYS, tmp_path)
+    assert done.returncode == 0, done.stderr
+    parts = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    alone, toys = runpy.run_path(str(tmp_path / "script.py"))["warmed"], runpy.run_path(str(TOYS))
+    for asked, shown in ((1, 2), (2, 2), (3, 4)):
+        assert parts[0][str(asked)] == parts[1][str(asked)] == pytest.approx(alone(toys, shown), rel=1e-5)
+    assert alone(toys, 1) != alone(toys, 2), "a single process shows what it is asked for"
 
 
 def test_the_anchor_takes_guidance_and_times_of_the_distillation():
