@@ -130,16 +130,16 @@ class WanImageText(WanText):
 
 
 def image_of(prompt: Any) -> Any:  # noqa: ANN401 - a PIL image
-    """Return the image of a prompt, opened if it is a path.
+    """Return the image of a prompt in RGB and upright, as diffusers' ``load_image`` does; opened if it is a path.
 
     Raises:
         ConditionError: there is none, or it cannot be opened.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     image = prompt.get("image") if isinstance(prompt, dict) else None
     if isinstance(image, Image.Image):
-        return image
+        return ImageOps.exif_transpose(image).convert("RGB")
     if not isinstance(image, str | Path):
         raise ConditionError(
             "a prompt of an image-to-video model is a mapping with a text under 'prompt' and a PIL image or a path "
@@ -147,7 +147,7 @@ def image_of(prompt: Any) -> Any:  # noqa: ANN401 - a PIL image
         )
     try:
         with Image.open(image) as opened:
-            return opened.convert("RGB")
+            return ImageOps.exif_transpose(opened).convert("RGB")
     except OSError as error:
         raise ConditionError(f"the image {image} of a prompt cannot be opened ({error})") from error
 

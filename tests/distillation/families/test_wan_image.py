@@ -7,10 +7,11 @@ from PIL import Image
 from distillation.errors import ConditionError, MissingPartError
 from distillation.families import TeacherError, load_teacher
 from distillation.families.export import save_teacher_pipeline
-from distillation.families.wan_image import WanImageText
+from distillation.families.wan_image import WanImageText, image_of
 
 SIZE = {"num_frames": 5, "height": 16, "width": 16}
 SHAPE = (16, 2, 2, 2)
+ORIENTATION = 0x0112
 
 
 def picture(seed: int = 0) -> Image.Image:
@@ -74,6 +75,22 @@ def test_no_more_images_are_kept_than_asked(image_components, animator):
         text([{"prompt": "a", "image": picture(seed)}])
     assert len(text._images) == 2
     assert text([{"prompt": "a", "image": picture(0)}]).extra["image_latents"].shape == (1, 20, 2, 2, 2)
+
+
+@pytest.mark.parametrize("path", [False, True])
+@pytest.mark.parametrize("mode", ["P", "L", "RGBA", "turned"])
+def test_an_image_is_read_in_rgb_and_upright(tmp_path, mode, path):
+    if mode == "turned":
+        stored, exif = picture(4), Image.Exif()
+        exif[ORIENTATION] = 6  # the camera was held on its side: shown a quarter turn clockwise
+        stored.save(tmp_path / "first.png", exif=exif)
+        expected = stored.transpose(Image.Transpose.ROTATE_270)
+    else:
+        stored = picture(4).convert(mode)
+        stored.save(tmp_path / "first.png")
+        expected = stored.convert("RGB")
+    image = image_of({"image": tmp_path / "first.png" if path else Image.open(tmp_path / "first.png")})
+    assert (image.mode, image.size) == ("RGB", expected.size) and image.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("prompt", ["a digit", {"prompt": "a digit"}, {"prompt": "a", "image": 3}])
