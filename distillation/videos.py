@@ -39,7 +39,8 @@ def find_videos(folder: str | Path) -> dict[str, Path]:
 def read_clip(path: Path, num_frames: int, height: int, width: int, *, fps: float | None = None) -> Tensor:
     """Return the first frames of a video at the size a teacher takes; one frame at a time is held at its own size.
 
-    A frame is scaled (bilinear with antialiasing) until it covers ``height`` x ``width`` and cropped at the centre.
+    A frame is turned as the file says (phones store upright videos on their side), scaled (bilinear with antialiasing)
+    until it covers ``height`` x ``width``, and cropped at the centre.
 
     Args:
         path: a file of any format FFmpeg knows.
@@ -126,6 +127,7 @@ def require_av() -> Any:  # noqa: ANN401 - the module
 
 def _fitted(frame: Any, height: int, width: int) -> Tensor:  # noqa: ANN401 - av.VideoFrame
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 255
+    pixels = pixels.rot90(round(frame.rotation / 90), (1, 2))  # both count anticlockwise
     factor = max(height / pixels.shape[1], width / pixels.shape[2])
     size = max(height, round(pixels.shape[1] * factor)), max(width, round(pixels.shape[2] * factor))
     if size != tuple(pixels.shape[1:]):

@@ -1,3 +1,5 @@
+import struct
+
 import pytest
 import torch
 
@@ -38,6 +40,29 @@ def test_a_frame_is_scaled_to_cover_and_cropped_at_the_centre(tmp_path):
     assert clip[..., 1:-1].min() > 0.9 and clip.min() > 0.8  # the filter reaches a little over the edge
     wide = read_clip(tmp_path / "a.mp4", 1, 16, 32)
     assert wide[..., 10:22].min() > 0.9 and wide[..., :6].max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("turn", "matrix", "band"),
+    [
+        (0, (1, 0, 0, 1), "left"),
+        (90, (0, 1, -1, 0), "top"),
+        (180, (-1, 0, 0, -1), "right"),
+        (270, (0, -1, 1, 0), "bottom"),
+    ],
+)
+def test_a_clip_is_turned_as_its_file_says(tmp_path, turn, matrix, band):
+    video = torch.zeros(3, 3, 32, 64)
+    video[..., :16] = 1  # the left quarter of what is stored
+    write_mp4(tmp_path / "a.mp4", video)
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    start = content.index(b"tkhd") + 44  # (x, y) is shown at (a x + c y, b x + d y), y downwards: b = 1 is clockwise
+    a, b, c, d = (value << 16 for value in matrix)
+    content[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(content)
+    clip = read_clip(tmp_path / "a.mp4", 3, *((64, 32) if turn % 180 else (32, 64)))
+    sides = {"left": clip[..., 1:15], "top": clip[:, :, 1:15], "right": clip[..., -15:-1], "bottom": clip[:, :, -15:-1]}
+    assert sides[band].min() > 0.9 and clip.mean() == pytest.approx(0.25, abs=0.02)
 
 
 def test_too_few_frames_and_no_video_are_refused(grey_ramp, tmp_path):
