@@ -22,7 +22,7 @@ from distillation.condition import TextCondition
 from distillation.errors import ConditionError, DistillationError, MissingPartError
 from distillation.fingerprints import add_weights
 from distillation.latents import ShardedLatents
-from latent_rewards.training.checkpoint import commit_directory, verify_directory
+from latent_rewards.training.checkpoint import MANIFEST, commit_directory, verify_directory
 
 COMPLETE, SETTINGS = "complete", "settings"
 _TENSORS, _FACTS = "tensors.safetensors", "facts.json"
@@ -164,6 +164,13 @@ def read_cache_settings(folder: str | Path) -> CacheSettings:
         return CacheSettings(**json.loads((root / SETTINGS / "settings.json").read_text())["cache"])
     except (KeyError, TypeError) as error:
         raise CacheError(f"{root} holds the settings of something else than a cache ({error})") from error
+
+
+def parts_fingerprint(folder: str | Path) -> str:
+    """Return sha256 of the manifests of a cache's shards, which list the sha256 of all they hold; no tensor is read."""
+    manifests = sorted(path for kind in ("texts", "clips") for path in Path(folder).glob(f"{kind}-*/{MANIFEST}"))
+    listed = {path.parent.name: path.read_text(encoding="utf-8") for path in manifests}
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
 def load_cache(folder: str | Path) -> CachedData:

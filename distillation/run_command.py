@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -107,9 +108,15 @@ class StudentSection:
 
 @dataclass
 class SourceFacts:
-    """What the run's data were when it began: sha256 of the prompts file, or of the cache's settings."""
+    """What the run's data were when it began.
+
+    Attributes:
+        data: sha256 of the prompts file, or of the cache's settings.
+        cache: fingerprint of the cache's texts and videos; None without one.
+    """
 
     data: str
+    cache: str | None = None
 
 
 def sections() -> dict[str, type]:
@@ -149,7 +156,7 @@ def run_command(options: argparse.Namespace) -> int:
     ranks, device = launched(device_of(settings))
     facts = check(settings)
     folder = RunFolder(begin_folder(str(config.output_dir)))
-    folder.remember({**as_remembered(settings), "sources": facts})
+    folder.remember({**as_remembered(settings), "sources": as_begun(folder, facts)})
     begun = time.perf_counter()
     try:
         path = folder.cached(
@@ -203,6 +210,22 @@ def as_remembered(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def as_begun(folder: RunFolder, facts: SourceFacts) -> SourceFacts:
+    """Return what the data are, but of a cache no more than was remembered when the folder was begun."""
+    stored = folder.path / "settings" / "settings.json"
+    if facts.cache is None or not stored.is_file():
+        return facts
+    if "cache" in json.loads(stored.read_text(encoding="utf-8")).get("sources", {}):
+        return facts
+    if folder.ranks.index == 0:
+        print(
+            f"latent-distill: {folder.path} was begun by a version that did not remember what its cache held; it goes "
+            "on, and whether the cache changed meanwhile is not checked",
+            file=sys.stderr,
+        )
+    return dataclasses.replace(facts, cache=None)
+
+
 def check(settings: dict[str, Any]) -> SourceFacts:
     """Check data, grids and step counts, and return what the data are; nothing large is read.
 
@@ -213,7 +236,7 @@ def check(settings: dict[str, Any]) -> SourceFacts:
         StepCountError: a step count has no grid.
         DistillationConfigError: the adapter shall be kept of a student that has none.
     """
-    from distillation.cached import read_cache_settings
+    from distillation.cached import parts_fingerprint, read_cache_settings
     from distillation.prompts import read_prompts
     from distillation.schedule import check_timesteps
     from distillation.student import DEFAULT_TIMESTEPS
@@ -229,10 +252,10 @@ def check(settings: dict[str, Any]) -> SourceFacts:
             )
     data: DataSection = settings["data"]
     if data.prompts_file is not None:
-        content = "\n".join(read_prompts(data.prompts_file))
+        content, cache = "\n".join(read_prompts(data.prompts_file)), None
     else:
-        content = str(read_cache_settings(str(data.cache)))
-    return SourceFacts(hashlib.sha256(content.encode()).hexdigest())
+        content, cache = str(read_cache_settings(str(data.cache))), parts_fingerprint(str(data.cache))
+    return SourceFacts(hashlib.sha256(content.encode()).hexdigest(), cache)
 
 
 def device_of(settings: dict[str, Any]) -> str | None:

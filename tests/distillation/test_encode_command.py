@@ -23,6 +23,7 @@ from distillation.families.codec import VideoCodec
 from distillation.families.wan import WanCodec, WanText
 from distillation.videos import read_clip, write_mp4
 from latent_rewards.training.checkpoint import CheckpointError
+from latent_rewards.training.loop import NonFiniteError
 
 SIZE = {"num_frames": 5, "height": 16, "width": 16}
 FLAGS = ["--num-frames", "5", "--height", "16", "--width", "16", "--device", "cpu"]
@@ -153,6 +154,45 @@ def test_a_run_on_a_cache_loads_no_text_encoder_and_checks_the_codec(
     capsys.readouterr()
     assert main(["run", "--config", str(tmp_path / "d.yaml")]) == 2
     assert f"with the codec {mine}, and the teacher's is another-vae" in capsys.readouterr().err
+
+
+def diverged(*arguments):
+    raise NonFiniteError("loss nan")
+
+
+def test_a_run_does_not_go_on_with_a_cache_that_changed(wan_pipeline, clips, tmp_path, monkeypatch, capsys):
+    (clips / "junk.mp4").write_bytes(b"no video at all")
+    (clips / "junk.txt").write_text("two digits rest")
+    content = {
+        "teacher": {"path": str(wan_pipeline), "device": "cpu"},
+        "data": {"cache": str(tmp_path / "c")},
+        "distillation": {"output_dir": str(tmp_path / "run")},
+    }
+    (tmp_path / "d.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr("distillation.run_command.train", diverged)
+
+    def encode_and_run():
+        encode(wan_pipeline, "--videos", clips, "--output", tmp_path / "c")
+        capsys.readouterr()
+        return main(["run", "--config", str(tmp_path / "d.yaml")]), capsys.readouterr().err
+
+    begun = encode_and_run()
+    assert begun == encode_and_run() and begun[0] == 1 and "not checked" not in begun[1]
+    (clips / "deep" / "0.txt").write_text("a digit rest")
+    code, said = encode_and_run()
+    assert code == 2 and "was begun with sources.cache = " in said and "restore it, or use another folder" in said
+    shutil.rmtree(tmp_path / "run")
+    assert encode_and_run() == begun
+    write_mp4(clips / "junk.mp4", torch.ones(5, 3, 16, 16))
+    code, said = encode_and_run()
+    assert code == 2 and "sources.cache" in said, "a video that is now in it"
+    # A folder of a version that did not keep this goes on, and says what it does not know.
+    stored = tmp_path / "run" / "settings" / "settings.json"
+    settings = json.loads(stored.read_text())
+    del settings["sources"]["cache"]
+    stored.write_text(json.dumps(settings))
+    code, said = encode_and_run()
+    assert code == 1 and "whether the cache changed meanwhile is not checked" in said
 
 
 def test_prompts_alone_are_a_cache_too(wan_pipeline, tiny_teacher, tmp_path):
