@@ -90,6 +90,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked before any work."""
+        lowest = dict.fromkeys(("num_queries", "num_steps", "num_eval_prompts", "batch_size"), 1)
+        if self.world == "moving_digits":
+            lowest |= {"num_prompts": 1, "num_latents": 0}
+        for name, least in lowest.items():
+            if not getattr(self, name) >= least:
+                raise SettingsError(f"{name} must be at least {least}; got {getattr(self, name)}")
         if self.weights is not None and len(self.weights) != len(self.metrics):
             raise SettingsError(f"{len(self.weights)} weights for {len(self.metrics)} metrics; give one for each")
         if unknown := [name for name in self.trainers if name not in TRAINERS]:

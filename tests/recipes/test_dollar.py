@@ -125,6 +125,12 @@ def test_an_unknown_key_is_named_with_its_neighbour(tmp_path):
         ({"metrics": ["a", "b"], "weights": [1.0]}, "1 weights for 2 metrics"),
         ({"trainers": ["ppo"]}, "unknown trainers"),
         ({"world": "prompts"}, "needs prompts_file"),
+        ({"num_eval_prompts": 0}, "num_eval_prompts must be at least 1; got 0"),
+        ({"num_prompts": 0}, "num_prompts must be at least 1; got 0"),
+        ({"num_queries": -1}, "num_queries must be at least 1; got -1"),
+        ({"num_steps": 0}, "num_steps must be at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"num_latents": -1}, "num_latents must be at least 0; got -1"),
     ],
 )
 def test_contradictions_are_refused(tmp_path, section, message):
