@@ -33,6 +33,18 @@ def test_info_describes_a_student_and_finds_damage(student_folder, wan_pipeline,
     assert "README.md differs from the manifest" in said and "holds no pipeline, adapter, run or cache" in said
 
 
+def test_a_pipeline_that_states_no_size_is_checked_all_the_same(wan_pipeline, tiny_teacher, tmp_path, capsys):
+    assert main(["info", str(wan_pipeline), "--check"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["checked"], told["codec"]) == (True, tiny_teacher.codec.fingerprint)
+    assert told["schedule"] == str(tiny_teacher.denoiser.schedule) == "RectifiedFlow(shift=3.0)"
+    assert told["video"] is None and told["latent_shape"] is None, "it still does not say"
+    shutil.copytree(wan_pipeline, tmp_path / "wrong")
+    (tmp_path / "wrong" / SIDECAR).write_text(json.dumps({"latent_shape": [4, 2, 2, 2]}))
+    assert main(["info", str(tmp_path / "wrong"), "--check"]) == 2
+    assert "states the latent shape [4, 2, 2, 2]" in capsys.readouterr().err
+
+
 def test_the_size_of_a_cogvideox_video_is_told(tmp_path, capsys):
     vae, folder = {"block_out_channels": [8, 8, 8, 8]}, tmp_path / "pipeline"
     stated = {"transformer/config.json": {"sample_height": 8, "sample_width": 12, "sample_frames": 9}}
