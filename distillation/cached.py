@@ -22,6 +22,7 @@ from distillation.condition import TextCondition
 from distillation.errors import ConditionError, DistillationError, MissingPartError
 from distillation.fingerprints import add_weights
 from distillation.latents import ShardedLatents
+from distillation.trimmed import TrimmedText, trimmed_rows
 from latent_rewards.training.checkpoint import MANIFEST, commit_directory, verify_directory
 
 COMPLETE, SETTINGS = "complete", "settings"
@@ -83,18 +84,21 @@ class CachedText:
             ConditionError: there is no prompt.
             CacheError: a prompt is not in the cache.
         """
+        return self.trimmed(prompts).to("cpu")
+
+    def trimmed(self, prompts: Sequence[Any]) -> TrimmedText:
+        """Return the condition of many prompts as it is held, without padding; a batch that is taken of it has it.
+
+        Raises:
+            ConditionError: there is no prompt.
+            CacheError: a prompt is not in the cache.
+        """
         texts = [prompt["prompt"] if isinstance(prompt, dict) else prompt for prompt in prompts]
         if not texts:
             raise ConditionError("no prompts to look up; pass at least one")
         if unknown := [text for text in texts if text not in self.rows]:
             raise CacheError(f"the cache does not hold the prompt {unknown[0]!r}; encode it, or load the text encoder")
-        found = [self.rows[text] for text in texts]
-        first = found[0]["embeddings"]
-        embeddings = first.new_zeros(len(texts), self.length, first.shape[1])
-        for row, tensors in enumerate(found):
-            embeddings[row, : len(tensors["embeddings"])] = tensors["embeddings"]
-        names = [name for name in found[0] if name != "embeddings"]
-        return TextCondition(embeddings, {name: torch.stack([row[name] for row in found]) for name in names})
+        return TrimmedText([self.rows[text] for text in texts], self.length)
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ class CachedData:
         """What :class:`~distillation.trainer.DistillationTrainer` takes, with a teacher whose ``encode`` is this one's.
 
         (latents, prompts) or the prompts alone: the trainer encodes each distinct one, and the negative, by look-up.
+        With ``encode.trimmed`` in place of ``encode`` they are padded batch by batch and not all at once.
         """
         return self.prompts if self.latents is None else (self.latents, self.prompts)
 
@@ -210,13 +215,8 @@ def load_cache(folder: str | Path) -> CachedData:
 
 def save_texts(folder: Path, texts: Sequence[str], condition: TextCondition) -> None:
     """Commit what a text encoder made of some prompts; zeros at the end of a row are left out."""
-    tensors = {}
-    for index in range(len(texts)):
-        row = condition.embeddings[index].cpu()
-        used = (row != 0).any(dim=1).nonzero()
-        tensors[f"{index}.embeddings"] = row[: int(used[-1]) + 1 if len(used) else 1].clone()
-        for name, extra in condition.extra.items():
-            tensors[f"{index}.{name}"] = extra[index].cpu().clone()
+    rows = trimmed_rows(condition)
+    tensors = {f"{index}.{name}": tensor for index, row in enumerate(rows) for name, tensor in row.items()}
     write_shard(folder, tensors, {"texts": list(texts), "length": condition.embeddings.shape[1]})
 
 

@@ -30,9 +30,9 @@ from latent_rewards.training.settings import SettingsError, read_settings
 if TYPE_CHECKING:
     import torch
 
-    from distillation.condition import TextCondition
     from distillation.config import DistillationConfig
     from distillation.families import Teacher
+    from distillation.trimmed import TrimmedText
     from latent_rewards.training.ranks import Ranks
     from latent_rewards.training.run_folder import RunFolder
 
@@ -284,7 +284,7 @@ def train(settings: dict[str, Any], device: torch.device, ranks: Ranks) -> Any: 
         spoken = {"codec": teacher.codec.fingerprint, "text": text_fingerprint(teacher.encode)}
         cached.check(**spoken, latent_shape=teacher.latent_shape, folder=str(data.cache))
         source: Any = cached.source
-        encode: Callable[[Sequence[Any]], TextCondition] = cached.encode
+        encode: Callable[[Sequence[Any]], Any] = cached.encode.trimmed
     else:
         encoder = getattr(teacher.encode, "text_encoder", None)
         if isinstance(encoder, torch.nn.Module):
@@ -324,7 +324,7 @@ def load_teacher(section: TeacherSection, cached: Any, dtype: str) -> Teacher:  
 
 
 class InParts:
-    """A teacher's text encoder, called on a few prompts at a time; what it returns is kept on the CPU.
+    """A teacher's text encoder, called on a few prompts at a time; what it returns is kept on the CPU, unpadded.
 
     Args:
         teacher: its ``encode`` is called.
@@ -333,11 +333,17 @@ class InParts:
     def __init__(self, teacher: Teacher) -> None:
         self.encode = teacher.encode
 
-    def __call__(self, prompts: Sequence[Any]) -> TextCondition:
-        """Return the condition of the prompts on the CPU."""
+    def __call__(self, prompts: Sequence[Any]) -> TrimmedText:
+        """Return the condition of the prompts on the CPU.
+
+        Raises:
+            ConditionError: there is no prompt, or the encoder gave conditions that do not fit each other.
+        """
+        import torch
         from tqdm import tqdm
 
         from distillation.condition import TextCondition
+        from distillation.trimmed import TrimmedText, trimmed_rows
 
         starts = tqdm(
             range(0, len(prompts), _TEXT_BATCH),
@@ -345,9 +351,12 @@ class InParts:
             dynamic_ncols=True,
             disable=len(prompts) <= _TEXT_BATCH or not sys.stderr.isatty(),
         )
-        return TextCondition.concatenate(
-            [self.encode(prompts[start : start + _TEXT_BATCH]).to("cpu") for start in starts]
-        )
+        rows, firsts = [], []
+        for start in starts:
+            condition = self.encode(prompts[start : start + _TEXT_BATCH]).to("cpu")
+            rows += trimmed_rows(condition)
+            firsts.append(condition.index_select(torch.zeros(1, dtype=torch.long)))
+        return TrimmedText(rows, TextCondition.concatenate(firsts).embeddings.shape[1])
 
 
 def summary(folder: RunFolder, settings: dict[str, Any], seconds: float) -> dict[str, Any]:

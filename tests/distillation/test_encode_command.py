@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import distillation as ds
-from distillation.cached import CacheError, load_cache, read_cache_settings, text_fingerprint
+from distillation.cached import CachedText, CacheError, load_cache, read_cache_settings, text_fingerprint
 from distillation.cli import main
 from distillation.families import SIDECAR
 from distillation.families.codec import VideoCodec
@@ -143,6 +143,7 @@ def test_a_run_on_a_cache_loads_no_text_encoder_and_checks_the_codec(
     (tmp_path / "d.yaml").write_text(yaml.safe_dump(content))
     with monkeypatch.context() as patch:
         patch.setattr(WanText, "__call__", lambda *a: pytest.fail("a prompt was encoded"))
+        patch.setattr(CachedText, "__call__", lambda *a: pytest.fail("all prompts were padded at once"))
         assert main(["run", "--config", str(tmp_path / "d.yaml")]) == 0
     assert main(["info", str(tmp_path / "c"), "--check"]) == 0
     other = tmp_path / "other"
