@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -132,6 +133,8 @@ def prompt_of(file: Path, name: str, prompts: dict[str, str]) -> str | None:
 def read_video(path: Path | str, *, frames: str = "all", short_side: int | None = None) -> Clip:
     """Read a video; only the frames that are kept, at the size they are kept, are in memory.
 
+    Frames are upright, as players show them: turned by quarters and mirrored as the file says (its display matrix).
+
     Args:
         path: a file.
         frames: "all"; "first:N", the first N at most; or "uniform:N", N at most at equal distances, the first and last
@@ -198,12 +201,27 @@ def _decoded(path: Path, wanted: set[int] | None = None) -> Iterator[Any]:
 
 
 def _tensor(frame: Any, short_side: int | None) -> Tensor:  # noqa: ANN401 - av.VideoFrame
-    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 255
+    pixels = _upright(torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1), frame).float() / 255
     height, width = pixels.shape[-2:]
     if short_side is None or min(height, width) <= short_side:
         return pixels
     size = scaled_size(height, width, short_side)
     return functional.interpolate(pixels[None], size, mode="area")[0].clamp(0, 1)
+
+
+def _upright(pixels: Tensor, frame: Any) -> Tensor:  # noqa: ANN401 - av.VideoFrame
+    """Return ``[3, H, W]`` as it is to be shown: column p of row q at column a p + c q of row b p + d q."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # something else beside the frame is of a kind that this PyAV has no name for
+        return pixels.rot90(round(getattr(frame, "rotation", 0) / 90), (1, 2))
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    across, down = a, d
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, across, down = pixels.transpose(1, 2), c, b
+    return pixels.flip([axis for axis, sign in ((2, across), (1, down)) if sign < 0])
 
 
 def encode_mp4(video: Tensor, fps: float = 8, scale: int = 1, *, lossless: bool = False) -> bytes:

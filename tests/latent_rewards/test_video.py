@@ -1,6 +1,8 @@
 """Clips survive being written and read; frames are chosen and shrunk as asked; what is no video is named."""
 
 import io
+import struct
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from latent_rewards.contracts import ConfigError, DataError
-from latent_rewards.video import encode_mp4, prompt_of, read_lines, read_prompts, read_video
+from latent_rewards.video import _upright, encode_mp4, prompt_of, read_lines, read_prompts, read_video
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -96,6 +98,52 @@ def test_the_shorter_side_is_shrunk_and_never_enlarged(tmp_path):
     path.write_bytes(encode_mp4(levels(3, (30, 62))))
     assert read_video(path, short_side=15).frames.shape == (3, 3, 15, 31)
     assert read_video(path, short_side=64).frames.shape == (3, 3, 30, 62)
+
+
+def with_matrix(data: bytes, a: int, b: int, c: int, d: int) -> bytes:
+    """An mp4 whose header says how its pictures are to be shown: (p, q) at (a p + c q, b p + d q)."""
+    one = 1 << 16
+    at = data.index(struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30), data.index(b"tkhd"))
+    return data[:at] + struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30) + data[at + 36 :]
+
+
+# What the matrix of a phone held in each way does to a picture whose rows are (1, 2) and (3, 4).
+SHOWN = {
+    "0": ((1, 0, 0, 1), [[1, 2], [3, 4]], 0),
+    "90 clockwise": ((0, 1, -1, 0), [[3, 1], [4, 2]], -90),
+    "180": ((-1, 0, 0, -1), [[4, 3], [2, 1]], 180),
+    "270 clockwise": ((0, -1, 1, 0), [[2, 4], [1, 3]], 90),
+    "left and right swapped": ((-1, 0, 0, 1), [[2, 1], [4, 3]], None),
+    "upside down": ((1, 0, 0, -1), [[3, 4], [1, 2]], None),
+    "across the diagonal": ((0, 1, 1, 0), [[1, 3], [2, 4]], None),
+}
+
+
+@pytest.mark.parametrize(("matrix", "rows", "_"), SHOWN.values(), ids=SHOWN)
+@pytest.mark.parametrize("short_side", [None, 16])
+def test_pictures_are_turned_as_players_turn_them(tmp_path, matrix, rows, _, short_side):
+    quarters = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat_interleave(16, 0).repeat_interleave(32, 1) / 4
+    data = encode_mp4(quarters.expand(3, 3, -1, -1), lossless=True)
+    path = tmp_path / "phone.mp4"
+    path.write_bytes(with_matrix(data, *matrix))
+    frames = read_video(path, short_side=short_side).frames
+    tall = matrix[0] == 0
+    height, width = (64, 32) if tall else (32, 64)
+    factor = 1 if short_side is None else 2
+    assert frames.shape == (3, 3, height // factor, width // factor)
+    shown = torch.tensor(rows).repeat_interleave(height // factor // 2, 0).repeat_interleave(width // factor // 2, 1)
+    torch.testing.assert_close(frames, (shown / 4).expand_as(frames), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(("matrix", "rows", "angle"), [shown for shown in SHOWN.values() if shown[2] is not None])
+def test_pictures_are_turned_where_pyav_does_not_know_what_lies_beside_them(matrix, rows, angle):
+    class Unknown:
+        def get(self, key):
+            raise ValueError("30 is not a valid Type")
+
+    picture = torch.tensor([[1, 2], [3, 4]]).expand(3, 2, 2)
+    turned = _upright(picture, SimpleNamespace(side_data=Unknown(), rotation=angle))
+    assert turned[0].tolist() == rows
 
 
 def test_a_file_that_breaks_off_gives_what_it_holds(tmp_path):
