@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from latent_rewards.dataset import RewardDataset
 
 SHOWN = 6
-"""Prompts whose first sample the page shows."""
+"""Prompts of which the page shows a sample."""
 
 
 def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers have no public type
@@ -149,7 +149,7 @@ def write_page(
     """Write a page with the table, a histogram of each metric's differences, and samples side by side."""
     import torch
 
-    from latent_rewards.evaluation import by_sample
+    from latent_rewards.evaluation import by_sample, side_by_side
     from latent_rewards.report import Report
 
     report = Report(f"Evaluation of {options.policy}")
@@ -165,13 +165,14 @@ def write_page(
         f"Means over {len(datasets['policy'])} samples of {len(set(datasets['policy'].prompts))} prompts, with 95 % "
         "intervals over prompts. Differences are of samples of the same prompt and noise.",
     )
-    shown = list(dict.fromkeys(datasets["policy"].prompts))[:SHOWN]
+    num_prompts = (len(datasets["policy"]) + len(datasets["policy"].failures)) // options.per_prompt
+    shown, chosen = side_by_side(datasets, num_prompts, SHOWN)
     columns = {}
-    for role, dataset in datasets.items():
-        first = torch.tensor([dataset.prompts.index(prompt) for prompt in shown])
+    for role, dataset in datasets.items() if shown else ():
         with torch.no_grad():
-            columns[role] = codec.decode(dataset.latents(first).to(device)).float().cpu()
-    report.add_videos("Side by side", columns, shown)
+            columns[role] = codec.decode(dataset.latents(chosen[role]).to(device)).float().cpu()
+    if shown:
+        report.add_videos("Side by side", columns, shown)
     if "baseline" in datasets:
         for name in result:
             values = by_sample(datasets["policy"], name) - by_sample(datasets["baseline"], name)

@@ -48,6 +48,34 @@ def by_sample(dataset: RewardDataset, name: str) -> Tensor:
     return values
 
 
+def side_by_side(
+    datasets: Mapping[str, RewardDataset], num_prompts: int, most: int
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Return up to ``most`` different prompts and, by role, the rows of one sample of each, the same in all datasets.
+
+    That is a prompt's first sample that failed in none of them; a prompt without one is left out.
+
+    Args:
+        datasets: of the same prompts in the same order.
+        num_prompts: sample i is of prompt i modulo this number.
+        most: at least 1.
+    """
+    first = next(iter(datasets.values()))
+    failed = {index for dataset in datasets.values() for index in dataset.failures}
+    chosen: dict[str, int] = {}
+    for number in range(num_prompts):
+        kept = [i for i in range(number, len(first) + len(first.failures), num_prompts) if i not in failed]
+        if kept and len(chosen) < most:
+            chosen.setdefault(first.prompts[_row(first, kept[0])], kept[0])
+    rows = {role: torch.tensor([_row(data, i) for i in chosen.values()]).long() for role, data in datasets.items()}
+    return list(chosen), rows
+
+
+def _row(dataset: RewardDataset, sample: int) -> int:
+    """Return where a sample that did not fail lies in a dataset, from which the failed ones are absent."""
+    return sample - sum(index < sample for index in dataset.failures)
+
+
 def interval(values: Tensor, groups: Tensor, *, seed: int, resamples: int = RESAMPLES) -> dict[str, float]:
     """Return mean, bounds and number of the values ``[N]`` that are no NaN; groups ``[N]`` are resampled whole."""
     known = ~values.isnan()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latent_rewards.dataset import RewardDataset
-from latent_rewards.evaluation import by_sample, compare, interval
+from latent_rewards.evaluation import by_sample, compare, interval, side_by_side
 
 
 def dataset(values, failures=None):
@@ -49,3 +49,40 @@ def test_samples_of_one_prompt_are_resampled_together():
     assert (told["low"], told["mean"], told["high"]) == (0.0, 0.5, 1.0)
     told = compare({"policy": dataset([0.0, 1.0] * 50)}, 100)["m"]["policy"]
     assert 0.35 < told["low"] < 0.45 and 0.55 < told["high"] < 0.65
+
+
+def numbered(failed=(), num_prompts=3, count=9):
+    """Sample i of prompt i modulo 3, whose latent is i."""
+    kept = [index for index in range(count) if index not in failed]
+    latents = torch.tensor(kept).float().view(-1, 1, 1, 1, 1)
+    prompts = ["abc"[index % num_prompts] for index in kept]
+    return RewardDataset.from_tensors(
+        latents, prompts, {"m": torch.zeros(len(kept))}, failures=dict.fromkeys(failed, "why")
+    )
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "prompts", "samples"),
+    [
+        ((), (), "abc", [0, 1, 2]),
+        ((0,), (3, 1), "abc", [6, 4, 2]),
+        ((0, 3, 6), (), "bc", [1, 2]),
+        ((), (0, 3, 6), "bc", [1, 2]),
+        ((0, 6, 1, 2, 5), (3, 4, 7, 8), "", []),
+    ],
+)
+def test_what_is_shown_side_by_side_is_the_same_sample_which_failed_in_none(mine, other, prompts, samples):
+    datasets = {"policy": numbered(mine), "baseline": numbered(other)}
+    shown, rows = side_by_side(datasets, 3, 6)
+    assert shown == list(prompts)
+    for role, dataset in datasets.items():
+        assert dataset.latents(rows[role]).flatten().tolist() == samples
+        assert [dataset.prompts[row] for row in rows[role]] == shown
+
+
+def test_a_prompt_that_is_listed_twice_is_shown_once_and_no_more_than_are_asked_for():
+    data = numbered(num_prompts=3)
+    twice = RewardDataset.from_tensors(data.latents(), ["a", "a", "b"] * 3, {"m": torch.zeros(9)})
+    assert side_by_side({"policy": twice}, 3, 6)[0] == ["a", "b"]
+    shown, rows = side_by_side({"policy": data}, 3, 2)
+    assert shown == ["a", "b"] and rows["policy"].tolist() == [0, 1]

@@ -10,6 +10,7 @@ from latent_rewards import collect_command
 from latent_rewards.cli import build_parser, main
 from latent_rewards.contracts import ConfigError
 from latent_rewards.lro import LROConfig
+from latent_rewards.metrics import registry
 from latent_rewards.proxies import RewardProxy
 from latent_rewards.tune_command import DECIDED, combined, lower_is_better
 
@@ -114,6 +115,38 @@ def test_a_policy_is_tuned_saved_and_compared_with_what_it_was(stored, tmp_path,
     page = (tmp_path / "page.html").read_text()
     assert page.count("<video") == 12 and "policy minus baseline" in page and "toys.level" in page
     assert "toys.level: policy " in capsys.readouterr().out
+
+
+NAMES = [f"{'a' * (i % 9 + 1)}{i}" for i in range(24)]
+
+
+@pytest.mark.filterwarnings("ignore:.*could not be scored")
+@pytest.mark.parametrize(
+    ("quiet", "loud", "shown"),
+    [([], NAMES[:1], 6), (NAMES[:3], NAMES[5:], 2), (NAMES[::2], NAMES[1::2], 0)],
+    ids=["one", "most", "all"],
+)
+def test_the_page_shows_prompts_of_which_a_sample_was_scored(stored, tmp_path, monkeypatch, capsys, quiet, loud, shown):
+    """All samples of some prompts fail, of others for each policy: their rows are left out, and the page is written."""
+    monkeypatch.setattr(registry, "_DEFINITIONS", dict(registry._DEFINITIONS))
+
+    @registry.register_metric("toys.fussy", version="1", needs_prompt=True)
+    def fussy(videos, *, prompts):
+        if set(prompts) & set(loud if videos.std() > 0.3 else quiet):
+            raise ValueError("not this one")
+        return videos.mean(dim=(1, 2, 3, 4))
+
+    baseline = tmp_path / "loud"
+    baseline.mkdir()
+    (baseline / "latent_rewards.json").write_text(json.dumps({"kind": "Tunable"}))
+    (baseline / "gain.json").write_text("50.0")
+    command = ["evaluate", f"{stored}/Tunable", "--baseline", str(baseline), "--num-steps", "2", "--per-prompt", "2"]
+    command += ["--prompts", f"{stored}/prompts.txt", "--metric", "toys.fussy", "--output", f"{tmp_path}/e"]
+    with pytest.warns(UserWarning, match=f"{2 * len(loud)} of 48 samples"):
+        assert main([*command, "--html", f"{tmp_path}/page.html"]) == 1
+    assert "failed: baseline, sample " in capsys.readouterr().err
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<video") == 2 * shown and "toys.fussy" in page
 
 
 def test_a_policy_alone_has_no_difference(stored, tmp_path, capsys):
