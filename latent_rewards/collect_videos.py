@@ -34,7 +34,7 @@ def collect_videos(
 
     Resumable, shared by ranks and helped by workers like :func:`latent_rewards.collect_rewards`. All videos must have
     the number of frames and the size of the first one that can be used; a file that has not, or that cannot be read,
-    is left out and listed in ``dataset.failures``.
+    is left out and listed in ``dataset.failures``, however many they are.
 
     Args:
         videos: a folder, searched for videos at any depth, or files. A video's name is its path below the folder, or
@@ -51,7 +51,7 @@ def collect_videos(
     Raises:
         ConfigError: a number is out of range, or ``output_dir`` holds a collection with other settings.
         DataError: there is no video, none can be used, or the prompts cannot be read.
-        MetricError: every video failed.
+        MetricError: every video failed, or the first 16 that could be used.
         RankError: another process of the launch failed.
         CheckpointError: a stored part is damaged.
     """
@@ -61,6 +61,7 @@ def collect_videos(
     files = find_videos(videos)
     names, texts = list(files), _prompts_of(files, prompts)
     shape = _first_shape(files, oracle, frames, short_side)
+    unusable: set[int] = set()
 
     def begin(indices: list[int]) -> Callable[[], Outcome]:
         kept: list[int] = []
@@ -69,8 +70,11 @@ def collect_videos(
         failures: dict[int, str] = {}
         for index in indices:
             try:
+                unusable.add(index)  # until it is known to be like the others
                 clip = read_video(files[names[index]], frames=frames, short_side=short_side)
-                _check(clip, shape, texts[index], oracle)
+                _check_shape(clip, shape)
+                unusable.remove(index)
+                _check_scorable(clip, texts[index], oracle)
                 latents.append(_encode(oracle, clip))
             except Exception as error:  # a codec is user code and may raise anything
                 failures[index] = f"{names[index]}: {type(error).__name__}: {error}"
@@ -97,7 +101,8 @@ def collect_videos(
         "latent_space": oracle.latent_space,
     }
     root = Path(output_dir) if output_dir is not None else None
-    return run_with(oracle, begin, Collection(len(names), batch_size, settings, root=root, progress=progress))
+    collection = Collection(len(names), batch_size, settings, root=root, progress=progress, unusable=unusable)
+    return run_with(oracle, begin, collection)
 
 
 def _prompts_of(files: Mapping[str, Path], prompts: Mapping[str, str] | str | Path | None) -> list[str]:
@@ -128,14 +133,18 @@ def _encode(oracle: MetricOracle, clip: Clip) -> Tensor:
     return oracle.codec.encode(clip.frames[None]).detach()
 
 
-def _check(clip: Clip, shape: tuple[int, ...], text: str, oracle: MetricOracle) -> None:
-    """Raise DataError when the metrics cannot score a clip, or it is unlike the others."""
+def _check_shape(clip: Clip, shape: tuple[int, ...]) -> None:
+    """Raise DataError when a clip is unlike the others."""
     if tuple(clip.frames.shape) != shape:
         frames, _, height, width = clip.frames.shape
         raise DataError(
             f"it has {frames} frames of {height} x {width}, the first video {shape[0]} of {shape[2]} x {shape[3]}; cut "
             "or scale the videos, or collect them apart"
         )
+
+
+def _check_scorable(clip: Clip, text: str, oracle: MetricOracle) -> None:
+    """Raise DataError when a metric cannot score a clip."""
     for metric in oracle.metrics.values():
         if getattr(metric, "needs_prompt", False) and not text:
             raise DataError(

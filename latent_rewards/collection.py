@@ -27,7 +27,7 @@ from latent_rewards.training.checkpoint import TEMPORARY_PREFIX, commit_director
 from latent_rewards.training.ranks import Ranks, current_ranks
 
 GIVE_UP_AFTER = 16
-"""Failing samples, with none scored yet, after which a collection stops instead of failing to its end."""
+"""Samples whose scoring failed, with none scored yet, after which a collection stops instead of failing to its end."""
 
 Outcome = tuple[RewardDataset | None, dict[int, str]]
 """The samples of a part that could be scored (None if none), and ``{sample index: error}`` of the others."""
@@ -36,6 +36,7 @@ Begin = Callable[[list[int]], Callable[[], Outcome]]
 """Sample indices -> a function that waits for their outcome."""
 
 _SETTINGS = "settings"
+_UNUSABLE = "unusable.json"
 _FAILED_RANK = f"{TEMPORARY_PREFIX}failed-rank-"
 _POLL_SECONDS = 0.2
 
@@ -51,6 +52,8 @@ class Collection:
         root: the folder, or None to keep everything in memory (then every rank collects everything).
         ahead: parts that are begun before the oldest must be done.
         progress: draw a progress bar.
+        unusable: indices of samples with nothing to score, such as files that cannot be read; whoever begins them adds
+            them. They fail, and say nothing of whether others will: they do not count towards giving up.
     """
 
     num_samples: int
@@ -59,6 +62,7 @@ class Collection:
     root: Path | None = None
     ahead: int = 0
     progress: bool = True
+    unusable: set[int] = field(default_factory=set)
     _outcomes: dict[int, Outcome] = field(default_factory=dict, init=False)
 
     def run(self, begin: Begin) -> RewardDataset:
@@ -140,6 +144,8 @@ class Collection:
         elif self.root is not None:
             with commit_directory(self._failed(number)) as folder:
                 (folder / "failures.json").write_text(json.dumps(list(failures.items()), indent=1))
+                if unusable := sorted(self.unusable & failures.keys()):  # the other ranks ask
+                    (folder / _UNUSABLE).write_text(json.dumps(unusable))
         self._outcomes[number] = part, failures
 
     def _outcome(self, number: int) -> Outcome | None:
@@ -152,6 +158,8 @@ class Collection:
                 verify_directory(self._failed(number))
                 pairs = json.loads((self._failed(number) / "failures.json").read_text())
                 self._outcomes[number] = None, {int(index): error for index, error in pairs}
+                if (self._failed(number) / _UNUSABLE).is_file():
+                    self.unusable.update(json.loads((self._failed(number) / _UNUSABLE).read_text()))
         return self._outcomes.get(number)
 
     def _give_up_if_hopeless(self, latest: int) -> None:
@@ -164,8 +172,9 @@ class Collection:
             if outcome is None or outcome[0] is not None:
                 break
             failures |= outcome[1]
-        if len(failures) >= min(GIVE_UP_AFTER, self.num_samples):
-            raise MetricError(f"all of the first {len(failures)} samples failed; {_first(failures)}")
+        unscored = {index: error for index, error in failures.items() if index not in self.unusable}
+        if len(unscored) >= GIVE_UP_AFTER or len(failures) == self.num_samples:
+            raise MetricError(f"all of the first {len(failures)} samples failed; {_first(unscored or failures)}")
 
     def _finished(self, root: Path) -> RewardDataset:
         """Wait for the other ranks' parts and list all of them."""

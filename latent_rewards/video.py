@@ -66,6 +66,8 @@ def scaled_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 def find_videos(videos: str | Path | Sequence[str | Path]) -> dict[str, Path]:
     """Return ``{name: file}`` of a folder's videos, sorted, or of files as they are given.
 
+    Hidden files of a folder, whose names begin with a dot, are none of its videos: macOS puts such twins beside files.
+
     Raises:
         DataError: there is none, or a file is missing or named twice.
     """
@@ -73,7 +75,8 @@ def find_videos(videos: str | Path | Sequence[str | Path]) -> dict[str, Path]:
         folder = Path(videos)
         if folder.is_file():
             return {folder.name: folder}
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        files = sorted(path for path in found if not path.name.startswith("."))
         if not files:
             raise DataError(f"{folder} holds no video; looked for {', '.join(SUFFIXES)}")
         return {str(file.relative_to(folder)): file for file in files}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from latent_rewards.collect_videos import collect_videos
+from latent_rewards.collection import GIVE_UP_AFTER
 from latent_rewards.contracts import ConfigError, DataError, MetricError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.metrics import create_metric, register_metric, registry
@@ -52,6 +53,53 @@ def test_pixels_are_scored_and_latents_encoded_and_bad_files_listed(toys, folder
     assert RewardDataset.load(tmp_path / "rewards").failures == dataset.failures
     with pytest.raises(ConfigError, match="another frames: all there, first:3 now"):
         collect_videos(folder, oracle(toys), **settings, frames="first:3")
+
+
+@pytest.fixture
+def cluttered(folder):
+    """Before the videos that can be used, more files than a collection tries that fails from its start."""
+    for number in range(GIVE_UP_AFTER + 4):
+        (folder / f"0{number:02d}.mp4").write_bytes(b"no video")
+    return folder
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_files_that_cannot_be_used_end_no_collection_however_many(toys, cluttered, tmp_path, stored):
+    root = tmp_path / "rewards" if stored else None
+    with pytest.warns(UserWarning, match=f"{GIVE_UP_AFTER + 6} of {GIVE_UP_AFTER + 10} samples"):
+        dataset = collect_videos(cluttered, oracle(toys), batch_size=2, progress=False, output_dir=root)
+    assert len(dataset) == 4 and list(dataset.failures)[: GIVE_UP_AFTER + 4] == list(range(GIVE_UP_AFTER + 4))
+    for path in cluttered.glob("0*.mp4"):
+        path.write_bytes(encode_mp4(clip(9, height=32), fps=8))
+    levels = dict(zip(["a.mp4", "b.mp4"], dataset.rewards["toys_of_tests:level"].tolist(), strict=False))
+    dark, bright = sorted(levels, key=levels.__getitem__)
+    files = [cluttered / bright, *cluttered.glob("0*.mp4"), cluttered / dark]
+    picky = create_metric("toys_of_tests:level", limit=sum(levels.values()) / 2)
+    with pytest.warns(UserWarning, match=f"{GIVE_UP_AFTER + 5} of {GIVE_UP_AFTER + 6} samples"):
+        assert len(collect_videos(files, MetricOracle(toys.Codec(), [picky]), batch_size=1, progress=False)) == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_a_collection_ends_where_no_video_can_be_scored(toys, cluttered, batch_size):
+    strict = MetricOracle(toys.Codec(), [create_metric("toys_of_tests:level", limit=0.0)])
+    settings = {"batch_size": batch_size, "progress": False}
+    with pytest.raises(MetricError, match=f"the first {GIVE_UP_AFTER + 10} samples failed; sample 20: .*too bright"):
+        collect_videos(cluttered, strict, **settings)
+    for number in range(GIVE_UP_AFTER):
+        (cluttered / f"b{number:02d}.mp4").write_bytes((cluttered / "b.mp4").read_bytes())
+    if batch_size == 1:  # and after as many as are tried, where more follow
+        with pytest.raises(MetricError, match=f"the first {2 * GIVE_UP_AFTER + 4} samples failed; sample 20: "):
+            collect_videos(cluttered, strict, **settings)
+
+
+def test_hidden_files_of_a_folder_are_none_of_its_videos(tmp_path):
+    for name in ("clip.mp4", "._clip.mp4", "deep/._other.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert list(find_videos(tmp_path)) == ["clip.mp4"]
+    assert list(find_videos([tmp_path / "._clip.mp4"])) == [str(tmp_path / "._clip.mp4")], "it was asked for"
+    with pytest.raises(DataError, match="holds no video"):
+        find_videos(tmp_path / "deep")
 
 
 def test_it_continues_where_it_stopped_and_ends_the_same(toys, folder, tmp_path, monkeypatch):

@@ -81,6 +81,29 @@ def test_it_gives_up_only_while_nothing_was_scored(tmp_path):
             assert len(Collection(**settings, root=root).run(begin)) == 26
 
 
+def test_what_has_nothing_to_score_is_no_reason_to_give_up(tmp_path):
+    unusable = set()
+
+    def begin(indices):
+        unusable.update(index for index in indices if index < broken)
+        failed = (None, {index: "OSError: no video" if index < broken else "ValueError: no" for index in indices})
+        return lambda: failed if indices[0] < broken + firsts else (part(), {})
+
+    def collection(root):
+        return Collection(60, 2, {}, root=root, progress=False, unusable=unusable)
+
+    broken = 20
+    for root in (None, tmp_path / "a"):
+        firsts = GIVE_UP_AFTER
+        with pytest.raises(MetricError, match="all of the first 36 samples failed; sample 20: ValueError"):
+            collection(root).run(begin)
+        told = Collection(60, 2, {}, root=tmp_path / "a")  # what another rank makes of the parts
+        firsts = GIVE_UP_AFTER - 2
+        with pytest.warns(UserWarning, match="34 of 60"):
+            assert len(collection(root).run(begin)) == 26
+    assert all(told._outcome(number)[0] is None for number in range(17)) and told.unusable == set(range(20))
+
+
 def test_later_failures_are_no_reason_to_give_up():
     def begin(indices):
         failed = (None, {index: "ValueError: no" for index in indices})
