@@ -70,7 +70,6 @@ ENDS = (
     End(2, 0, "student", path_steps=2),
     End(2, 0, "teacher", path_steps=50, guidance_scale=3.0),
     End(1, 0, "student", path_steps=2),
-    End(1, 0, "teacher", path_steps=50, guidance_scale=3.0),
 )
 
 
