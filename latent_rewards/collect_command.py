@@ -156,7 +156,10 @@ def make_oracle(
     moved: Any = codec
     if hasattr(moved, "to"):
         moved.to(device)
-    metrics = {metric_label(name, options): create_metric(name, **options) for name, options in specs}
+    # A name that says all is handed on as it is: workers make of it what they could not make of the metric.
+    metrics = {
+        metric_label(name, options): create_metric(name, **options) if options else name for name, options in specs
+    }
     return MetricOracle(codec, metrics, **settings)
 
 

@@ -89,7 +89,10 @@ class MetricOracle:
         self.chunk_size = chunk_size
         self.metrics = _named(metrics)
         warn_if_cheatable(self.metrics.values(), stacklevel=3)
-        self._workers = MetricWorkers(self.metrics, num_workers, timeout=timeout) if num_workers else None
+        given = metrics.values() if isinstance(metrics, Mapping) else metrics
+        names = {name: metric for name, metric in zip(self.metrics, given, strict=False) if isinstance(metric, str)}
+        workers = MetricWorkers(self.metrics, num_workers, timeout=timeout, sources=names) if num_workers else None
+        self._workers = workers
         self._cache = ScoreCache(cache_dir) if cache_dir is not None else None
         self.num_queries = 0
 

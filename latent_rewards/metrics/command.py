@@ -116,6 +116,7 @@ def command_metric(
         score=_Command(name, tuple(command), fps, lossless, timeout, dict(environment or {})),
         options={"command": list(command), "fps": fps, "lossless": lossless},
         origin=__name__,
+        recreatable=False,
     )
 
 

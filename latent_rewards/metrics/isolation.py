@@ -112,9 +112,8 @@ def isolate(
     (described,) = child.start()
     info = described["info"]
     info["differentiable"] = False  # a gradient does not cross to another process
-    isolated = IsolatedMetric(
-        **info, score=child.call, options=described["options"], origin=recipe["module"], child=child
-    )
+    made = {"options": described["options"], "recreatable": described["recreatable"], "origin": recipe["module"]}
+    isolated = IsolatedMetric(**info, **made, score=child.call, child=child)
     isolated.__dict__["fingerprint"] = described["fingerprint"]  # fills the cached property: the weights are elsewhere
     weakref.finalize(isolated, child.stop)
     return isolated
@@ -136,6 +135,12 @@ def recipe_of(metric: str | Callable[..., Any] | Metric, options: Mapping[str, A
     if isinstance(metric, Metric):
         if options:
             raise ConfigError(f"metric {name!r} is made already; options {sorted(options)} have no effect")
+        if not metric.recreatable:
+            raise ConfigError(
+                f"metric {name!r} cannot be imported by another process, which does not get it by its name: register "
+                "a function of an importable module that returns it with register_metric, and pass the name that is "
+                "registered; or use num_workers=0"
+            )
         options = dict(metric.options)
     recipe = {"name": name, "module": module, "options": options}
     try:
@@ -162,7 +167,7 @@ class MetricChild:
         self._running: tuple[subprocess.Popen[bytes], socket.socket] | None = None
 
     def start(self) -> list[dict[str, Any]]:
-        """Start a child and return what it says of each metric: ``{"info", "options", "fingerprint"}``.
+        """Start a child and return what it says of each metric: ``{"info", "options", "recreatable", "fingerprint"}``.
 
         Raises:
             MetricError: a metric could not be made; its subclasses say that the child died or took too long.
@@ -277,7 +282,8 @@ def serve(descriptor: int) -> None:
                 if recipe["module"]:
                     importlib.import_module(recipe["module"])
                 metric = create_metric(recipe["name"], **recipe["options"])
-                described.append({"info": metric.info, "options": metric.options, "fingerprint": metric.fingerprint})
+                told = {"info": metric.info, "options": metric.options, "recreatable": metric.recreatable}
+                described.append({**told, "fingerprint": metric.fingerprint})
                 json.dumps(described)
             except Exception as error:
                 _send(ours, _describe_error(recipe["name"], error))

@@ -123,11 +123,14 @@ class Metric(MetricInfo):
         score: the function behind it, ``(videos)`` or ``(videos, *, prompts)`` -> B numbers; unchecked.
         options: everything it was configured with, defaults included.
         origin: the module that registers or defines it; what a child process imports to make it again.
+        recreatable: its name and options make it again once ``origin`` is imported; not so for what
+            :func:`~latent_rewards.metrics.http_metric` and its like return: nothing is registered under that name.
     """
 
     score: Callable[..., Any] = field(repr=False)
     options: dict[str, Any] = field(default_factory=dict)
     origin: str = ""
+    recreatable: bool = True
 
     def __post_init__(self) -> None:
         """Raise ConfigError when an option has no stable text, without which there is no fingerprint."""

@@ -92,6 +92,7 @@ def http_metric(
         score=_Judge(name, url, fps, timeout, retries, backoff, concurrency, dict(headers or {})),
         options={"url": url, "fps": fps},
         origin=__name__,
+        recreatable=False,
     )
 
 

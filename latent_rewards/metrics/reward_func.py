@@ -101,6 +101,7 @@ def from_reward_func(reward_func: Callable[..., Any], *, name: str | None = None
         description=(inspect.getdoc(reward_func) or "").partition("\n")[0],
         score=score,
         origin=getattr(reward_func, "__module__", ""),
+        recreatable=False,
     )
 
 

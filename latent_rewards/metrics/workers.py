@@ -32,13 +32,21 @@ class MetricWorkers:
         num_workers: N, at least 1.
         timeout: seconds a metric may take for one batch; the child that takes longer is killed.
         startup_timeout: seconds a child may take to start and make the metrics, which includes importing torch.
+        sources: ``{name: what create_metric made the metric of}``, where that is known; it makes again also what a
+            registered function gets elsewhere, such as from :func:`~latent_rewards.metrics.http_metric`.
 
     Raises:
         ConfigError: a number is out of range, or a metric cannot be made by another process.
     """
 
     def __init__(
-        self, metrics: Mapping[str, Any], num_workers: int, *, timeout: float, startup_timeout: float = 120.0
+        self,
+        metrics: Mapping[str, Any],
+        num_workers: int,
+        *,
+        timeout: float,
+        startup_timeout: float = 120.0,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
         if num_workers < 1:
             raise ConfigError(f"num_workers must be at least 1 here; got {num_workers}")
@@ -53,7 +61,10 @@ class MetricWorkers:
                 )
         self.num_workers = num_workers
         self._fingerprints = {name: str(metric.fingerprint) for name, metric in metrics.items()}
-        recipes = [recipe_of(metric) for metric in metrics.values()]
+        sources = sources or {}
+        recipes = [
+            recipe_of(metric if metric.recreatable else sources.get(name, metric)) for name, metric in metrics.items()
+        ]
         self._make_child = lambda: MetricChild(recipes, timeout, startup_timeout)
         self._slots = {name: slot for slot, name in enumerate(metrics)}
         self._running: _Running | None = None

@@ -1,5 +1,6 @@
 """Decoding and scoring: in chunks, in this process or in workers, with or without a cache, always the same numbers."""
 
+import importlib
 import threading
 import time
 import warnings
@@ -8,11 +9,26 @@ import pytest
 import torch
 
 from latent_rewards.collect import collect_rewards
+from latent_rewards.collect_command import make_oracle
 from latent_rewards.contracts import ConfigError, DataError, MetricCrashError, MetricError, MetricOutputError
-from latent_rewards.metrics import create_metric
+from latent_rewards.metrics import create_metric, registry
 from latent_rewards.oracle import MetricOracle
 
 METRICS = {"level": "toys_of_tests:level", "size": "compression.jpeg_size", "words": "toys_of_tests:words"}
+
+JUDGE = """
+import sys
+from latent_rewards.metrics import command_metric, register_metric
+
+PROGRAM = (
+    "import json, sys; clips = json.load(open(sys.argv[1]))['clips']; "
+    "json.dump({'values': [len(clip['prompt']) for clip in clips]}, open(sys.argv[2], 'w'))"
+)
+
+@register_metric("tests.judge", version="1")
+def judge():
+    return command_metric("judge", [sys.executable, "-S", "-c", PROGRAM, "{request}", "{answer}"], version="1")
+"""
 
 
 class Mean:
@@ -158,6 +174,20 @@ def test_a_metric_that_a_worker_cannot_make_is_no_samples_failure(toys):
         warnings.simplefilter("error")
         collected(toys, MetricOracle(toys.Codec(), {"level": metric}, num_workers=1))
     assert "samples failed" not in str(caught.value)
+
+
+def test_a_judge_works_in_workers_by_the_name_of_a_function_that_returns_it(toys, toy_folder, monkeypatch):
+    (toy_folder / "judges_of_tests.py").write_text(JUDGE)
+    monkeypatch.setattr(registry, "_DEFINITIONS", dict(registry._DEFINITIONS))
+    judges = importlib.import_module("judges_of_tests")
+    scores = MetricOracle(toys.Codec(), ["tests.judge"])(latents(3), ["a", "bb", "ccc"])
+    assert scores["judge"].tolist() == [1.0, 2.0, 3.0]
+    for metrics in (["tests.judge"], {"judge": "tests.judge", "level": "toys_of_tests:level"}):
+        with MetricOracle(toys.Codec(), metrics, num_workers=1, timeout=30.0) as oracle:
+            assert torch.equal(oracle(latents(3), ["a", "bb", "ccc"])["judge"], scores["judge"])
+    make_oracle(toys.Codec(), [("tests.judge", {})], torch.device("cpu"), num_workers=1)  # as the command line does
+    with pytest.raises(ConfigError, match="'judge' cannot be imported by another process.*or use num_workers=0"):
+        MetricOracle(toys.Codec(), [judges.judge()], num_workers=1)
 
 
 def test_the_cache_saves_every_call_and_changes_no_bit(toys, tmp_path):

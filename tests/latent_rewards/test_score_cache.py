@@ -11,7 +11,7 @@ import torch
 
 from latent_rewards.contracts import ConfigError
 from latent_rewards.digests import tensor_digests
-from latent_rewards.metrics import create_metric, register_metric, registry
+from latent_rewards.metrics import command_metric, create_metric, register_metric, registry
 from latent_rewards.score_cache import ScoreCache
 
 
@@ -74,6 +74,9 @@ def test_what_must_not_be_kept_has_no_keys(tmp_path, metric):
     assert cache.keys(metric(batch_invariant=False), ["v"], [""]) is None
     assert cache.keys(create_metric(Stateful(2)), ["v"], [""]) is None
     assert cache.keys(Stateful(2), ["v"], [""]) is None
+    tool = ["true", "{folder}"]
+    assert cache.keys(command_metric("tool", tool, version="1"), ["v"], [""]) is None
+    assert cache.keys(command_metric("tool", tool, version="1", deterministic=True), ["v"], [""]) is not None
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from latent_rewards.contracts import ConfigError, MetricCrashError, MetricError
-from latent_rewards.metrics import create_metric, from_reward_func
+from latent_rewards.metrics import command_metric, create_metric, from_reward_func, http_metric, isolate, registry
+from latent_rewards.metrics.metric import Metric
 from latent_rewards.metrics.workers import MetricWorkers
 
 SOURCE = """
 import os, time
+from latent_rewards.metrics import from_reward_func, register_metric
 
 def pid(videos, *, pause=0.0):
     time.sleep(pause)
@@ -35,8 +37,12 @@ class Scaled:
     def __call__(self, videos):
         return videos.flatten(1).mean(1) * self.scale
 
-def here_only(videos):
-    return videos.flatten(1).mean(1)
+def rewards(prompts, completions):
+    return [float(video.mean()) for video in completions]
+
+@register_metric("workers.rewards", version="1")
+def made_elsewhere(scale=1.0):
+    return from_reward_func(rewards, name="mean reward")
 """
 
 
@@ -47,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     sys.path.insert(0, str(folder))
     yield folder
     sys.path.remove(str(folder))
+    registry._DEFINITIONS.pop("workers.rewards", None)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +127,10 @@ def test_closing_ends_the_work_and_the_children(folder: Path) -> None:
         (lambda: create_metric(__import__("metrics_of_workers").Scaled(3.0)), "cannot be imported by another process"),
         (lambda: lambda videos: videos, "is a function, which cannot be imported"),
         (lambda: create_metric("metrics_of_workers:Scaled", scale=torch.tensor(2.0)), "as JSON"),
+        (lambda: http_metric("judge", "http://127.0.0.1:9/", version="1"), "'judge' cannot be .* register_metric"),
+        (lambda: command_metric("tool", [sys.executable, "{folder}"], version="1"), "'tool' .* or use num_workers=0"),
+        (lambda: from_reward_func(__import__("metrics_of_workers").rewards), "'rewards' cannot be imported"),
+        (lambda: create_metric("metrics_of_workers:made_elsewhere"), "'mean reward' .* the name that is registered"),
     ],
 )
 def test_what_a_worker_cannot_make_is_refused_before_one_starts(folder: Path, make, message: str) -> None:  # noqa: ANN001
@@ -128,10 +139,26 @@ def test_what_a_worker_cannot_make_is_refused_before_one_starts(folder: Path, ma
 
 
 def test_another_metric_of_the_same_name_is_refused(folder: Path) -> None:
-    here_only = __import__("metrics_of_workers").here_only
-    workers = MetricWorkers({"m": from_reward_func(here_only, name="quality.sharpness")}, 1, timeout=1.0)
+    mean = __import__("metrics_of_workers").mean
+    workers = MetricWorkers(
+        {"m": Metric(name="quality.sharpness", score=mean, origin="metrics_of_workers")}, 1, timeout=1.0
+    )
     with pytest.raises(ConfigError, match="'quality.sharpness@0#.* here and 'quality.sharpness@"):
         workers.start()
+
+
+def test_what_a_registered_function_gets_elsewhere_is_made_again_by_its_name(folder: Path) -> None:
+    here = create_metric("metrics_of_workers:made_elsewhere")
+    workers = MetricWorkers({"m": here}, 1, timeout=20.0, sources={"m": "workers.rewards"})
+    try:
+        (values,) = workers.submit(lambda ask: list(ask(["m"], clips(), ["a"] * 3))).result()
+    finally:
+        workers.close()
+    assert torch.equal(values, here(clips(), ["a"] * 3))
+    with isolate("workers.rewards", timeout=20.0) as isolated:
+        assert torch.equal(isolated(clips(), ["a"] * 3), values)
+        with pytest.raises(ConfigError, match="'mean reward' cannot be imported by another process"):
+            MetricWorkers({"m": isolated}, 1, timeout=1.0)
 
 
 def test_numbers_are_checked() -> None:
