@@ -24,13 +24,14 @@ class VideoError(DistillationError, ValueError):
 
 
 def find_videos(folder: str | Path) -> dict[str, Path]:
-    """Return ``{path below the folder: file}`` of a folder's videos, searched through, sorted.
+    """Return ``{path below the folder: file}`` of a folder's videos, searched through, sorted; hidden files are none.
 
     Raises:
         VideoError: there is none.
     """
     root = Path(folder)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(path for path in found if not path.name.startswith("."))
     if not files:
         raise VideoError(f"{root} holds no video; looked for {', '.join(SUFFIXES)}")
     return {file.relative_to(root).as_posix(): file for file in files}

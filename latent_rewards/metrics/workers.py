@@ -63,7 +63,8 @@ class MetricWorkers:
         self._fingerprints = {name: str(metric.fingerprint) for name, metric in metrics.items()}
         sources = sources or {}
         recipes = [
-            recipe_of(metric if metric.recreatable else sources.get(name, metric)) for name, metric in metrics.items()
+            recipe_of(metric if getattr(metric, "recreatable", True) else sources.get(name, metric))
+            for name, metric in metrics.items()
         ]
         self._make_child = lambda: MetricChild(recipes, timeout, startup_timeout)
         self._slots = {name: slot for slot, name in enumerate(metrics)}

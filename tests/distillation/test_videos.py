@@ -91,7 +91,7 @@ def test_what_is_no_clip_is_not_written(tmp_path, video, fps, message):
 
 
 def test_videos_are_found_below_and_sorted(tmp_path):
-    for name in ("b/2.MP4", "a.webm", "b/1.mp4", "c.txt"):
+    for name in ("b/2.MP4", "a.webm", "b/1.mp4", "c.txt", "b/._1.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert list(find_videos(tmp_path)) == ["a.webm", "b/1.mp4", "b/2.MP4"]
