@@ -120,6 +120,7 @@ class ProxyReward:
         self.normalize_groups = normalize_groups
         self.proxy, self.pessimism, self.cap, self.micro_batch = proxy, pessimism, cap, micro_batch
         self.reward: Reward = reward if reward is not None else (lambda values: values[names[0]])
+        self._compares = reward is not None
         self.needs_reference: bool = getattr(reward, "needs_reference", False)
         self.falling = {name for name, weight in getattr(reward, "weights", {}).items() if weight < 0}
 
@@ -151,12 +152,13 @@ class ProxyReward:
         """Return the reward ``[N]`` and the pessimistic, capped scores ``{name: [N]}`` it was made of.
 
         A reward that differs between samples takes it from their ``condition``, of B samples: ``[i]`` belongs to
-        sample ``i % B``. Any other sees the samples of all ``ranks``, each of which must call this.
+        sample ``i % B``. Any other may compare samples, and so sees those of all ``ranks``, each of which must call
+        this.
         """
         scores = self.scores(latents, prompts)
         if condition is not None and isinstance(self.reward, ConditionedReward):
             return self.reward.given(condition, len(latents) // len(condition))(scores), scores
-        return _of_all(scores, self.reward, ranks), scores
+        return _of_all(scores, self.reward, ranks if self._compares else ALONE), scores
 
     def normalized(self, total: Tensor, scores: Mapping[str, Tensor], repeats: int) -> Tensor:
         """Return what advantages are taken of, ``[N]``: the reward, or the sum of rewards normalised by group.

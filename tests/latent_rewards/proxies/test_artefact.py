@@ -73,7 +73,9 @@ def test_a_damaged_file_is_named(stored, name, fault):
     if fault == "missing":
         file.unlink()
     else:
-        file.write_bytes(content[:-7] if fault == "truncated" else content[:-9] + b"\x00" + content[-8:])
+        file.write_bytes(
+            content[:-7] if fault == "truncated" else content[:-9] + bytes([content[-9] ^ 255]) + content[-8:]
+        )
     with pytest.raises(CheckpointError, match=name):
         RewardProxy.from_pretrained(stored)
 
