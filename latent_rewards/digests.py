@@ -54,12 +54,7 @@ def source_digest(target: object) -> str:
     Those are what a function's closure captured, a partial's arguments and an object's attributes. "0" where there is
     no source to read.
     """
-    if isinstance(target, functools.partial):
-        return _marked(_source(target.func), _held(target))
-    return _marked(_source(target), _held(target))
-
-
-def _marked(source: str, held: Any) -> str:  # noqa: ANN401
+    source, held = _source(target), _held(target)
     return f"{source}-{value_digest(held)[:8]}" if held else source
 
 
@@ -73,7 +68,7 @@ def _source(target: object) -> str:
 
 def _held(target: object) -> Any:  # noqa: ANN401
     if isinstance(target, functools.partial):
-        return [_held(target.func), target.args, target.keywords]
+        return [target.func, target.args, target.keywords]
     if inspect.ismethod(target):
         return target.__self__
     if inspect.isfunction(target):

@@ -70,6 +70,8 @@ def test_a_function_that_holds_nothing_is_its_source():
     assert source_digest(power).startswith("source-") and source_digest(power).count("-") == 1
     assert source_digest(power) != source_digest(other)
     assert source_digest(functools.partial(power, exponent=2)) != source_digest(functools.partial(other, exponent=2))
+    nested = [functools.partial(above(made), exponent=2) for made in (power, other)]
+    assert source_digest(nested[0]) != source_digest(nested[1])
     assert source_digest(len) == "0"
 
 

@@ -12,7 +12,7 @@ from latent_rewards.lro.pareto import PreferredReward, WeightConditioned
 from latent_rewards.lro.sampling import SampleSource
 from latent_rewards.lro.trainers import DifferentiableRewardTrainer, ReinforceTrainer
 from latent_rewards.rollout import rollout
-from latent_rewards.training.checkpoint import CheckpointError
+from latent_rewards.training.checkpoint import CheckpointError, FolderInUseError
 from latent_rewards.training.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:no oracle", "ignore:one reward and no holdout")
@@ -173,6 +173,14 @@ def test_it_is_stored_and_found_again(conditioned, rows, tmp_path):
     (tmp_path / "front" / "preferences.json").write_text("{}")
     with pytest.raises(CheckpointError, match="differs from the manifest"):
         WeightConditioned.from_pretrained(Body(rows), tmp_path / "front")
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(conditioned, tmp_path):
+    conditioned().save_pretrained(tmp_path / "front")
+    conditioned().save_pretrained(tmp_path / "front")
+    with pytest.raises(FolderInUseError, match="give a new folder"):
+        conditioned().save_pretrained(tmp_path)
+    assert (tmp_path / "front").is_dir()
 
 
 def test_mistakes_are_named(conditioned, rows, linear_policy):
