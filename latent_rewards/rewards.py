@@ -8,7 +8,7 @@ whole, which the advantages exclude.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -112,6 +112,28 @@ class WeightedSum:
     def __repr__(self) -> str:
         """Return the constructor call."""
         return f"WeightedSum({self.weights}, normalize={self.normalize!r})"
+
+
+def combined(
+    names: Sequence[str], weights: Sequence[tuple[str, float]] | None, falling: Collection[str] = ()
+) -> WeightedSum | None:
+    """Return the weighted sum of several rewards in standard deviations, or None for a proxy that has one.
+
+    Args:
+        names: of the proxy's rewards.
+        weights: of those that count; None is 1 for each, and -1 for those that should fall.
+        falling: names of the latter.
+
+    Raises:
+        ConfigError: a weight names no reward of the proxy.
+    """
+    for name, _ in weights or ():
+        if name not in names:
+            raise ConfigError(unknown_name("reward", name, names))
+    if len(names) == 1 and not weights and not falling:
+        return None
+    chosen = dict(weights) if weights else {name: -1.0 if name in falling else 1.0 for name in names}
+    return WeightedSum(chosen, normalize="zscore" if len(names) > 1 else None)
 
 
 def _zscore(rows: Tensor) -> Tensor:

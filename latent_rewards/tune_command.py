@@ -17,19 +17,18 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_rewards.collect_command import POLICIES, codec_of, load_stored, make_oracle, prompt_lines
-from latent_rewards.contracts import ConfigError, DataError, unknown_name
+from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.training.flags import SettingsParser, chosen_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from latent_rewards.lro.trainers import LatentRewardTrainer, TrainResult
-    from latent_rewards.rewards import WeightedSum
 
 DECIDED = ("output_dir", "progress")
 """Settings that the command decides."""
@@ -134,6 +133,7 @@ def make_trainer(options: argparse.Namespace) -> LatentRewardTrainer:
     from latent_rewards.dataset import RewardDataset
     from latent_rewards.lro import DifferentiableRewardTrainer, LROConfig, ReinforceTrainer
     from latent_rewards.proxies import RewardProxy
+    from latent_rewards.rewards import combined
     from latent_rewards.training.devices import join_launch
 
     settings = {"progress": sys.stderr.isatty(), **chosen_settings(options, LROConfig)}
@@ -185,30 +185,6 @@ def lower_is_better(specs: Sequence[tuple[str, dict[str, Any]]]) -> set[str]:
     known = {*list_metrics()}
     found = [spec for spec in specs if spec[0] in known or ":" in spec[0]]
     return {metric_label(name, options) for name, options in found if not metric_info(name).higher_is_better}
-
-
-def combined(
-    names: Sequence[str], weights: Sequence[tuple[str, float]] | None, falling: Collection[str] = ()
-) -> WeightedSum | None:
-    """Return the weighted sum of several rewards in standard deviations, or None for a proxy that has one.
-
-    Args:
-        names: of the proxy's rewards.
-        weights: of those that count; None is 1 for each, and -1 for those that should fall.
-        falling: names of the latter.
-
-    Raises:
-        ConfigError: a weight names no reward of the proxy.
-    """
-    from latent_rewards.rewards import WeightedSum
-
-    for name, _ in weights or ():
-        if name not in names:
-            raise ConfigError(unknown_name("reward", name, names))
-    if len(names) == 1 and not weights and not falling:
-        return None
-    chosen = dict(weights) if weights else {name: -1.0 if name in falling else 1.0 for name in names}
-    return WeightedSum(chosen, normalize="zscore" if len(names) > 1 else None)
 
 
 def told(result: TrainResult) -> list[str]:

@@ -28,6 +28,7 @@ import latent_rewards as lr
 from distillation.families import Teacher
 from distillation.families.export import load_student
 from distillation.vsd import VSDAnchor
+from latent_rewards.rewards import combined
 from latent_rewards.training.devices import join_launch
 from latent_rewards.training.run_folder import RunFolder
 from latent_rewards.training.settings import SettingsError, read_settings
@@ -239,12 +240,9 @@ class Dollar:
 
     def reward(self) -> lr.WeightedSum | None:
         """Return the weighted sum of several metrics, or None for a single one that should rise."""
-        falling, names = self.oracle.lower_is_better, self.config.metrics
-        if len(names) == 1 and self.config.weights is None and not falling:
-            return None
-        weights = self.config.weights or [-1.0 if name in falling else 1.0 for name in names]
-        normalize: Any = "zscore" if len(names) > 1 else None
-        return lr.WeightedSum(dict(zip(names, weights, strict=True)), normalize=normalize)
+        names, weights = self.config.metrics, self.config.weights
+        pairs = None if weights is None else list(zip(names, weights, strict=True))
+        return combined(names, pairs, self.oracle.lower_is_better)
 
     def anchor(self, student: ds.FewStepStudent) -> VSDAnchor:
         """Return a VSD anchor whose fake score has seen the student's samples."""

@@ -163,6 +163,7 @@ def test_a_metric_that_holds_another_value_is_another_metric(tmp_path):
     latents = torch.randn(2, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     for threshold in (0.2, 0.6):
         metric = create_metric(above(threshold))
+        assert not metric.origin, "no import brings back what a function captured"
         oracle = MetricOracle(Bounded(), {"above": metric}, cache_dir=tmp_path / "cache")
         assert torch.equal(oracle(latents, ["a"] * 2)["above"], metric(Bounded().decode(latents)))
 

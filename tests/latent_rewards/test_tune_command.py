@@ -12,7 +12,8 @@ from latent_rewards.contracts import ConfigError
 from latent_rewards.lro import LROConfig
 from latent_rewards.metrics import registry
 from latent_rewards.proxies import RewardProxy
-from latent_rewards.tune_command import DECIDED, combined, lower_is_better
+from latent_rewards.rewards import combined
+from latent_rewards.tune_command import DECIDED, lower_is_better
 
 LOADERS = '''
 import json
