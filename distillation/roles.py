@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from distillation.denoiser import Denoiser, Prediction
 from distillation.errors import DistillationConfigError
 from distillation.schedule import Schedule
+from latent_rewards.training.activations import checkpoint_activations
 from latent_rewards.training.precision import widened
 
 RoleName = Literal["student", "fake_score", "target"]
@@ -307,14 +308,11 @@ def save_activations(roles: Roles, trained: Mapping[str, nn.Module]) -> None:
     """
     shared = roles if isinstance(roles, SharedBase) else None
     for name, network in trained.items():
-        modules: Any = (shared.teacher if shared else network).modules()
-        able = [module for module in modules if getattr(module, "_supports_gradient_checkpointing", False)]
-        if not able:
+        base = shared.teacher if shared else network
+        if checkpoint_activations(base, *([shared.checkpoint] if shared else [])) is None:
             raise DistillationConfigError(
                 f"gradient_checkpointing: the {name} has no diffusers network that supports it; set it to false"
             )
-        for module in able:
-            module.enable_gradient_checkpointing(*([shared.checkpoint] if shared else []))
 
 
 def _inject(denoiser: nn.Module, rank: int, targets: Sequence[str] | None) -> list[Any]:

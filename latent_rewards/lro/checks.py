@@ -6,14 +6,16 @@ And a warning where nothing would tell that the policy exploits its reward.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from latent_rewards.contracts import ConfigError, Oracle, Reward
+from latent_rewards.contracts import ConfigError, Oracle, Policy, Reward
 from latent_rewards.lro.sampling import Batch
 from latent_rewards.lro.scoring import Proxy
 from latent_rewards.rollout import Trajectory, Transitions, gaussian_kl, gaussian_log_ratio
+from latent_rewards.training.activations import checkpoint_activations
 from latent_rewards.training.loop import NonFiniteError
 
 RATIO_TOLERANCE = 1e-2
@@ -22,6 +24,31 @@ RATIO_TOLERANCE = 1e-2
 
 class OffPolicyError(RuntimeError):
     """The policy's forward with gradient differs from the one that sampled, so log-probabilities are not its own."""
+
+
+def as_module(policy: Policy) -> nn.Module:
+    """Return a policy as the module that it is.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(policy, nn.Module):
+        raise ConfigError(f"the policy must be an nn.Module; got {type(policy).__name__}")
+    return policy
+
+
+def checkpointed(module: nn.Module) -> list[Any]:
+    """Switch activation checkpointing on, and return the networks in which it was off.
+
+    Raises:
+        ConfigError: no network of the module can do it.
+    """
+    were_off = checkpoint_activations(module)
+    if were_off is None:
+        raise ConfigError(
+            f"gradient_checkpointing: {type(module).__name__} has no diffusers network that can; set it to False"
+        )
+    return were_off
 
 
 def describe(batch: Batch, rows: list[int]) -> str:

@@ -10,6 +10,7 @@ from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.lro.advantages import ScaleRewards
 from latent_rewards.lro.guard import MIN_REFRESH_QUERIES
 from latent_rewards.training.loop import LoopConfig, warmup_cosine
+from latent_rewards.training.settings import check_types
 
 SCORE_ESTIMATORS = ("reinforce", "smoothed")
 GRADIENT_ESTIMATORS = ("hybrid", "pathwise")
@@ -31,6 +32,8 @@ class LROConfig:
         adapter_rank: train LoRA adapters of that rank in every linear layer of the policy in place of its weights, to
             which they are added when the run ends; wants a larger learning rate. The KL's reference is then the policy
             without them and takes no memory. None trains what asks for gradients.
+        gradient_checkpointing: keep the inputs of the policy's blocks only, and compute the rest again in the backward
+            pass: slower, and much smaller. The policy is, or holds, a diffusers network. Off again after the run.
         num_iterations: optimiser steps per rollout; above 1 each step's probability ratio is clipped.
         epsilon: clip range of that ratio, in (0, 1).
         step_counts: numbers of sampling steps; one is drawn for each update.
@@ -115,6 +118,7 @@ class LROConfig:
     prompts_per_update: int = 8
     num_generations: int = 4
     adapter_rank: int | None = None
+    gradient_checkpointing: bool = False
     num_iterations: int = 1
     epsilon: float = 0.2
     step_counts: list[int] = field(default_factory=lambda: [4])
@@ -167,6 +171,7 @@ class LROConfig:
         Raises:
             ConfigError: a value is out of range; the message names the field.
         """
+        check_types(self, ConfigError)
         self.step_counts = _checked_step_counts(self.step_counts)
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
@@ -349,6 +354,7 @@ class StartedWith:
 _MAY_CHANGE = frozenset(
     (
         "num_updates",
+        "gradient_checkpointing",
         "micro_batch",
         "patience",
         "max_queries",

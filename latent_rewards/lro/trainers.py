@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from latent_rewards.contracts import Anchor, ConfigError, Oracle, Policy, Prompt, Reward, check_prompts
 from latent_rewards.dataset import RewardDataset
-from latent_rewards.lro import estimators
+from latent_rewards.lro import checks, estimators
 from latent_rewards.lro.adapters import Adapters, removed_on_error
-from latent_rewards.lro.checks import check_direction, check_finite, check_on_policy, describe, warn_of_exploitation
 from latent_rewards.lro.config import GRADIENT_ESTIMATORS, SCORE_ESTIMATORS, LROConfig, StartedWith
 from latent_rewards.lro.gradients import GradientAggregation
 from latent_rewards.lro.guard import Floors, Guard, RefreshSchedule
@@ -83,13 +82,14 @@ class LatentRewardTrainer:
         self.policy, self.oracle, self.holdout = policy, oracle, holdout
         self.anchor, self.callbacks = anchor, tuple(callbacks)
         check_fingerprints(oracle, proxy, dataset)
-        check_direction(proxy, reward, oracle)
+        checks.check_direction(proxy, reward, oracle)
         listed = check_prompts(prompts)
         for count in config.step_counts:
             policy.timesteps(count)
-        module = _as_module(policy)
+        module = checks.as_module(policy)
         self.adapters = None if config.adapter_rank is None else Adapters(module, config.adapter_rank, config.seed)
         with removed_on_error(self.adapters):
+            self.checkpointed = checks.checkpointed(module) if config.gradient_checkpointing else []
             self.scoring = ProxyReward(proxy, reward, **config.scoring_settings())
             self.aggregation = None
             if config.gradient_aggregation is not None:
@@ -106,7 +106,7 @@ class LatentRewardTrainer:
             self.refresher = None
             if oracle is not None:
                 self.refresher = Refresher(self.scoring, oracle, dataset, self.guard, **config.refresh_settings())
-            warn_of_exploitation(proxy, oracle, holdout)
+            checks.warn_of_exploitation(proxy, oracle, holdout)
             widened_to_train(module)  # its reference is a copy
             charged, compared = reference is not None or config.beta > 0, self.scoring.needs_reference
             others = {"moves": config.sync_ref_model, "new_adapters": self.adapters is not None}
@@ -131,10 +131,12 @@ class LatentRewardTrainer:
             NonFiniteError: a sample, reward, loss or gradient is not finite; parameters are as before that update.
             OffPolicyError: the policy does not repeat its own rollout (dropout, for instance).
         """
-        _as_module(self.policy).eval()
+        checks.as_module(self.policy).eval()
         history = self.loop.run(self._step)
         self._evaluate_holdout(self.loop.step)
         self.guard.rollback()
+        for part in self.checkpointed:
+            part.disable_gradient_checkpointing()
         if self.adapters is not None:
             self.adapters.merge()
         return TrainResult(
@@ -193,7 +195,7 @@ class LatentRewardTrainer:
             logs |= self.refresher.refresh(step, candidates, due)
         batch = self._draw_batch(step)
         trajectory = self._rollout(batch)
-        check_finite("latents", trajectory.final.flatten(1).sum(1), step, batch)
+        checks.check_finite("latents", trajectory.final.flatten(1).sum(1), step, batch)
         set_learning_rate(self.loop.optimizers["policy"], config.learning_rate_at(step))
         for iteration in range(config.num_iterations):
             loss, parts = self._loss(step, iteration, batch, trajectory)
@@ -220,7 +222,7 @@ class LatentRewardTrainer:
         with self.loop.accelerator.autocast():
             chain, charge = self._chain(trajectory), None
             if chain is not None and iteration == 0:
-                check_on_policy(step, trajectory, chain.transitions, config.head_std)
+                checks.check_on_policy(step, trajectory, chain.transitions, config.head_std)
             if chain is not None and self.penalty is not None:
                 charge = Charge(self.penalty, step, iteration, batch, trajectory, chain)
             reward = self._reward_function(step, batch, logs)
@@ -285,7 +287,7 @@ class LatentRewardTrainer:
             with torch.autocast(latents.device.type, enabled=False):
                 total, scores = self.scoring(latents, batch.prompts * repeats, batch.condition, self.loop.ranks)
             per_sample = total.detach().view(repeats, -1).mean(dim=0)
-            check_finite("reward", per_sample, step, batch)
+            checks.check_finite("reward", per_sample, step, batch)
             logs["reward"] = float(per_sample.mean())
             logs["reward_std"] = float(per_sample.std(correction=min(1, len(per_sample) - 1)))
             logs.update({f"rewards/{name}/mean": float(score.detach().mean()) for name, score in scores.items()})
@@ -300,7 +302,7 @@ class LatentRewardTrainer:
             return self.loop.update("policy", loss)
         except NonFiniteError as error:
             everyone = list(range(len(batch.prompts)))
-            raise NonFiniteError(f"{error}; the update's samples: {describe(batch, everyone)}") from error
+            raise NonFiniteError(f"{error}; the update's samples: {checks.describe(batch, everyone)}") from error
 
     @torch.no_grad()
     def _rollout(self, batch: Batch) -> Trajectory:
@@ -390,9 +392,3 @@ class DifferentiableRewardTrainer(LatentRewardTrainer):
         if self.estimator == "pathwise":
             return estimators.pathwise(self.policy, trajectory, reward, last_k=self.config.last_k, **shared)
         return estimators.hybrid(self.policy, trajectory, reward, epsilon=self._epsilon(), **shared)
-
-
-def _as_module(policy: Policy) -> nn.Module:
-    if not isinstance(policy, nn.Module):
-        raise ConfigError(f"the policy must be an nn.Module; got {type(policy).__name__}")
-    return policy
