@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from distillation.errors import DistillationConfigError
+from latent_rewards.training.settings import check_types
 
 FREE_SETTINGS = frozenset(
     "output_dir log_with log_every checkpoint_every progress device gradient_checkpointing".split()
@@ -17,11 +19,18 @@ _CD_ONLY = frozenset(
     "num_timesteps curriculum solver_steps huber_c cd_weight cd_guidance_scale cd_learning_rate cd_ema_decay".split()
     + ["cd_max_time", "cd_on_samples", "cd_keep_weight"]
 )
+_VSD_ONLY = frozenset(
+    "fake_learning_rate fake_updates time_shift adversarial_weight discriminator_weight adversarial_block".split()
+    + ["r1_weight", "r1_sigma"]
+)
 _FREE = {
     "vsd": _OUTSIDE | _CD_ONLY | {"vsd_steps"},
     "cd": _OUTSIDE | {"cd_weight"},
     "joint": _OUTSIDE | {"vsd_steps", "cd_learning_rate", "cd_ema_decay", "cd_keep_weight"},
+    "image_cd": _OUTSIDE | _VSD_ONLY | {"vsd_steps", "cd_weight", "image_steps"},
+    "clip_cd": _OUTSIDE | _VSD_ONLY | {"vsd_steps", "cd_weight"},
 }
+_LENGTHS = {"cd": "cd_steps", "clip_cd": "cd_steps", "image_cd": "image_steps"}
 
 
 @dataclass
@@ -145,7 +154,8 @@ class DistillationConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check types and ranges."""
+        check_types(self, DistillationConfigError)
         self.step_counts = list(self.step_counts)
         if self.schedule not in ("sequential", "joint"):
             raise DistillationConfigError(f"schedule must be 'sequential' or 'joint'; got {self.schedule!r}")
@@ -191,6 +201,11 @@ class DistillationConfig:
             raise DistillationConfigError(
                 f"adversarial_weight = {self.adversarial_weight} has no effect: its discriminator reads VSD's fake "
                 f"score, and the stages are {', '.join(self.stages)}; set it to 0, or train with VSD"
+            )
+        if self.cd_keep_weight and self.schedule == "joint":
+            raise DistillationConfigError(
+                f"cd_keep_weight = {self.cd_keep_weight} has no effect in the joint schedule, which has no student to "
+                "stay at; take schedule 'sequential', or leave it 0"
             )
         if self.cd_keep_weight and self.cd_max_time == 1:
             raise DistillationConfigError(
@@ -242,17 +257,21 @@ class SettingsGuard:
 
     Args:
         config: the settings of this run.
-        stage: its name; for "vsd", "cd" and "joint" the settings they do not depend on are left out (CD starts where
-            VSD ended, so it depends on those of VSD too), for others only those that change no weights.
+        stage: its name; the settings that "vsd", "cd", "joint" and the stages of decoupled CD do not depend on are left
+            out (CD starts where VSD ended, so it depends on those of VSD too, if there was VSD), for others only those
+            that change no weights.
+        facts: what else decides the weights, by name: numbers, texts and containers of these.
     """
 
-    def __init__(self, config: DistillationConfig, stage: str) -> None:
+    def __init__(self, config: DistillationConfig, stage: str, facts: Mapping[str, Any] | None = None) -> None:
         # Where the learning rate or the gap of CD falls, the length of the stage decides how fast.
         paced = config.learning_rate_floor < 1 or (config.curriculum and stage != "vsd")
-        length = {"cd_steps" if stage in ("cd", "clip_cd") else "vsd_steps"} if paced else set()
-        free = _FREE.get(stage, _OUTSIDE) - length
+        free = _FREE.get(stage, _OUTSIDE) - ({_LENGTHS.get(stage, "vsd_steps")} if paced else set())
+        if stage == "cd" and not config.vsd_steps:
+            free |= _VSD_ONLY
         self.settings = {name: value for name, value in asdict(config).items() if name not in free}
-        self._defaults = asdict(type(config)())
+        self.settings |= facts or {}
+        self._defaults = {**self.settings, **asdict(type(config)())}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings."""
@@ -260,6 +279,8 @@ class SettingsGuard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare with the stored settings; one that the checkpoint does not know yet had its default's effect.
+
+        Facts that it does not know are not compared.
 
         Raises:
             DistillationConfigError: one differs; the message names it and both values.

@@ -112,6 +112,7 @@ def consistency_pair(
     s: Tensor,
     *,
     guidance_scale: float | Tensor = 1.0,
+    guidance_start: float = 0.0,
     negative: Any = None,  # noqa: ANN401 - any Condition
     solver_steps: int = 1,
 ) -> tuple[Tensor, Tensor]:
@@ -128,6 +129,7 @@ def consistency_pair(
         t: [] or [B], in (0, 1].
         s: like t, smaller; 0 is data.
         guidance_scale: w in ``u + w (c - u)``, a number or [B].
+        guidance_start: time below which the teacher's steps are not guided; needs a number for w.
         negative: the condition u; needed unless ``guidance_scale`` is 1.
         solver_steps: ODE steps from t to s, equal in time.
     """
@@ -135,7 +137,8 @@ def consistency_pair(
     with torch.no_grad():
         x_t = add_noise(schedule, x0, noise, t)
         times = [*(t + (s - t) * step / solver_steps for step in range(solver_steps)), s]
-        x_s = follow_ode(teacher, x_t, times, condition, guidance_scale=guidance_scale, negative=negative)
+        guidance: dict[str, Any] = {"guidance_scale": guidance_scale, "guidance_start": guidance_start}
+        x_s = follow_ode(teacher, x_t, times, condition, **guidance, negative=negative)
         aim = consistency_function(target, x_s, s, condition)
     return consistency_function(student, x_t, t, condition), aim
 
@@ -166,6 +169,7 @@ def consistency_loss(
     s: Tensor,
     *,
     guidance_scale: float | Tensor = 1.0,
+    guidance_start: float = 0.0,
     negative: Any = None,  # noqa: ANN401 - any Condition
     solver_steps: int = 1,
     huber_c: float = 1e-3,
@@ -182,6 +186,7 @@ def consistency_loss(
         t: [] or [B].
         s: like t, smaller.
         guidance_scale: w.
+        guidance_start: of it.
         negative: u.
         solver_steps: teacher steps from t to s.
         huber_c: width of the quadratic part of the loss, in latent units.
@@ -196,6 +201,7 @@ def consistency_loss(
         t,
         s,
         guidance_scale=guidance_scale,
+        guidance_start=guidance_start,
         negative=negative,
         solver_steps=solver_steps,
     )

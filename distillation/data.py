@@ -66,6 +66,11 @@ class DistillationData:
             self.prompts = list(source)
             self.condition, self.rows = _encode_distinct(source, encode)
             negatives = [{**prompt, "prompt": ""} if isinstance(prompt, dict) else "" for prompt in source]
+        elif isinstance(source, Tensor):
+            raise DistillationConfigError(
+                f"a tensor {list(source.shape)} is neither prompts nor a condition; latents go with their prompts, as "
+                "(latents, prompts), or (latents, None) for an unconditional model"
+            )
         elif isinstance(source, Condition) and not isinstance(source, str):
             self.condition, self.rows = source, torch.arange(len(source))
             negatives = [""] * len(source)

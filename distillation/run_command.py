@@ -187,6 +187,8 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     settings = read_settings(options.config, known)
     chosen = chosen_settings(options, known["distillation"])
     settings["distillation"] = dataclasses.replace(settings["distillation"], **chosen)
+    if "device" in chosen:
+        settings["teacher"] = dataclasses.replace(settings["teacher"], device=chosen["device"])
     if settings["distillation"].output_dir is None:
         raise DistillationConfigError("no output folder; set output_dir in the section distillation, or --output-dir")
     return settings

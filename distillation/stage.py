@@ -6,6 +6,7 @@ sample), so that neither the number of processes nor a kill changes one.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from distillation.data import Batch, DistillationData
 from distillation.errors import DistillationConfigError
 from distillation.roles import Roles, roles_of, save_activations
 from distillation.student import FewStepStudent
+from distillation.temporal import neighbouring_frames
 from distillation.vsd import adamw, sample_times, trainable
 from latent_rewards.training.devices import join_launch, moved
 from latent_rewards.training.loop import (
@@ -95,8 +97,26 @@ def prepare(
         )
     if data.latents is None:
         first = data.batch(torch.zeros(1, dtype=torch.long), "cpu")
-        return Setup(config, student, roles, data, tuple(student.latent_shape(first.condition)))
-    return Setup(config, student, roles, data, tuple(data.latents.shape[1:]))
+        shape = tuple(student.latent_shape(first.condition))
+    else:
+        shape = tuple(data.latents.shape[1:])
+    if config.temporal_weight or config.feature_weight or config.correspondence_weight:
+        neighbouring_frames(torch.empty((1, *shape), device="meta"), mask_first=config.causal_first_frame)
+    return Setup(config, student, roles, data, shape)
+
+
+def facts(setup: Setup) -> dict[str, Any]:
+    """Return what decides the weights beside the settings: the student's chains, and what is trained on."""
+    student, data = setup.student, setup.data
+    found: dict[str, Any] = {
+        "timesteps": {str(count): [float(t) for t in grid] for count, grid in student.grids.items()},
+        "eta": float(student.eta),
+        "number of prompts": len(data),
+        "number of latents": 0 if data.latents is None else len(data.latents),
+    }
+    if data.prompts is not None and all(isinstance(prompt, str) for prompt in data.prompts):
+        found["prompts"] = "sha256 " + hashlib.sha256("\0".join(data.prompts).encode()).hexdigest()[:16]
+    return found
 
 
 @dataclass(frozen=True)
@@ -154,7 +174,7 @@ class Stage:
         )
         self.teacher.to(self.loop.device)
         self.ema = Ema(network, ema_decay, average=setup.roles.target())
-        self.loop.stateful.update(ema=self.ema, settings=SettingsGuard(self.config, name))
+        self.loop.stateful.update(ema=self.ema, settings=SettingsGuard(self.config, name, facts(setup)))
         wide = any(parameter.dtype == torch.float64 for parameter in network.parameters())
         self.dtype = torch.float64 if wide else torch.float32
         self.indices = self.loop.ranks.part(self.config.batch_size)

@@ -261,7 +261,8 @@ class DistillationStage(Stage):
             self.draw_noise(step, "cd"),
             t,
             s,
-            guidance_scale=limited_guidance(config.cd_guidance, t, config.guidance_start),
+            guidance_scale=config.cd_guidance,
+            guidance_start=config.guidance_start,
             negative=batch.negative,
             solver_steps=config.solver_steps,
         )

@@ -8,6 +8,7 @@ arXiv 2405.14867). Without the fake score this would be score distillation sampl
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from distillation.errors import ConditionError, DistillationConfigError, StepCou
 from distillation.roles import trains_nothing
 from distillation.schedule import add_noise, shift_time, working_dtype
 from distillation.student import FewStepStudent, check_noise
+from latent_rewards.training.loop import NonFiniteError
 from latent_rewards.training.precision import widened_to_train
 from latent_rewards.training.randomness import sample_index, sample_noise, sample_uniform
 from latent_rewards.training.ranks import current_ranks
@@ -303,14 +305,21 @@ class VSDAnchor:
         return x, exit_step
 
     def after_step(self) -> None:
-        """Train the fake score on the samples seen since the last call."""
+        """Train the fake score on the samples seen since the last call.
+
+        Raises:
+            NonFiniteError: a gradient is NaN or infinite; the fake score is kept as it was.
+        """
         for update in range(self.fake_updates if self._samples else 0):
             x, condition = self._samples[update % len(self._samples)]
             t, noise = self._draw(f"anchor/fake/{update}", x)
             fake_score_loss(x, self.fake_score, condition, t, noise).backward()
             parameters = self.optimizer.param_groups[0]["params"]
             current_ranks().average_gradients(parameters)
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = float(nn.utils.clip_grad_norm_(parameters, 1.0))
+            if not math.isfinite(norm):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise NonFiniteError(f"anchor: gradient norm {norm} of the fake score at step {self.step}; it is kept")
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self._samples.clear()

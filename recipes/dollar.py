@@ -31,7 +31,7 @@ from distillation.vsd import VSDAnchor
 from latent_rewards.rewards import combined
 from latent_rewards.training.devices import join_launch
 from latent_rewards.training.run_folder import RunFolder
-from latent_rewards.training.settings import SettingsError, read_settings
+from latent_rewards.training.settings import SettingsError, check_types, read_settings
 from recipes.anchor import AnchorConfig, warm_anchor
 from recipes.page import REPORT, write_report
 from recipes.prompted import Benchmark, PromptBenchmark, split_prompts
@@ -91,6 +91,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what can be checked before any work."""
+        check_types(self, SettingsError)
         lowest = dict.fromkeys(("num_queries", "num_steps", "num_eval_prompts", "batch_size"), 1)
         if self.world == "moving_digits":
             lowest |= {"num_prompts": 1, "num_latents": 0}

@@ -20,6 +20,7 @@ from distillation.data import Batch
 from distillation.errors import DistillationConfigError
 from distillation.stage import TeacherModel, prepare
 from distillation.student import FewStepStudent
+from distillation.terms import TemporalTerms
 from distillation.trainer import DistillationResult, DistillationStage
 
 
@@ -39,10 +40,10 @@ class DecoupledConfig(DistillationConfig):
     temporal_parameters: list[str] = field(default_factory=lambda: [".attn1."])
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check types and ranges."""
+        super().__post_init__()
         if self.image_steps < 1:
             raise DistillationConfigError(f"image_steps must be at least 1; got {self.image_steps}")
-        super().__post_init__()
 
     @property
     def stages(self) -> dict[str, int]:
@@ -60,8 +61,8 @@ class DecoupledTrainer:
         config: see :class:`DecoupledConfig`.
 
     Raises:
-        DistillationConfigError: no parameter of the student is called like ``temporal_parameters``, or ``adapter_rank``
-            is set; or see :class:`~distillation.trainer.DistillationTrainer`.
+        DistillationConfigError: no parameter of the student is called like ``temporal_parameters``, or none of those is
+            trained, or ``adapter_rank`` is set; or see :class:`~distillation.trainer.DistillationTrainer`.
     """
 
     def __init__(
@@ -77,11 +78,24 @@ class DecoupledTrainer:
                 f"adapter_rank = {self.config.adapter_rank}: the stages divide the network's weights; set it to None"
             )
         self.setup = prepare(teacher, student, prompts_or_latents, self.config)
-        names = [name for name, _ in student.denoiser.named_parameters()]
-        if not any(part in name for part in self.config.temporal_parameters for name in names):
+        self._check_temporal_parameters()
+        # Needed in the second stage, and refused before the first.
+        TemporalTerms(self.config, self.setup.roles.teacher)
+
+    def _check_temporal_parameters(self) -> None:
+        denoiser, parts = self.setup.student.denoiser, self.config.temporal_parameters
+        named = dict(denoiser.named_parameters())
+        mixing = [name for name in named if any(part in name for part in parts)]
+        if not mixing:
             raise DistillationConfigError(
-                f"no parameter of the student has one of {self.config.temporal_parameters} in its name; it has "
-                f"{', '.join(names[:6])} ...: set temporal_parameters to those that mix frames"
+                f"no parameter of the student has one of {parts} in its name; it has "
+                f"{', '.join([*named][:6])} ...: set temporal_parameters to those that mix frames"
+            )
+        asking = [name for name, parameter in named.items() if parameter.requires_grad]
+        if asking and not set(asking) & set(mixing):
+            raise DistillationConfigError(
+                f"the parameters with one of {parts} in their names are frozen, and others are not: clips have "
+                "nothing to train; call requires_grad_(True) on those that mix frames"
             )
 
     def train(self) -> DistillationResult:

@@ -24,6 +24,7 @@ from distillation.stage import Setup, Stage, TeacherModel, prepare
 from distillation.student import FewStepStudent
 from latent_rewards.training.devices import moved
 from latent_rewards.training.loop import Logs
+from latent_rewards.training.settings import check_types
 
 
 @dataclass
@@ -44,7 +45,8 @@ class ProgressiveConfig(DistillationConfig):
     last_updates: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check types and ranges."""
+        check_types(self, DistillationConfigError)
         if self.first_steps < 1 or self.first_steps & (self.first_steps - 1):
             raise DistillationConfigError(f"first_steps must be a power of two, e.g. 16; got {self.first_steps}")
         for name in ("round_updates", "last_updates"):

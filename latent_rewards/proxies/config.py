@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.proxies.objectives import PREFERENCE_OBJECTIVES, SCORE_OBJECTIVES
 from latent_rewards.proxies.trunks import AUTO, TrunkKind, trunk_kind
+from latent_rewards.training.settings import check_types
 
 MEAN_CALIBRATIONS = ("none", "isotonic")
 
@@ -113,6 +114,7 @@ class ProxyConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError when a setting is outside what it may be."""
+        check_types(self, ConfigError)
         if self.trunk != AUTO:
             trunk_kind(self.trunk)
         self._check_conditioning()

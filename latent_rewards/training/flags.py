@@ -71,7 +71,10 @@ def _reader(hint: Any) -> Callable[[str], Any]:  # noqa: ANN401 - a type hint
     optional = _NONE in kinds
 
     def read(text: str) -> Any:  # noqa: ANN401
-        return None if optional and text.lower() == "none" else readers[0](text)
+        if optional and text.lower() == "none":
+            return None
+        value = readers[0](text)
+        return [value] if get_origin(kinds[0]) is list and not isinstance(value, list) else value
 
     read.__name__ = getattr(kinds[0], "__name__", "value")
     return read

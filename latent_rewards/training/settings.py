@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -58,6 +61,48 @@ def read_section(file: str | Path, name: str, kind: type, values: Any) -> Any:  
     except (TypeError, ValueError) as error:
         raise SettingsError(f"{where}: {error}") from error
     return section
+
+
+def check_types(settings: Any, error: type[ValueError]) -> None:  # noqa: ANN401 - any dataclass instance
+    """Refuse what a dataclass does not: values of another type than their field's, and numbers that are not finite.
+
+    Args:
+        settings: its fields are numbers, texts, truth values, choices, lists of these, or one of them or None; fields
+            of other types are left alone.
+        error: what is raised.
+
+    Raises:
+        error: a value is none of its field; the message names the field, the value and what it must be.
+    """
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, hint = getattr(settings, field.name), hints[field.name]
+        if not _fits(value, hint):
+            raise error(f"{field.name} must be {_told(hint)}; got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:  # noqa: ANN401 - a value and a type hint
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) if hint in (bool, str, type(None)) else True
+
+
+def _told(hint: Any) -> str:  # noqa: ANN401 - a type hint
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_told(part) for part in get_args(hint))
+    if get_origin(hint) is list:
+        return f"a list, each item {_told(get_args(hint)[0])}"
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    known = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "None"}
+    return known.get(hint, str(hint))
 
 
 def _refuse_unknown(where: str, what: str, found: Mapping[str, Any], known: list[str]) -> None:

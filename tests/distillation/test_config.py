@@ -2,6 +2,7 @@ import argparse
 
 import pytest
 
+from distillation.baselines.decoupled import DecoupledConfig
 from distillation.baselines.turbo import TurboConfig
 from distillation.config import DistillationConfig, SettingsGuard
 from distillation.errors import DistillationConfigError
@@ -51,6 +52,14 @@ def test_step_counts_may_be_a_tuple():
         {"r1_sigma": 0.0},
         {"r1_weight": 1.0},
         {"adversarial_weight": 1.0, "vsd_steps": 0},
+        {"vsd_steps": 4.5},
+        {"cd_steps": float("inf")},
+        {"learning_rate": float("inf")},
+        {"adapter_rank": True},
+        {"guidance_scale": "5"},
+        {"step_counts": 4},
+        {"progress": "yes"},
+        {"output_dir": 3},
     ],
 )
 def test_values_out_of_range_are_named(wrong):
@@ -69,6 +78,8 @@ def test_settings_without_effect_are_refused():
     with pytest.raises(DistillationConfigError, match=r"cd_keep_weight = 2.0 has no effect.* lower cd_max_time"):
         DistillationConfig(cd_keep_weight=2.0)
     DistillationConfig(cd_keep_weight=2.0, cd_max_time=0.01, curriculum=True)
+    with pytest.raises(DistillationConfigError, match=r"cd_keep_weight = 2.0 has no effect in the joint schedule"):
+        DistillationConfig(cd_keep_weight=2.0, cd_max_time=0.5, schedule="joint")
 
 
 def test_guard_refuses_what_would_change_the_weights_and_nothing_else():
@@ -85,6 +96,28 @@ def test_guard_refuses_what_would_change_the_weights_and_nothing_else():
         SettingsGuard(DistillationConfig(cd_learning_rate=1e-3), "cd").load_state_dict(after_vsd)
 
 
+def test_guard_compares_facts_but_those_that_an_older_checkpoint_does_not_know():
+    stored = SettingsGuard(DistillationConfig(), "vsd", {"eta": 1.0}).state_dict()
+    SettingsGuard(DistillationConfig(), "vsd", {"eta": 1.0, "number of prompts": 3}).load_state_dict(stored)
+    with pytest.raises(DistillationConfigError, match=r"eta = 1\.0, this run has 0\.5"):
+        SettingsGuard(DistillationConfig(), "vsd", {"eta": 0.5}).load_state_dict(stored)
+
+
+def test_cd_alone_does_not_depend_on_what_vsd_alone_reads():
+    alone = SettingsGuard(DistillationConfig(vsd_steps=0), "cd").state_dict()
+    SettingsGuard(DistillationConfig(vsd_steps=0, fake_updates=9), "cd").load_state_dict(alone)
+    after = SettingsGuard(DistillationConfig(), "cd").state_dict()
+    with pytest.raises(DistillationConfigError, match="fake_updates"):
+        SettingsGuard(DistillationConfig(fake_updates=9), "cd").load_state_dict(after)
+
+
+def test_the_image_stage_can_go_on_further_and_the_clips_after_it_cannot_begin_elsewhere():
+    stored = {stage: SettingsGuard(DecoupledConfig(), stage).state_dict() for stage in ("image_cd", "clip_cd")}
+    SettingsGuard(DecoupledConfig(image_steps=900, vsd_steps=1), "image_cd").load_state_dict(stored["image_cd"])
+    with pytest.raises(DistillationConfigError, match="image_steps"):
+        SettingsGuard(DecoupledConfig(image_steps=900), "clip_cd").load_state_dict(stored["clip_cd"])
+
+
 def test_a_checkpoint_from_before_a_setting_existed_is_continued_with_its_default():
     stored = SettingsGuard(DistillationConfig(), "vsd").state_dict()
     older = {name: value for name, value in stored.items() if name != "learning_rate_floor"}
@@ -95,13 +128,19 @@ def test_a_checkpoint_from_before_a_setting_existed_is_continued_with_its_defaul
 
 @pytest.mark.parametrize(
     ("stage", "steps"),
-    [("vsd", "vsd_steps"), ("cd", "cd_steps"), ("joint", "vsd_steps"), ("clip_cd", "cd_steps")],
+    [
+        ("vsd", "vsd_steps"),
+        ("cd", "cd_steps"),
+        ("joint", "vsd_steps"),
+        ("clip_cd", "cd_steps"),
+        ("image_cd", "image_steps"),
+    ],
 )
 def test_a_falling_learning_rate_fixes_the_length_of_its_stage(stage, steps):
-    falling = DistillationConfig(learning_rate_floor=0.1)
+    falling = DecoupledConfig(learning_rate_floor=0.1)
     SettingsGuard(falling, stage).load_state_dict(SettingsGuard(falling, stage).state_dict())
     with pytest.raises(DistillationConfigError, match=steps):
-        longer = DistillationConfig(learning_rate_floor=0.1, **{steps: 5000})
+        longer = DecoupledConfig(learning_rate_floor=0.1, **{steps: 5000})
         SettingsGuard(longer, stage).load_state_dict(SettingsGuard(falling, stage).state_dict())
 
 

@@ -53,6 +53,8 @@ def test_what_cannot_be_used_is_an_error(encode, randn):
         DistillationData([], encode, guided=False)
     with pytest.raises(DistillationConfigError, match="list of texts"):
         DistillationData("a text", encode, guided=False)
+    with pytest.raises(DistillationConfigError, match=r"tensor \[3, 1, 1, 1, 1\] .* \(latents, None\)"):
+        DistillationData(randn(3, 1, 1, 1, 1), encode, guided=False)
     with pytest.raises(ConditionError, match="guidance needs prompts"):
         DistillationData(None, encode, guided=True)
     with pytest.raises(ConditionError, match="encode"):

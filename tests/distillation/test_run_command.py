@@ -144,12 +144,15 @@ def test_a_teacher_is_held_in_bf16_under_adapters_and_never_where_all_is_trained
 
 
 def test_flags_win_over_the_file(write, tmp_path):
-    from distillation.run_command import settings_of
+    from distillation.run_command import device_of, settings_of
 
     arguments = ["run", "--config", write(), "--vsd-steps", "7", "--step-counts", "[1]", "--output-dir", "elsewhere"]
     section = settings_of(build_parser().parse_args(arguments))["distillation"]
     assert (section.vsd_steps, section.cd_steps, section.step_counts) == (7, 2, [1])
     assert section.output_dir == "elsewhere"
+    path = write(teacher={"device": "cpu"})
+    for flag, wanted in ((["--device", "cuda:1"], "cuda:1"), ([], "cpu")):
+        assert device_of(settings_of(build_parser().parse_args(["run", "--config", path, *flag]))) == wanted
 
 
 def test_two_processes_share_a_run_and_the_first_writes_it(write, tmp_path, launch):

@@ -12,6 +12,7 @@ from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distillation
+import distillation.sampler as sampler_module
 import distillation.trainer as trainer_module
 from distillation.config import DistillationConfig
 from distillation.errors import DistillationConfigError, MissingPartError, StepCountError
@@ -329,6 +330,36 @@ def test_a_finished_run_under_other_settings_is_refused(world, tmp_path):
     train(world, settings(cd_steps=0, output_dir=str(tmp_path)))
     with pytest.raises(DistillationConfigError, match="fake_updates = 2, this run has 3"):
         train(world, settings(cd_steps=0, output_dir=str(tmp_path), fake_updates=3))
+
+
+@pytest.mark.parametrize("changed", ["eta", "timesteps", "prompts", "number of prompts", "number of latents"])
+def test_a_run_does_not_go_on_with_another_chain_or_other_data(world, tmp_path, randn, changed):
+    config = settings(cd_steps=0, output_dir=str(tmp_path))
+    train(world, config)
+    teacher, student = world(
+        eta=0.0 if changed == "eta" else 1.0,
+        timesteps={1: [1.0], 2: [1.0, 0.4], 4: [1.0, 0.75, 0.5, 0.25]} if changed == "timesteps" else None,
+    )
+    prompts = {"prompts": ["one", "three"], "number of prompts": [*PROMPTS, "three"]}.get(changed, PROMPTS)
+    data = (randn(2, *SHAPE), prompts) if changed == "number of latents" else prompts
+    with pytest.raises(DistillationConfigError, match=f"trained with {changed} = "):
+        DistillationTrainer(teacher, student, data, config).train()
+
+
+def test_guidance_ends_where_it_should_within_an_interval_of_cd(world, numbers, monkeypatch):
+    seen = []
+    original = sampler_module.guided
+
+    def recorded(denoiser, x_t, t, condition, negative, scale):
+        seen.append([float(value) for value in torch.as_tensor(scale, dtype=torch.float64).expand(len(x_t))])
+        return original(denoiser, x_t, t, condition, negative, scale)
+
+    monkeypatch.setattr(sampler_module, "guided", recorded)
+    teacher, student = world()
+    teacher.encode = lambda prompts: numbers(torch.zeros(len(prompts)))
+    options = {"num_timesteps": 1, "solver_steps": 4, "guidance_scale": 3.0, "guidance_start": 0.5, "batch_size": 1}
+    DistillationTrainer(teacher, student, PROMPTS, settings(vsd_steps=0, cd_steps=1, **options)).train()
+    assert seen == [[3.0], [3.0], [3.0], [1.0]], "at t = 1, .75, .5 and .25"
 
 
 def test_mistakes_are_found_before_training(world):

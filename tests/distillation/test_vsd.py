@@ -20,6 +20,7 @@ from distillation.vsd import (
     vsd_loss,
     vsd_target,
 )
+from latent_rewards.training.loop import NonFiniteError
 
 M, S = 0.3, 0.7
 SCHEDULES = [RectifiedFlow(), RectifiedFlow(shift=3.0), VariancePreserving()]
@@ -362,6 +363,18 @@ def test_anchor_learns_from_what_it_observes_as_from_a_loss_and_asks_no_teacher(
     for anchor in anchors:
         anchor.after_step()
     assert float(anchors[0].fake_score.mean.detach()) == float(anchors[1].fake_score.mean.detach()) != before
+
+
+def test_an_anchor_whose_gradient_is_not_finite_keeps_its_fake_score(affine, learnable_gaussian, numbers, randn):
+    student = FewStepStudent(affine(RectifiedFlow()), timesteps={2: [1.0, 0.5]})
+    anchor = make_anchor(learnable_gaussian)
+    before = copy.deepcopy(anchor.fake_score.state_dict())
+    anchor.observe(student, numbers(torch.zeros(4)), randn(2, 4, 1, 1, 1, 1))
+    anchor._samples[0][0][0] = float("nan")
+    with pytest.raises(NonFiniteError, match="anchor: gradient norm nan of the fake score at step 0; it is kept"):
+        anchor.after_step()
+    assert all(torch.equal(value, before[name]) for name, value in anchor.fake_score.state_dict().items())
+    assert all(parameter.grad is None for parameter in anchor.fake_score.parameters())
 
 
 def test_moments_of_a_checkpoint_follow_the_fake_score_to_another_device(

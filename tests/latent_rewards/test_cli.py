@@ -230,7 +230,7 @@ def test_the_installed_command_explains_itself():
         [sys.executable, "-m", "latent_rewards.cli", "metrics", "score", "--help"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=True,
     )
     assert "may be repeated" in done.stdout and "first:64" in done.stdout

@@ -130,6 +130,7 @@ def test_an_unknown_key_is_named_with_its_neighbour(tmp_path):
         ({"num_queries": -1}, "num_queries must be at least 1; got -1"),
         ({"num_steps": 0}, "num_steps must be at least 1; got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"batch_size": "many"}, "batch_size must be a whole number; got 'many'"),
         ({"num_latents": -1}, "num_latents must be at least 0; got -1"),
     ],
 )

@@ -7,7 +7,7 @@ from torch import nn
 from distillation.baselines import decoupled as module
 from distillation.baselines.decoupled import DecoupledConfig, DecoupledTrainer
 from distillation.denoiser import Denoiser, GaussianDenoiser, Prediction
-from distillation.errors import DistillationConfigError
+from distillation.errors import DistillationConfigError, NoiseError
 from distillation.schedule import RectifiedFlow
 from distillation.student import FewStepStudent
 
@@ -115,3 +115,16 @@ def test_what_cannot_be_divided_is_refused():
         settings(image_steps=0)
     with pytest.raises(DistillationConfigError, match="nothing to train"):
         settings(cd_steps=0)
+
+
+def test_what_only_the_clips_need_is_checked_before_the_images(randn):
+    teacher, student = build()
+    with pytest.raises(NoiseError, match="F >= 2 latent frames; got 1"):
+        DecoupledTrainer(teacher, student, (randn(8, 1, 1, 2, 2), None), settings())
+    with pytest.raises(DistillationConfigError, match="blocks"):
+        DecoupledTrainer(teacher, student, None, settings(feature_weight=1.0))
+    student.denoiser.motion.requires_grad_(False)
+    with pytest.raises(DistillationConfigError, match=r"'motion.'\] in their names are frozen, and others are not"):
+        DecoupledTrainer(teacher, student, None, settings())
+    student.denoiser.requires_grad_(False)
+    DecoupledTrainer(teacher, student, None, settings(image_steps=1, cd_steps=1)).train()

@@ -14,6 +14,8 @@ from latent_rewards.training.settings import SettingsError, read_section, read_s
     ("setting", "value"),
     [
         ("num_updates", 0),
+        ("num_updates", 2.5),
+        ("beta", float("inf")),
         ("learning_rate", 0.0),
         ("prompts_per_update", 0),
         ("num_generations", 0),

@@ -47,7 +47,7 @@ def score(video, prompt):
 def other_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a second environment that holds a module of its own and none of this one's."""
     folder = tmp_path_factory.mktemp("environment") / "other"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=240)
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "only_in_the_other_environment.py").write_text(JUDGE_MODULE)
     return folder / "bin" / "python"

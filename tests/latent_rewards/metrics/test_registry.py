@@ -196,7 +196,7 @@ def test_listing_the_built_in_metrics_imports_no_heavy_library() -> None:
         "assert {'motion.dynamic_degree', 'quality.sharpness', 'compression.jpeg_size'} <= set(names), names; "
         "assert not {'cv2', 'av'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
 
 
 def test_the_readme_shows_the_registry():

@@ -17,6 +17,7 @@ from latent_rewards.proxies import ProxyConfig
         ({"adapter_rank": -1}, "adapter_rank"),
         ({"adapter_rank": 2}, "adapter_rank=2 needs trunk='backbone'; got 'conv3d'"),
         ({"selection_budget": 0}, "selection_budget"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number; got 2.5"),
         ({"calibrate_mean": "isotone"}, "unknown calibrate_mean 'isotone'. Did you mean 'isotonic'"),
         ({"width": 12}, "multiple of 8"),
         ({"ensemble_size": 0}, "ensemble_size must be at least 1; got 0"),

@@ -14,19 +14,23 @@ def test_fields_of_other_types_are_yaml():
             sizes: several,
                 on two lines: 50 % of them odd.
             many: an optional list.
+            counts: a list, of one where one number is given.
         """
 
         sizes: tuple[int, ...] = (1,)
         many: list[str] | None = None
+        counts: list[int] = dataclasses.field(default_factory=list)
 
     parser = argparse.ArgumentParser()
     add_settings(parser, Settings)
     assert attribute_docs(Settings) == {
         "sizes": "several, on two lines: 50 % of them odd.",
         "many": "an optional list.",
+        "counts": "a list, of one where one number is given.",
     }
-    options = parser.parse_args(["--sizes", "[1, 2]", "--many", "None"])
-    assert chosen_settings(options, Settings) == {"sizes": [1, 2], "many": None}
+    options = parser.parse_args(["--sizes", "[1, 2]", "--many", "None", "--counts", "4"])
+    assert chosen_settings(options, Settings) == {"sizes": [1, 2], "many": None, "counts": [4]}
+    assert chosen_settings(parser.parse_args(["--counts", "[4, 2]"]), Settings) == {"counts": [4, 2]}
     assert "50 % of them odd" in " ".join(parser.format_help().split())
 
 

@@ -1,9 +1,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import pytest
 
-from latent_rewards.training.settings import SettingsError, read_settings
+from latent_rewards.training.settings import SettingsError, check_types, read_settings
 
 
 @dataclass
@@ -64,3 +65,28 @@ def test_mistakes_are_named(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(SettingsError, match="nowhere.yaml"):
         read_settings(tmp_path / "nowhere.yaml", {"tuning": Tuning})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"learning_rate": "1e-3"}, "learning_rate must be a finite number; got '1e-3'"),
+        ({"learning_rate": float("inf")}, "learning_rate must be a finite number; got inf"),
+        ({"learning_rate": True}, "learning_rate must be a finite number; got True"),
+        ({"limit": "none"}, "limit must be a finite number or None; got 'none'"),
+        ({"steps": 4}, "steps must be a list, each item a whole number; got 4"),
+        ({"steps": [4.5]}, r"steps must be a list, each item a whole number; got \[4.5\]"),
+        ({"enabled": 1}, "enabled must be true or false; got 1"),
+    ],
+)
+def test_types_are_checked_and_named(wrong, message):
+    values = Tuning()
+    check_types(values, SettingsError)
+    for name, value in wrong.items():
+        setattr(values, name, value)
+    with pytest.raises(SettingsError, match=message):
+        check_types(values, SettingsError)
+
+
+def test_numbers_of_numpy_and_whole_numbers_for_floats_fit():
+    check_types(Tuning(learning_rate=np.float32(1), limit=1, steps=(np.int64(4),)), SettingsError)
