@@ -1,8 +1,8 @@
 """Folders on disk that are either whole or absent.
 
-The commit protocol: write into a temporary sibling, fsync every file, write ``manifest.json`` with each file's sha256,
-rename, fsync the parent. A crash leaves the old folder or the new one, never a mixture. Tensors go into safetensors and
-everything else into JSON; nothing is pickled.
+The commit protocol: write into a temporary sibling, write ``manifest.json`` with each file's sha256, fsync every file
+and folder, rename, fsync the parent. A crash leaves the old folder or the new one, never a mixture. Tensors go into
+safetensors and everything else into JSON; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 TEMPORARY_PREFIX = ".tmp-"
 """How the names of folders begin that are being written; what a crash leaves of them may be removed."""
+_ASIDE_PREFIX = f"{TEMPORARY_PREFIX}old-"
 
 
 class CheckpointError(RuntimeError):
@@ -73,10 +74,13 @@ def file_sha256(path: Path) -> str:
 def commit_directory(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``path`` when the block ends without an error, and vanishes otherwise.
 
-    An existing ``path`` is replaced: it is renamed aside before the new folder takes its place and removed after.
+    An existing ``path`` is replaced: it is renamed aside before the new folder takes its place and removed after. A
+    process that is killed between these two renames leaves the old folder whole, but aside: the next commit to
+    ``path`` puts it back first, and :func:`verify_directory` says where it lies.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _put_back(target)
     temporary = target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     try:
@@ -84,7 +88,9 @@ def commit_directory(path: str | Path) -> Iterator[Path]:
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {str(p.relative_to(temporary)): file_sha256(p) for p in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for written in [*files, temporary / MANIFEST, temporary]:
+        folders = [p for p in temporary.rglob("*") if p.is_dir()]
+        deepest_first = sorted(folders, key=lambda folder: len(folder.parts), reverse=True)
+        for written in [*files, temporary / MANIFEST, *deepest_first, temporary]:
             _fsync(written)
         _replace(temporary, target)
     except BaseException:
@@ -93,12 +99,32 @@ def commit_directory(path: str | Path) -> Iterator[Path]:
 
 
 def _replace(temporary: Path, target: Path) -> None:
-    previous = target.parent / f"{TEMPORARY_PREFIX}old-{target.name}-{uuid.uuid4().hex[:8]}"
-    if target.exists():
-        target.rename(previous)
-    temporary.rename(target)
+    previous = target.parent / f"{_ASIDE_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        if target.exists():
+            target.rename(previous)
+        temporary.rename(target)
+    except BaseException:
+        if previous.exists() and not target.exists():
+            previous.rename(target)
+        raise
     _fsync(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
+
+
+def _put_back(target: Path) -> None:
+    """Put the folder back that a killed process had renamed aside, or remove it if it was replaced."""
+    for previous in _aside(target):
+        if target.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+        else:
+            previous.rename(target)
+
+
+def _aside(target: Path) -> list[Path]:
+    """Return the folders that were renamed aside to be replaced by ``target``, and are still there."""
+    name = re.compile(re.escape(f"{_ASIDE_PREFIX}{target.name}-") + "[0-9a-f]{8}")
+    return [p for p in target.parent.glob(f"{_ASIDE_PREFIX}*") if name.fullmatch(p.name)]
 
 
 def verify_directory(path: str | Path, *, ignoring: Collection[str] = ()) -> None:
@@ -108,6 +134,10 @@ def verify_directory(path: str | Path, *, ignoring: Collection[str] = ()) -> Non
         CheckpointError: the folder or manifest is missing or cannot be read, or a file is missing or differs.
     """
     folder = Path(path)
+    if not folder.exists() and (aside := _aside(folder)):
+        raise CheckpointError(
+            f"{folder} is not there: a process was killed while it replaced it; rename {aside[0]} to {folder.name}"
+        )
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} has no {MANIFEST}: it was not written whole; remove it and write it again")
     try:

@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from latent_rewards.training import checkpoint
 from latent_rewards.training.checkpoint import (
     MANIFEST,
     CheckpointError,
@@ -67,6 +69,79 @@ def test_an_error_inside_leaves_the_old_folder_and_no_litter(tmp_path):
         raise RuntimeError("boom")
     assert (target / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.fixture
+def replaced(tmp_path):
+    """Return a folder that is there, and a function that replaces it."""
+
+    def commit(content):
+        with commit_directory(tmp_path / "proxy") as temporary:
+            (temporary / "a").write_text(content)
+
+    commit("old")
+    (tmp_path / ".tmp-old-proxy-2-0123abcd").mkdir()  # another one's
+    return tmp_path / "proxy", commit
+
+
+def second_rename(monkeypatch, act):
+    """Let ``act`` happen in place of the second rename."""
+    rename, calls = Path.rename, []
+
+    def renamed(self, target):
+        calls.append(target)
+        return act() if len(calls) == 2 else rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+
+
+def test_a_folder_that_could_not_be_replaced_is_back_in_its_place(replaced, monkeypatch):
+    target, commit = replaced
+
+    def fail():
+        raise OSError(5, "I/O error")
+
+    second_rename(monkeypatch, fail)
+    with pytest.raises(OSError, match="I/O error"):
+        commit("new")
+    assert (target / "a").read_text() == "old"
+    assert sorted(p.name for p in target.parent.iterdir()) == [".tmp-old-proxy-2-0123abcd", "proxy"]
+
+
+def test_a_process_killed_between_the_renames_leaves_the_old_folder_where_it_is_found(replaced, monkeypatch):
+    target, commit = replaced
+    if (pid := os.fork()) == 0:
+        second_rename(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        try:
+            commit("new")
+        finally:
+            os._exit(1)
+    os.waitpid(pid, 0)
+    assert not target.exists()
+    with pytest.raises(CheckpointError, match=r"rename .*/\.tmp-old-proxy-[0-9a-f]{8} to proxy"):
+        verify_directory(target)
+    with pytest.raises(RuntimeError), commit_directory(target):
+        raise RuntimeError
+    assert (target / "a").read_text() == "old"
+    verify_directory(target)
+
+
+def test_what_was_replaced_goes_at_the_next_commit(replaced):
+    target, commit = replaced
+    (target.parent / ".tmp-old-proxy-0123abcd").mkdir()
+    commit("new")
+    assert sorted(p.name for p in target.parent.iterdir()) == [".tmp-old-proxy-2-0123abcd", "proxy"]
+    assert (target / "a").read_text() == "new"
+
+
+def test_every_folder_is_flushed_before_the_one_that_holds_it(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(checkpoint, "_fsync", lambda path: flushed.append(path))
+    with commit_directory(tmp_path / "student") as temporary:
+        (temporary / "a" / "b").mkdir(parents=True)
+        (temporary / "a" / "b" / "weights").write_text("1")
+    names = [str(path.relative_to(temporary)) for path in flushed[:-1]]
+    assert names == ["a/b/weights", MANIFEST, "a/b", "a", "."] and flushed[-1] == tmp_path
 
 
 def test_what_is_ignored_may_differ_and_a_broken_manifest_is_named(tmp_path):
