@@ -27,6 +27,8 @@ _STEP_FOLDER = re.compile(r"step-(\d{8})")
 TEMPORARY_PREFIX = ".tmp-"
 """How the names of folders begin that are being written; what a crash leaves of them may be removed."""
 _ASIDE_PREFIX = f"{TEMPORARY_PREFIX}old-"
+_LEFTOVER = re.compile(re.escape(TEMPORARY_PREFIX) + r"step-\d{8}-[0-9a-f]{8}")
+_ASIDE = re.compile(re.escape(_ASIDE_PREFIX) + r"(step-\d{8})-[0-9a-f]{8}")
 
 
 class CheckpointError(RuntimeError):
@@ -194,15 +196,34 @@ def unpack_state(tensors: dict[str, Tensor], tree: Any) -> Any:  # noqa: ANN401
 
 
 def save_checkpoint(root: str | Path, step: int, state: Any, *, keep: int = 2) -> Path:  # noqa: ANN401
-    """Commit ``state`` (see :func:`pack_state`) as ``root/step-XXXXXXXX`` and remove all but the ``keep`` newest."""
+    """Commit ``state`` (see :func:`pack_state`) as ``root/step-XXXXXXXX`` and remove all but the ``keep`` newest.
+
+    Nobody else may be writing checkpoints there: what killed processes left is removed too.
+    """
     folder = Path(root) / f"step-{step:08d}"
+    tidy_checkpoints(root)
     tensors, tree = pack_state(state)
     with commit_directory(folder) as temporary:
         save_file(tensors or {"empty": torch.zeros(1)}, temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, "tree": tree}))
     for old in _step_folders(Path(root))[:-keep]:
-        shutil.rmtree(old)
+        (old / MANIFEST).unlink()  # first: what remains if this is cut off is seen to be no checkpoint
+        shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def tidy_checkpoints(root: str | Path) -> None:
+    """Remove what killed processes left half written or half removed under ``root``; put back what they had put aside.
+
+    Nobody else may be writing checkpoints there.
+    """
+    for entry in list(Path(root).glob("*")):
+        if leftover := _LEFTOVER.fullmatch(entry.name):
+            shutil.rmtree(entry, ignore_errors=True)
+        elif leftover := _ASIDE.fullmatch(entry.name):
+            _put_back(entry.with_name(leftover[1]))
+        elif _STEP_FOLDER.fullmatch(entry.name) and not (entry / MANIFEST).is_file():
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def load_checkpoint(path: str | Path) -> tuple[int, Any]:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,6 +59,34 @@ def test_save_load_and_keep(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
     step, state = load_checkpoint(latest_checkpoint(tmp_path))
     assert step == 3 and state["value"] == 3
+
+
+def test_what_killed_processes_left_is_removed_or_put_back(tmp_path):
+    for name in (".tmp-step-00000009-0123abcd", "step-00000002", ".tmp-vsd-0123abcd", "step-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.safetensors").write_bytes(b"half")
+    save_checkpoint(tmp_path, 1, {"value": 1})
+    (tmp_path / "step-00000001").rename(tmp_path / ".tmp-old-step-00000001-0123abcd")
+    save_checkpoint(tmp_path, 3, {"value": 3})
+    others = [".tmp-vsd-0123abcd", "step-2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [others[0], "step-00000001", "step-00000003", others[1]]
+    assert load_checkpoint(tmp_path / "step-00000001") == (1, {"value": 1})
+
+
+def test_a_removal_that_is_cut_off_leaves_no_checkpoint_and_is_finished_later(tmp_path, monkeypatch):
+    def cut_off(path, **options):
+        if path.name == "step-00000001":
+            assert not (path / MANIFEST).exists()
+            raise KeyboardInterrupt
+
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"value": step})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", cut_off)
+        save_checkpoint(tmp_path, 3, {"value": 3})
+    assert (tmp_path / "step-00000001").is_dir() and latest_checkpoint(tmp_path).name == "step-00000003"
+    save_checkpoint(tmp_path, 4, {"value": 4})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
 def test_an_error_inside_leaves_the_old_folder_and_no_litter(tmp_path):
