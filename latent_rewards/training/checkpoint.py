@@ -25,7 +25,7 @@ from torch import Tensor
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 TEMPORARY_PREFIX = ".tmp-"
-"""How the names of folders begin that are being written; what a crash leaves of them may be removed."""
+"""How the names of folders and files begin that are being written; what a crash leaves of them may be removed."""
 _ASIDE_PREFIX = f"{TEMPORARY_PREFIX}old-"
 _LEFTOVER = re.compile(re.escape(TEMPORARY_PREFIX) + r"step-\d{8}-[0-9a-f]{8}")
 _ASIDE = re.compile(re.escape(_ASIDE_PREFIX) + r"(step-\d{8})-[0-9a-f]{8}")
@@ -127,6 +127,18 @@ def _aside(target: Path) -> list[Path]:
     """Return the folders that were renamed aside to be replaced by ``target``, and are still there."""
     name = re.compile(re.escape(f"{_ASIDE_PREFIX}{target.name}-") + "[0-9a-f]{8}")
     return [p for p in target.parent.glob(f"{_ASIDE_PREFIX}*") if name.fullmatch(p.name)]
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that after a crash holds the old text or the new one, never a part.
+
+    Only one process may be writing it.
+    """
+    temporary = file.with_name(f"{TEMPORARY_PREFIX}{file.name}")
+    temporary.write_text(text, encoding="utf-8")
+    _fsync(temporary)
+    temporary.replace(file)
+    _fsync(file.parent)
 
 
 def verify_directory(path: str | Path, *, ignoring: Collection[str] = ()) -> None:

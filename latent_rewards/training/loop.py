@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 from latent_rewards.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from latent_rewards.training.devices import DeviceError, join_launch
+from latent_rewards.training.history import write_history
 
 Logs = dict[str, float | Tensor]
 """What an update tells of itself: numbers, and scalar tensors that a GPU may not have computed yet."""
@@ -259,11 +258,10 @@ class TrainingLoop:
         save_checkpoint(
             self.config.output_dir, self.step, {"parts": states, "names": list(parts), "history": self.history}
         )
-        lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        (Path(self.config.output_dir) / "history.jsonl").write_text(lines)
+        write_history(self.config.output_dir, self.history)
 
     def resume(self) -> bool:
-        """Load the newest checkpoint of ``output_dir``, if any; returns whether one was found.
+        """Load the newest checkpoint of ``output_dir``, if any, and write its history; returns whether one was found.
 
         Raises:
             CheckpointError: it is damaged, or holds other parts than this loop, or parts of other shapes.
@@ -287,6 +285,8 @@ class TrainingLoop:
                     f"{newest} holds another {name} than this run has; use another output_dir ({error})"
                 ) from error
         self.step, self.history = step, state["history"]
+        if self.config.output_dir and self.accelerator.is_main_process:
+            write_history(self.config.output_dir, self.history)  # a kill comes between a checkpoint and its history
         return True
 
 

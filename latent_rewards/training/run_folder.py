@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from latent_rewards.training.checkpoint import MANIFEST, commit_directory
+from latent_rewards.training.checkpoint import MANIFEST, commit_directory, write_whole
+from latent_rewards.training.history import read_history
 from latent_rewards.training.ranks import current_ranks
 from latent_rewards.training.settings import SettingsError
 
@@ -82,14 +83,17 @@ class RunFolder:
         return load(path)
 
     def write(self, name: str, value: object) -> None:
-        """Write a JSON file."""
+        """Write a JSON file, which is whole or as it was before."""
         if self.ranks.index == 0:
-            (self.path / name).write_text(json.dumps(value, indent=1))
+            write_whole(self.path / name, json.dumps(value, indent=1))
 
     def history(self, stage: str) -> list[dict[str, Any]]:
-        """Return the logged updates of the training stage in the folder ``stage``, empty if it did not run."""
-        file = self.path / stage / "history.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        """Return the logged updates of the training stage in the folder ``stage``, empty if it did not run.
+
+        Raises:
+            CheckpointError: see :func:`~latent_rewards.training.history.read_history`.
+        """
+        return read_history(self.path / stage)
 
 
 def _defaults(section: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass

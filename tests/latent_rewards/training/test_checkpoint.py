@@ -21,6 +21,7 @@ from latent_rewards.training.checkpoint import (
     save_checkpoint,
     unpack_state,
     verify_directory,
+    write_whole,
 )
 
 
@@ -171,6 +172,20 @@ def test_every_folder_is_flushed_before_the_one_that_holds_it(tmp_path, monkeypa
         (temporary / "a" / "b" / "weights").write_text("1")
     names = [str(path.relative_to(temporary)) for path in flushed[:-1]]
     assert names == ["a/b/weights", MANIFEST, "a/b", "a", "."] and flushed[-1] == tmp_path
+
+
+def test_a_file_is_as_it_was_until_it_is_whole(tmp_path, monkeypatch):
+    def stop(path):
+        raise KeyboardInterrupt
+
+    file = tmp_path / "summary.json"
+    write_whole(file, "old")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "_fsync", stop)
+        write_whole(file, "new")
+    assert file.read_text() == "old"
+    write_whole(file, "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"summary.json": "new"}
 
 
 def test_what_is_ignored_may_differ_and_a_broken_manifest_is_named(tmp_path):

@@ -55,6 +55,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 7
 
 
+@pytest.mark.parametrize("left", [None, '{"step": 0, "lo'])
+def test_a_history_that_is_missing_or_cut_off_is_written_again(tmp_path, left):
+    history = train(*build(str(tmp_path)))
+    file = tmp_path / "history.jsonl"
+    whole = file.read_text()
+    file.unlink() if left is None else file.write_text(left)
+    assert train(*build(str(tmp_path))) == history
+    assert file.read_text() == whole
+
+
 def test_a_finished_run_does_nothing_more(tmp_path):
     loop, module, ema = build(str(tmp_path))
     train(loop, module, ema)

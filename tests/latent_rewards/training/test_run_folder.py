@@ -1,5 +1,6 @@
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +80,20 @@ def test_a_part_that_was_not_finished_is_made_anew(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         folder.cached("part", lambda: 1, broken, load)
     assert folder.cached("part", lambda: 2, save, load) == 2
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.write("summary.json", [1])
+
+    def cut_off(self, text, **options):
+        self.write_bytes(text[:2].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        folder.write("summary.json", [1, 2])
+    assert json.loads((tmp_path / "summary.json").read_text()) == [1]
 
 
 def test_the_history_of_a_stage_that_did_not_run_is_empty(tmp_path):
