@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import AutocastKwargs, patch_environment
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from latent_rewards.training.acceleration import make_accelerator
 from latent_rewards.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
-from latent_rewards.training.devices import DeviceError, join_launch
+from latent_rewards.training.devices import join_launch
 from latent_rewards.training.history import write_history
 
 Logs = dict[str, float | Tensor]
@@ -142,6 +140,7 @@ class TrainingLoop:
 
     Raises:
         DeviceError: the device cannot be used.
+        TrackerError: the package of ``log_with`` is not installed.
     """
 
     config: LoopConfig
@@ -153,29 +152,17 @@ class TrainingLoop:
     def __post_init__(self) -> None:
         """Prepare modules and optimisers for the device and the number of ranks."""
         self.ranks, self.device = join_launch(self.config.device)
-        self.accelerator = self._accelerator()
+        self.accelerator = make_accelerator(
+            self.device,
+            alone=self.ranks.count == 1,
+            mixed_precision=self.config.mixed_precision,
+            log_with=self.config.log_with,
+            project_dir=self.config.output_dir,
+        )
         for module in self.modules.values():
             module.to(self.device)
         self.step = 0
         self.history: list[dict[str, Any]] = []
-
-    def _accelerator(self) -> Accelerator:
-        """Return an accelerator on the loop's device, also after a stage of this process on another one.
-
-        Raises:
-            DeviceError: the processes of this launch have joined on another kind of device.
-        """
-        _allow(self.config.mixed_precision, self.device, alone=self.ranks.count == 1)
-        cpu = self.device.type == "cpu"
-        with patch_environment(ACCELERATE_TORCH_DEVICE=self.device, ACCELERATE_USE_CPU=cpu):
-            return Accelerator(
-                cpu=cpu,
-                mixed_precision=self.config.mixed_precision,
-                log_with=self.config.log_with,
-                project_dir=self.config.output_dir,
-                # Older torch keeps a weight that was cast under no_grad, and later calls then give it no gradient.
-                kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
-            )
 
     def update(self, optimizer_name: str, loss: Tensor) -> float:
         """Backpropagate ``loss`` and step one optimiser.
@@ -186,7 +173,7 @@ class TrainingLoop:
             NonFiniteError: the loss or a gradient is not finite; nothing was changed.
         """
         optimizer = self.optimizers[optimizer_name]
-        self.accelerator.backward(loss)
+        loss.backward()  # accelerate's would divide by a number from the environment
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.ranks.average_gradients(parameters)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf))
@@ -293,24 +280,3 @@ class TrainingLoop:
 def read_logs(logs: Mapping[str, float | Tensor]) -> dict[str, float]:
     """Return numbers for what an update told, once all of it has been asked for: a GPU is waited for at the first."""
     return {name: value.item() if isinstance(value, Tensor) else value for name, value in logs.items()}
-
-
-def _allow(mixed_precision: str, device: torch.device, *, alone: bool) -> None:
-    """Let a stage compute elsewhere, or in another precision, than the one before it; accelerate refuses or ignores it.
-
-    Args:
-        mixed_precision: of the stage.
-        device: of the stage.
-        alone: there is one process, which has joined no others.
-    """
-    joined = PartialState._shared_state.get("device", device)
-    indices = (None, device.index) if device.type != "cpu" else (joined.index,)  # a launch counts its CPUs
-    if joined.type != device.type or joined.index not in indices:
-        if not alone:
-            raise DeviceError(
-                f"device {str(device)!r} cannot be used: the processes of this launch have joined on "
-                f"{str(joined)!r}; give all stages the same device, or start the launch anew"
-            )
-        AcceleratorState._reset_state(reset_partial_state=True)
-    if AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
-        AcceleratorState._reset_state()

@@ -125,6 +125,12 @@ def test_what_an_update_tells_is_read_as_numbers():
     assert [type(value) for value in told.values()] == [float, float, int]
 
 
+def test_gradients_are_what_they_are_whatever_the_environment_says(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    loop, module, _ = build(max_grad_norm=0)
+    assert loop.update("m", module(torch.ones(1, 3)).sum()) == pytest.approx(2.0)
+
+
 def test_clipping_bounds_the_update():
     loop, module, _ = build(max_grad_norm=0.5)
     loop.optimizers["m"] = torch.optim.SGD(module.parameters(), lr=1.0)
