@@ -174,7 +174,8 @@ class Stage:
         )
         self.teacher.to(self.loop.device)
         self.ema = Ema(network, ema_decay, average=setup.roles.target())
-        self.loop.stateful.update(ema=self.ema, settings=SettingsGuard(self.config, name, facts(setup)))
+        self.loop.stateful["ema"] = self.ema
+        self.loop.loaded_first["settings"] = SettingsGuard(self.config, name, facts(setup))
         wide = any(parameter.dtype == torch.float64 for parameter in network.parameters())
         self.dtype = torch.float64 if wide else torch.float32
         self.indices = self.loop.ranks.part(self.config.batch_size)

@@ -29,7 +29,7 @@ from latent_rewards.lro.config import LROConfig
 from latent_rewards.lro.reference import AdaptersOff, Following, check_differentiable
 from latent_rewards.lro.sampling import Batch
 from latent_rewards.rollout import Chain, Trajectory, detached_chain, path_chain, path_kl, trajectory_kl
-from latent_rewards.training.loop import HasStateDict
+from latent_rewards.training.parts import HasStateDict
 from latent_rewards.training.ranks import Ranks
 
 ERROR_LIMIT, GAIN = 0.2, 0.1

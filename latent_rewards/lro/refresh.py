@@ -22,7 +22,7 @@ from latent_rewards.dataset import RewardDataset
 from latent_rewards.lro.guard import Guard
 from latent_rewards.lro.sampling import Batch
 from latent_rewards.lro.scoring import AdaptiveReward, Proxy, ProxyReward
-from latent_rewards.training.loop import HasStateDict
+from latent_rewards.training.parts import HasStateDict
 from latent_rewards.training.randomness import derive_seed
 from latent_rewards.training.ranks import Ranks, current_ranks
 

@@ -30,7 +30,8 @@ from latent_rewards.lro.result import TrainResult
 from latent_rewards.lro.sampling import Batch, SampleSource, noise_dtype
 from latent_rewards.lro.scoring import AdaptiveReward, Proxy, ProxyReward
 from latent_rewards.rollout import Chain, Trajectory, detached_chain, rollout
-from latent_rewards.training.loop import HasStateDict, NonFiniteError, TrainingLoop, set_learning_rate
+from latent_rewards.training.loop import NonFiniteError, TrainingLoop, set_learning_rate
+from latent_rewards.training.parts import HasStateDict
 from latent_rewards.training.precision import widened_to_train
 
 Callback = Callable[[int, dict[str, float]], None]
@@ -153,24 +154,23 @@ class LatentRewardTrainer:
         trained = [p for p in module.parameters() if p.requires_grad]
         if not trained:
             raise ConfigError("the policy has no parameter with requires_grad; unfreeze what should be trained")
-        stateful: dict[str, HasStateDict] = {
-            "settings": StartedWith(self.config, num_prompts),
-            "guard": self.guard,
-        }
+        loaded_first: dict[str, HasStateDict] = {"settings": StartedWith(self.config, num_prompts)}
+        if isinstance(self.scoring.reward, AdaptiveReward):
+            loaded_first["reward"] = self.scoring.reward
+        stateful: dict[str, HasStateDict] = {"guard": self.guard}
         if self.refresher is not None:
             stateful["refresher"] = self.refresher
         if self.anchor is not None:
             stateful["anchor"] = self.anchor
         if self.penalty is not None:
             stateful |= self.penalty.stateful()
-        if isinstance(self.scoring.reward, AdaptiveReward):
-            stateful["reward"] = self.scoring.reward
         loop = TrainingLoop(
             self.config.loop_config(),
             name="lro",
             modules={"policy": module},
             optimizers={"policy": torch.optim.AdamW(trained, lr=self.config.learning_rate, weight_decay=0.0)},
             stateful=stateful,
+            loaded_first=loaded_first,
         )
         ranks = loop.ranks.count
         if self.config.prompts_per_update % ranks:

@@ -249,6 +249,22 @@ def load_checkpoint(path: str | Path) -> tuple[int, Any]:
     return content["step"], unpack_state(load_file(Path(path) / "state.safetensors"), content["tree"])
 
 
+def load_latest(root: str | Path) -> tuple[Path, int, Any] | None:
+    """Return the newest checkpoint under ``root``, its step and its state, or None if there is none.
+
+    Raises:
+        CheckpointError: it is damaged; the message says which one is left.
+    """
+    folders = _step_folders(Path(root))
+    if not folders:
+        return None
+    try:
+        return folders[-1], *load_checkpoint(folders[-1])
+    except CheckpointError as error:
+        instead = f"continue from the one before, {folders[-2].name}" if folders[:-1] else "begin anew"
+        raise CheckpointError(f"{folders[-1]} is damaged: remove this folder to {instead} ({error})") from error
+
+
 def latest_checkpoint(root: str | Path) -> Path | None:
     """Return the newest committed checkpoint under ``root``, or None; leftovers of a crash are ignored."""
     folders = _step_folders(Path(root))

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from latent_rewards.training.acceleration import make_accelerator
-from latent_rewards.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from latent_rewards.training.checkpoint import CheckpointError, load_latest, save_checkpoint
 from latent_rewards.training.devices import join_launch
 from latent_rewards.training.history import write_history
+from latent_rewards.training.parts import HasStateDict, load_parts, pack_parts
 
 Logs = dict[str, float | Tensor]
 """What an update tells of itself: numbers, and scalar tensors that a GPU may not have computed yet."""
@@ -24,18 +25,6 @@ Logs = dict[str, float | Tensor]
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient is NaN or infinite; raised before the optimiser step, so parameters are untouched."""
-
-
-class HasStateDict(Protocol):
-    """Anything whose state a checkpoint should carry."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state."""
-        ...
-
-    def load_state_dict(self, state: Any) -> Any:  # noqa: ANN401 - torch's modules return what could not be matched
-        """Restore the state."""
-        ...
 
 
 @dataclass
@@ -137,6 +126,8 @@ class TrainingLoop:
         modules: what is trained, by name.
         optimizers: by name; :meth:`update` takes that name.
         stateful: anything else a checkpoint must carry (EMA, anchors, guards).
+        loaded_first: the same, of parts that may refuse to go on from a checkpoint (one of other settings): they are
+            asked before anything else is loaded, so that a refusal leaves what is trained as it was.
 
     Raises:
         DeviceError: the device cannot be used.
@@ -148,6 +139,7 @@ class TrainingLoop:
     modules: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     stateful: dict[str, HasStateDict] = field(default_factory=dict)
+    loaded_first: dict[str, HasStateDict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Prepare modules and optimisers for the device and the number of ranks."""
@@ -232,7 +224,7 @@ class TrainingLoop:
         groups: dict[str, Mapping[str, HasStateDict]] = {
             "module": self.modules,
             "optimizer": self.optimizers,
-            "stateful": self.stateful,
+            "stateful": {**self.stateful, **self.loaded_first},
         }
         return {f"{kind}.{name}": part for kind, group in groups.items() for name, part in group.items()}
 
@@ -240,37 +232,27 @@ class TrainingLoop:
         """Commit a checkpoint and the history, if there is an output folder."""
         if self.config.output_dir is None or not self.accelerator.is_main_process:
             return
-        parts = self._parts()
-        states = {f"{index}": part.state_dict() for index, part in enumerate(parts.values())}
-        save_checkpoint(
-            self.config.output_dir, self.step, {"parts": states, "names": list(parts), "history": self.history}
-        )
+        state = {**pack_parts(self._parts()), "history": self.history}
+        save_checkpoint(self.config.output_dir, self.step, state)
         write_history(self.config.output_dir, self.history)
 
     def resume(self) -> bool:
         """Load the newest checkpoint of ``output_dir``, if any, and write its history; returns whether one was found.
 
         Raises:
-            CheckpointError: it is damaged, or holds other parts than this loop, or parts of other shapes.
+            CheckpointError: it is damaged, of a later step than the last of this run, or holds other parts than this
+                loop, or parts of other shapes. Nothing was changed.
         """
-        newest = latest_checkpoint(self.config.output_dir) if self.config.output_dir else None
-        if newest is None:
+        found = load_latest(self.config.output_dir) if self.config.output_dir else None
+        if found is None:
             return False
-        step, state = load_checkpoint(newest)
-        parts = self._parts()
-        if state["names"] != list(parts):
+        folder, step, state = found
+        if step > self.config.num_steps:
             raise CheckpointError(
-                f"{newest} holds {state['names']}, this run has {list(parts)}; use another output_dir"
+                f"{folder} is the state after {step} updates, this run is to make {self.config.num_steps}; use another "
+                f"output_dir, or make at least {step}"
             )
-        for index, (name, part) in enumerate(parts.items()):
-            try:
-                part.load_state_dict(state["parts"][f"{index}"])
-            except (RuntimeError, ValueError) as error:
-                if type(error) not in (RuntimeError, ValueError):  # a part that says itself what is wrong
-                    raise
-                raise CheckpointError(
-                    f"{newest} holds another {name} than this run has; use another output_dir ({error})"
-                ) from error
+        load_parts(self._parts(), state, folder, first=[f"stateful.{name}" for name in self.loaded_first])
         self.step, self.history = step, state["history"]
         if self.config.output_dir and self.accelerator.is_main_process:
             write_history(self.config.output_dir, self.history)  # a kill comes between a checkpoint and its history

@@ -326,10 +326,13 @@ def test_a_killed_run_continues_to_identical_weights(world, tmp_path, monkeypatc
     assert (tmp_path / stage / "history.jsonl").is_file()
 
 
-def test_a_finished_run_under_other_settings_is_refused(world, tmp_path):
+def test_a_finished_run_under_other_settings_is_refused_and_leaves_the_student_alone(world, tmp_path):
     train(world, settings(cd_steps=0, output_dir=str(tmp_path)))
+    (teacher, student), config = world(), settings(cd_steps=0, output_dir=str(tmp_path), fake_updates=3)
+    before = weights(student).clone()
     with pytest.raises(DistillationConfigError, match="fake_updates = 2, this run has 3"):
-        train(world, settings(cd_steps=0, output_dir=str(tmp_path), fake_updates=3))
+        DistillationTrainer(teacher, student, PROMPTS, config).train()
+    assert torch.equal(weights(student), before)
 
 
 @pytest.mark.parametrize("changed", ["eta", "timesteps", "prompts", "number of prompts", "number of latents"])

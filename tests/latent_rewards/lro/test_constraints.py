@@ -296,19 +296,22 @@ def test_the_mean_is_a_moving_average_of_what_is_thought_true():
 
 
 def test_an_interrupted_run_continues_to_the_same_bits(linear_policy, tmp_path):
-    def run(folder, num_updates, floor=FLOOR):
+    def run(folder, num_updates, floor=FLOOR, policy=None):
         settings = config(
             num_updates=num_updates, output_dir=str(tmp_path / folder), learning_rate_floor=1.0, refresh_every=3
         )
-        policy, reward = point(linear_policy), lagrangian(floor, smoothing=0.5)
+        policy, reward = policy or point(linear_policy), lagrangian(floor, smoothing=0.5)
         result = DifferentiableRewardTrainer(policy, Plane(0.3), ["a"], settings, reward=reward, oracle=truth).train()
         return policy.shift.tolist(), reward.state_dict(), json.dumps(result.__dict__)
 
     run("parts", 41)
     parts, whole = run("parts", 60), run("whole", 60)
     assert parts == whole and whole[1]["multipliers"]["room"] > 0
+    policy = point(linear_policy)
+    before = policy.shift.tolist()
     with pytest.raises(ConfigError, match=r"floors=\{'room': -1.0\} of its constraint, this one has \{'room': 0.0\}"):
-        run("whole", 60, floor=0.0)
+        run("whole", 60, floor=0.0, policy=policy)
+    assert policy.shift.tolist() == before != whole[0]
 
 
 def test_floors_relative_to_the_start():

@@ -400,11 +400,14 @@ def test_an_interrupted_run_continues_to_the_same_bits(linear_policy, exact_prox
     assert json.dumps(continued[2].__dict__) == json.dumps(whole[2].__dict__)
     again = run("whole")  # a finished run has nothing left to do
     assert json.dumps(again[2].__dict__) == json.dumps(whole[2].__dict__)
+    policy = linear_policy()
+    before = copy.deepcopy(policy.state_dict())
     with pytest.raises(ConfigError, match="num_generations=4"):
         trainer(
-            linear_policy(), exact_proxy(), PROMPTS, oracle=truth, anchor=Pull(),
+            policy, exact_proxy(), PROMPTS, oracle=truth, anchor=Pull(),
             config=config(estimator=estimator, output_dir=str(tmp_path / "whole"), num_generations=2),
         ).train()  # fmt: skip
+    assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
 
 
 def test_a_trained_proxy_is_refreshed_and_continues_to_the_same_bits(linear_policy, tmp_path):

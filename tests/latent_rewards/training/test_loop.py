@@ -1,4 +1,6 @@
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +92,56 @@ def test_parts_of_other_shapes_are_refused(tmp_path, part):
     other.optimizers["m"] = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     with pytest.raises(CheckpointError, match=f"holds another {part} than this run has; use another output_dir"):
         other.resume()
+
+
+def test_a_checkpoint_of_a_later_step_is_refused(tmp_path):
+    train(*build(str(tmp_path)))
+    shorter, module, _ = build(str(tmp_path), num_steps=4)
+    before = module.weight.clone()
+    with pytest.raises(
+        CheckpointError,
+        match="step-00000007 .* after 7 updates, this run is to make 4; .* output_dir, or .* at least 7",
+    ):
+        shorter.resume()
+    assert torch.equal(module.weight, before) and shorter.step == 0
+
+
+@pytest.mark.parametrize(("at_hand", "remedy"), [(7, "continue from the one before, step-00000006"), (1, "begin anew")])
+def test_a_damaged_checkpoint_says_how_to_go_on_without_it(tmp_path, at_hand, remedy):
+    train(*build(str(tmp_path), num_steps=at_hand))
+    newest = tmp_path / f"step-{at_hand:08d}"
+    (newest / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{newest.name} is damaged: remove this folder to {remedy} .*state.json"):
+        train(*build(str(tmp_path), num_steps=at_hand))
+    shutil.rmtree(newest)
+    assert len(train(*build(str(tmp_path), num_steps=at_hand))) == at_hand
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="Linux tells what is mapped")
+def test_a_resumed_run_lets_go_of_the_file(tmp_path):
+    train(*build(str(tmp_path), num_steps=2))
+    resumed = build(str(tmp_path), num_steps=2)
+    assert resumed[0].resume()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_part_that_refuses_is_asked_before_any_is_loaded(tmp_path):
+    class Refusing:
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            raise OSError("other settings")
+
+    first, *_ = build(str(tmp_path))
+    first.loaded_first["settings"] = Refusing()
+    first.save()
+    again, module, ema = build(str(tmp_path))
+    torch.nn.init.constant_(module.weight, 5.0)
+    again.loaded_first["settings"] = Refusing()
+    with pytest.raises(OSError, match="other settings"):
+        again.resume()
+    assert bool((module.weight == 5.0).all())
 
 
 def test_a_part_says_itself_what_is_wrong(tmp_path):
