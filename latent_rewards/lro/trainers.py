@@ -134,7 +134,8 @@ class LatentRewardTrainer:
         """
         checks.as_module(self.policy).eval()
         history = self.loop.run(self._step)
-        self._evaluate_holdout(self.loop.step)
+        with self.loop.randomness():
+            self._evaluate_holdout(self.loop.step)
         self.guard.rollback()
         for part in self.checkpointed:
             part.disable_gradient_checkpointing()

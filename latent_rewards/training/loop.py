@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from latent_rewards.training.checkpoint import CheckpointError, load_latest, sav
 from latent_rewards.training.devices import join_launch
 from latent_rewards.training.history import write_history
 from latent_rewards.training.parts import HasStateDict, load_parts, pack_parts
+from latent_rewards.training.randomness import own_randomness
 
 Logs = dict[str, float | Tensor]
 """What an update tells of itself: numbers, and scalar tensors that a GPU may not have computed yet."""
@@ -183,9 +185,12 @@ class TrainingLoop:
     def run(self, step_fn: Callable[[int], Mapping[str, float]]) -> list[dict[str, Any]]:
         """Call ``step_fn(step)`` for each remaining step and return the whole history, one dict per step.
 
+        What draws from torch's global generators in a step draws what ``seed``, stage, step and process say.
         ``step_fn`` may raise ``StopIteration`` to end early; what was logged until then is kept and checkpointed.
         """
         self.resume()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)  # what came before is no part of the first update
         if self.config.log_with:
             self.accelerator.init_trackers(self.name)
         bar = tqdm(
@@ -198,7 +203,8 @@ class TrainingLoop:
         with bar:
             while self.step < self.config.num_steps:
                 try:
-                    logs = dict(step_fn(self.step))
+                    with self.randomness():
+                        logs = dict(step_fn(self.step))
                 except StopIteration:
                     self.save()
                     break
@@ -212,6 +218,10 @@ class TrainingLoop:
         for tracker in self.accelerator.trackers if self.config.log_with else ():
             tracker.finish()
         return self.history
+
+    def randomness(self) -> AbstractContextManager[None]:
+        """Return the block a step is run in: see :func:`~latent_rewards.training.randomness.own_randomness`."""
+        return own_randomness(self.config.seed, self.name, self.step, self.ranks.index, self.device)
 
     def _report(self, bar: tqdm, logs: Mapping[str, float]) -> None:
         if self.step % self.config.log_every == 0 or self.step == self.config.num_steps:

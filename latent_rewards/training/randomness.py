@@ -1,12 +1,14 @@
 """Stateless randomness: every number is a function of (seed, stage, step, global sample index).
 
 Nothing draws from a global generator, so resuming, another batch size or another number of ranks changes no sample.
+What is not ours and does (dropout, a user's metric) finds one that depends on the step: :func:`own_randomness`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -23,6 +25,26 @@ def derive_seed(seed: int, stage: str, step: int, index: int = 0) -> int:
 def generator(seed: int, stage: str, step: int, index: int = 0) -> torch.Generator:
     """Return a CPU generator seeded by :func:`derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, stage, step, index))
+
+
+@contextmanager
+def own_randomness(seed: int, stage: str, step: int, rank: int, device: torch.device) -> Iterator[None]:
+    """In the block, seed torch's global generators from the arguments; after it, they are as they were before.
+
+    Args:
+        seed: of the run.
+        stage: its name.
+        step: of the stage.
+        rank: each process draws other numbers.
+        device: whose generator is meant, beside the CPU's.
+    """
+    number, has_generator = derive_seed(seed, f"{stage}/global", step, rank), device.type not in ("cpu", "meta")
+    forked = {"devices": [device], "device_type": device.type} if has_generator else {"devices": []}
+    with torch.random.fork_rng(**forked):
+        torch.random.default_generator.manual_seed(number)
+        if has_generator:
+            torch.get_device_module(device.type).manual_seed(number)
+        yield
 
 
 def sample_noise(

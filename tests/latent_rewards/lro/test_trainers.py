@@ -331,6 +331,19 @@ def test_holdout_evaluates_the_last_policy_too(linear_policy, exact_proxy):
     assert [entry["step"] for entry in result.holdout_curve] == [0, 5, 7] and result.best_step == 7
 
 
+def test_what_a_metric_draws_depends_on_the_step_alone(linear_policy, exact_proxy):
+    def noisy(latents: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        return {"quality": torch.rand(len(latents))}
+
+    def curve(seed):
+        torch.manual_seed(seed)
+        settings = config(num_updates=4, holdout_every=2, holdout_samples=4)
+        made = DifferentiableRewardTrainer(linear_policy(), exact_proxy(), PROMPTS, settings, holdout=noisy)
+        return made.train().holdout_curve
+
+    assert len(curve(0)) == 3 and curve(0) == curve(1)
+
+
 class Pull:
     """An anchor that pulls the shift to -1 and counts its own updates."""
 

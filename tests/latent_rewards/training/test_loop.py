@@ -203,6 +203,40 @@ def test_stop_iteration_ends_early_and_keeps_the_history():
     assert len(loop.run(step)) == 3
 
 
+def drawn(loop, fail_at=None):
+    """Return the history of a loop whose steps draw from the global generator."""
+
+    def step(index):
+        if index == fail_at:
+            raise KeyboardInterrupt
+        return {"drawn": float(torch.rand(()))}
+
+    return loop.run(step)
+
+
+def test_what_a_step_draws_globally_depends_on_the_step_alone(tmp_path):
+    torch.manual_seed(1)
+    history = drawn(build()[0])
+    assert len({entry["drawn"] for entry in history}) == 7
+    assert drawn(build(seed=1)[0]) != history
+    with pytest.raises(KeyboardInterrupt):
+        drawn(build(str(tmp_path))[0], fail_at=5)
+    again, *_ = build(str(tmp_path))
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert drawn(again) == history
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_gradient_from_before_the_run_enters_no_update():
+    (loop, module, _), (other, clean, _) = build(), build()
+    module.weight.grad = torch.full_like(module.weight, 1000.0)
+    assert [
+        run.run(lambda _, run=run, net=net: {"norm": run.update("m", net(torch.ones(1, 3)).sum())})[0]["norm"]
+        for run, net in ((loop, module), (other, clean))
+    ] == [2.0, 2.0]
+
+
 def test_ema_is_the_exact_average():
     module = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(module.weight, 0.0)

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from latent_rewards.training.randomness import derive_seed, sample_index, sample_noise, sample_uniform
+from latent_rewards.training.randomness import derive_seed, own_randomness, sample_index, sample_noise, sample_uniform
 
 
 def test_a_sample_depends_on_its_index_and_not_on_its_batch():
@@ -35,3 +36,30 @@ def test_noise_is_standard_normal_and_uniform_is_uniform():
 
 def test_sample_index_covers_its_range():
     assert {sample_index(0, "choice", step, 3) for step in range(60)} == {0, 1, 2}
+
+
+def test_the_global_generators_are_seeded_for_a_block_and_left_as_they_were():
+    def drawn(*key):
+        with own_randomness(*key, torch.device("cpu")):
+            return float(torch.rand(()))
+
+    keys = [(0, "s", 1, 0), (1, "s", 1, 0), (0, "t", 1, 0), (0, "s", 2, 0), (0, "s", 1, 1)]
+    before = torch.get_rng_state()
+    assert len({drawn(*key) for key in keys}) == len(keys) and drawn(*keys[0]) == drawn(*keys[0])
+    with pytest.raises(RuntimeError), own_randomness(0, "s", 0, 0, torch.device("cpu")):
+        torch.rand(())
+        raise RuntimeError
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_device_of_a_stage_is_seeded_too():
+    device = torch.device("cuda", 0)
+
+    def drawn(rank):
+        with own_randomness(0, "s", 0, rank, device):
+            return float(torch.rand((), device=device))
+
+    before = torch.cuda.get_rng_state(device)
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert torch.equal(torch.cuda.get_rng_state(device), before)
