@@ -30,7 +30,7 @@ from latent_rewards.lro.result import TrainResult
 from latent_rewards.lro.sampling import Batch, SampleSource, noise_dtype
 from latent_rewards.lro.scoring import AdaptiveReward, Proxy, ProxyReward
 from latent_rewards.rollout import Chain, Trajectory, detached_chain, rollout
-from latent_rewards.training.loop import NonFiniteError, TrainingLoop, set_learning_rate
+from latent_rewards.training.loop import NonFiniteError, StopTraining, TrainingLoop, set_learning_rate
 from latent_rewards.training.parts import HasStateDict
 from latent_rewards.training.precision import widened_to_train
 
@@ -181,6 +181,7 @@ class LatentRewardTrainer:
         for other in (self.scoring.proxy, self.reference):
             if isinstance(other, nn.Module):
                 other.to(loop.device)
+                loop.ranks.broadcast((*other.parameters(), *other.buffers()))  # as the loop does with the policy
         if isinstance(self.reference, nn.Module):
             self.reference.requires_grad_(False).eval()
         return loop
@@ -189,7 +190,7 @@ class LatentRewardTrainer:
         config = self.config
         logs = {} if step % config.holdout_every else self._evaluate_holdout(step)
         if self.guard.stopped:
-            raise StopIteration
+            raise StopTraining
         due = self.guard.queries_due(step) if self.refresher is not None else 0
         if due and self.refresher is not None:
             candidates = self._generate("lro/refresh", step, self.refresher.candidates(due))

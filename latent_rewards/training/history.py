@@ -1,4 +1,4 @@
-"""What the updates of a stage told, on disk: ``history.jsonl``, one JSON object a line for each update."""
+"""What the updates of a stage told: over all processes, and on disk in ``history.jsonl``, a JSON object a line each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,23 @@ from typing import Any
 from latent_rewards.training.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, write_whole
 
 _FILE = "history.jsonl"
+
+
+def mean_logs(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the means of what the processes of a launch told of one update.
+
+    What only some told is the mean over these. What all told alike stays as it is, and of what is no number the first
+    process's is taken.
+    """
+    if len(told) == 1:
+        return dict(told[0])
+    logs = {}
+    for name in dict.fromkeys(name for part in told for name in part):
+        values = [part[name] for part in told if name in part]
+        alike = all(value == values[0] for value in values)
+        numbers = all(isinstance(value, int | float) for value in values)
+        logs[name] = values[0] if alike or not numbers else sum(values) / len(values)
+    return logs
 
 
 def write_history(folder: str | Path, history: Sequence[Mapping[str, Any]]) -> None:

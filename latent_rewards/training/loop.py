@@ -17,12 +17,16 @@ from tqdm import tqdm
 from latent_rewards.training.acceleration import make_accelerator
 from latent_rewards.training.checkpoint import CheckpointError, load_latest, save_checkpoint
 from latent_rewards.training.devices import join_launch
-from latent_rewards.training.history import write_history
+from latent_rewards.training.history import mean_logs, write_history
 from latent_rewards.training.parts import HasStateDict, load_parts, pack_parts
 from latent_rewards.training.randomness import own_randomness
 
 Logs = dict[str, float | Tensor]
 """What an update tells of itself: numbers, and scalar tensors that a GPU may not have computed yet."""
+
+
+class StopTraining(Exception):
+    """Raised by a step to end its stage early, in every process of a launch and before the step changes anything."""
 
 
 class NonFiniteError(RuntimeError):
@@ -169,7 +173,7 @@ class TrainingLoop:
         optimizer = self.optimizers[optimizer_name]
         loss.backward()  # accelerate's would divide by a number from the environment
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.ranks.average_gradients(parameters)
+        self.ranks.average_gradients(parameters, at=f"an update of {optimizer_name} in step {self.step} of {self.name}")
         norm = float(nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm or math.inf))
         # Both are read here, where the norm must be: a GPU that is asked for a number has nothing more to do.
         for name, value in (("loss", float(loss.detach())), ("gradient norm", norm)):
@@ -186,11 +190,14 @@ class TrainingLoop:
         """Call ``step_fn(step)`` for each remaining step and return the whole history, one dict per step.
 
         What draws from torch's global generators in a step draws what ``seed``, stage, step and process say.
-        ``step_fn`` may raise ``StopIteration`` to end early; what was logged until then is kept and checkpointed.
+        ``step_fn`` may raise :class:`StopTraining` to end early; what was logged until then is kept and checkpointed.
+        What is logged is the mean over the processes.
+
+        Raises:
+            CheckpointError: see :meth:`resume`; or the processes found different checkpoints.
+            OutOfStepError: some processes stop, others do not.
         """
-        self.resume()
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)  # what came before is no part of the first update
+        self._begin()
         if self.config.log_with:
             self.accelerator.init_trackers(self.name)
         bar = tqdm(
@@ -202,10 +209,8 @@ class TrainingLoop:
         )
         with bar:
             while self.step < self.config.num_steps:
-                try:
-                    with self.randomness():
-                        logs = dict(step_fn(self.step))
-                except StopIteration:
+                logs = self._logs_of(step_fn)
+                if logs is None:
                     self.save()
                     break
                 self.history.append({"step": self.step, **logs})
@@ -218,6 +223,35 @@ class TrainingLoop:
         for tracker in self.accelerator.trackers if self.config.log_with else ():
             tracker.finish()
         return self.history
+
+    def _begin(self) -> None:
+        """Let all processes begin at the same step, with the same weights and no gradients."""
+        self.resume()
+        steps = self.ranks.gather(self.step, at=f"the beginning of {self.name}")
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"{self.name}: the processes of this launch would go on from steps {steps}; output_dir "
+                f"{self.config.output_dir} must be one folder that all of them see"
+            )
+        averages = [part.module for part in self.stateful.values() if isinstance(part, Ema)]
+        for module in (*self.modules.values(), *averages):
+            self.ranks.broadcast((*module.parameters(), *module.buffers()))
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)  # what came before is no part of the first update
+
+    def _logs_of(self, step_fn: Callable[[int], Mapping[str, float]]) -> dict[str, Any] | None:
+        """Return what the next step tells, or None if all processes stop before it."""
+        try:
+            with self.randomness():
+                logs = dict(step_fn(self.step))
+        except StopTraining:
+            self.ranks.gather(None, at=f"the end of {self.name} before step {self.step}")
+            return None
+        except StopIteration as error:
+            raise RuntimeError(
+                f"{self.name}: step {self.step} let a StopIteration out; to end a stage early raise StopTraining"
+            ) from error
+        return mean_logs(self.ranks.gather(logs, at=f"the end of step {self.step} of {self.name}"))
 
     def randomness(self) -> AbstractContextManager[None]:
         """Return the block a step is run in: see :func:`~latent_rewards.training.randomness.own_randomness`."""

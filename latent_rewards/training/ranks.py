@@ -21,6 +21,10 @@ _BUCKET = 2**24
 """Numbers that are averaged in one call; each call needs a copy of as many."""
 
 
+class OutOfStepError(RuntimeError):
+    """The processes of a launch have come to different places of their work; the message names them."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of its launch.
@@ -61,12 +65,20 @@ class Ranks:
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
             torch.distributed.all_reduce(flat)
-            parts = flat.div_(self.count).split([tensor.numel() for tensor in bucket])
-            for tensor, part in zip(bucket, parts, strict=True):
-                tensor.copy_(part.view_as(tensor))
+            _fill(bucket, flat.div_(self.count))
 
     @torch.no_grad()
-    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by what it is in the first process."""
+        if self.count == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            torch.distributed.broadcast(flat.view(torch.uint8), src=0)
+            _fill(bucket, flat)
+
+    @torch.no_grad()
+    def average_gradients(self, parameters: Sequence[Tensor], at: str = "an update") -> None:
         """Replace each gradient by its mean over the processes; where only some have one, that of the others is 0.
 
         A batch may leave out a part of a network (one of two experts) here and not there; a parameter that was used
@@ -74,14 +86,13 @@ class Ranks:
 
         Args:
             parameters: the same ones, in the same order, in every process.
+            at: see :meth:`gather`.
         """
         if self.count == 1 or not parameters:
             return
-        used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
-        used = used.to(parameters[0].device)
-        torch.distributed.all_reduce(used, op=torch.distributed.ReduceOp.MAX)
-        for parameter, anywhere in zip(parameters, used.tolist(), strict=True):
-            if anywhere and parameter.grad is None:
+        used = self.gather(bytes(parameter.grad is not None for parameter in parameters), at)
+        for parameter, *anywhere in zip(parameters, *used, strict=True):
+            if any(anywhere) and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self.average(parameter.grad for parameter in parameters if parameter.grad is not None)
 
@@ -96,13 +107,28 @@ class Ranks:
         parts = self.gather([make(item) for item in mine])
         return [parts[i % self.count][i // self.count] for i in range(len(items))]
 
-    def gather(self, mine: Made) -> list[Made]:
-        """Return what each process passes, by rank."""
+    def gather(self, mine: Made, at: str = "a gathering") -> list[Made]:
+        """Return what each process passes, by rank.
+
+        Args:
+            mine: what this process passes.
+            at: the place of the work this is; processes that meet at different ones would take one thing for another.
+
+        Raises:
+            OutOfStepError: another process is at another place.
+        """
         if self.count == 1:
             return [mine]
-        parts: list[Made | None] = [None] * self.count
-        torch.distributed.all_gather_object(parts, mine)
-        return cast(list[Made], parts)
+        parts: list[tuple[str, Made] | None] = [None] * self.count
+        torch.distributed.all_gather_object(parts, (at, mine))
+        told = cast(list[tuple[str, Made]], parts)
+        if len({place for place, _ in told}) > 1:
+            places = ", ".join(f"process {index} at {place}" for index, (place, _) in enumerate(told))
+            raise OutOfStepError(
+                f"the processes of this launch are not in step: {places}; let what decides over the course of the work "
+                "be known to all of them (Ranks.gather)"
+            )
+        return [part for _, part in told]
 
     def agree(self, fact: bool) -> bool:
         """Return whether ``fact`` is true in every process, and not before each has looked."""
@@ -149,6 +175,12 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         if sum(part.numel() for part in bucket) >= _BUCKET:
             yield buckets.pop((tensor.dtype, tensor.device))
     yield from buckets.values()
+
+
+def _fill(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    """Copy consecutive parts of ``flat`` into the tensors."""
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 def current_ranks(*, cpu: bool = False) -> Ranks:

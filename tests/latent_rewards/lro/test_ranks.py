@@ -33,7 +33,7 @@ class Oracle:
 def strange(name):
     return name.startswith(("distance", "ood_score"))
 
-def tuned(toys, trainer, normalize=None, **settings):
+def tuned(toys, trainer, normalize=None, apart=False, **settings):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     latents = torch.randn(64, 2, 2, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -41,6 +41,9 @@ def tuned(toys, trainer, normalize=None, **settings):
     proxy = train_proxy(dataset, config=ProxyConfig(trunk="conv3d", width=8, ensemble_size=2, num_updates=8,
                                                     progress=False, device="cpu"))
     policy, oracle, holdout = toys["LinearPolicy"](dim=2, gain=0.5), Oracle(), Oracle()
+    if apart:
+        for parameter in (*policy.parameters(), *proxy.parameters()):
+            parameter.data += current_ranks().index
     policy.latent_shape = lambda condition: (2, 2, 2, 2)
     config = LROConfig(num_updates=5, learning_rate=0.05, prompts_per_update=4, num_generations=2, step_counts=[1, 2],
                        refresh_every=2, refresh_queries=9, refresh_steps=3, holdout_every=2, holdout_samples=5,
@@ -77,6 +80,7 @@ CASES = {
     "zscore": ("gradient", {"normalize": "zscore"}),
     "rank": ("gradient", {"normalize": "rank", "estimator": "hybrid"}),
     "batch": ("gradient", {"scale_rewards": "batch"}),
+    "apart": ("gradient", {"apart": True, "beta": 0.1}),
     "chosen": ("gradient", {"acquisition": "uncertain", "acquisition_pool": 2}),
 }
 TOYS = Path(__file__).with_name("conftest.py")

@@ -1,9 +1,20 @@
+import math
+
 import pytest
 
 from latent_rewards.training.checkpoint import CheckpointError, save_checkpoint
-from latent_rewards.training.history import read_history, write_history
+from latent_rewards.training.history import mean_logs, read_history, write_history
 
 HISTORY = [{"step": 0, "loss": 0.5}, {"step": 1, "loss": 0.25}]
+
+
+def test_the_processes_means_are_those_of_what_each_told():
+    first = {"loss": 1.0, "num_steps": 4, "kind": "a", "rate": math.nan, "holdout": 3.0}
+    second = {"loss": 2.0, "num_steps": 4, "kind": "b", "rate": 1.0, "lag": 5}
+    logs = mean_logs([first, second])
+    assert math.isnan(logs.pop("rate")) and type(logs["num_steps"]) is int
+    assert logs == {"loss": 1.5, "num_steps": 4, "kind": "a", "holdout": 3.0, "lag": 5}
+    assert mean_logs([first]) == first
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -1,3 +1,4 @@
+import json
 import math
 import shutil
 from pathlib import Path
@@ -6,12 +7,13 @@ import pytest
 import torch
 
 from latent_rewards.training import loop as module_of_loops
-from latent_rewards.training.checkpoint import CheckpointError
+from latent_rewards.training.checkpoint import CheckpointError, latest_checkpoint
 from latent_rewards.training.devices import DeviceError
 from latent_rewards.training.loop import (
     Ema,
     LoopConfig,
     NonFiniteError,
+    StopTraining,
     TrainingLoop,
     read_logs,
     set_learning_rate,
@@ -192,15 +194,22 @@ def test_clipping_bounds_the_update():
     assert float((after - before).norm()) == pytest.approx(0.5, rel=1e-4)
 
 
-def test_stop_iteration_ends_early_and_keeps_the_history():
-    loop, _, _ = build()
-
+def test_stop_training_ends_early_and_keeps_the_history(tmp_path):
     def step(index):
         if index == 3:
-            raise StopIteration
+            raise StopTraining
         return {"loss": 0.0}
 
-    assert len(loop.run(step)) == 3
+    assert len(build(str(tmp_path))[0].run(step)) == 3
+    assert latest_checkpoint(tmp_path).name == "step-00000003"
+    assert len(build(str(tmp_path))[0].run(step)) == 3
+
+
+def test_a_stop_iteration_that_nobody_meant_ends_nothing_silently():
+    loop, *_ = build()
+    with pytest.raises(RuntimeError, match="t: step 0 let a StopIteration out; .* StopTraining") as caught:
+        loop.run(lambda step: {"first": next(iter(()))})
+    assert isinstance(caught.value.__cause__, StopIteration)
 
 
 def drawn(loop, fail_at=None):
@@ -335,3 +344,75 @@ def test_a_launch_keeps_the_kind_of_device_it_joined_on(any_device):
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(DeviceError, match="'cuda:99'"):
         build(device="cuda:99")
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from latent_rewards.training.checkpoint import CheckpointError
+from latent_rewards.training.loop import Ema, LoopConfig, StopTraining, TrainingLoop
+from latent_rewards.training.ranks import OutOfStepError, current_ranks
+
+root, ranks = Path(sys.argv[1]), current_ranks()
+told = {}
+
+def built(folder=None, num_steps=3):
+    torch.manual_seed(ranks.index)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.BatchNorm1d(1))
+    module[1].running_mean.fill_(ranks.index)
+    config = LoopConfig(num_steps, output_dir=folder, checkpoint_every=2, device="cpu", progress=False)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    ema = Ema(module, 0.5)
+    loop = TrainingLoop(config, name="t", modules={"m": module}, optimizers={"m": optimizer}, stateful={"ema": ema})
+    return loop, module, ema
+
+def trained(loop, module, ema, stop=lambda step: False):
+    def step(index):
+        if stop(index):
+            raise StopTraining
+        norm = loop.update("m", module[0](torch.full((1, 3), 1.0 + ranks.index)).sum())
+        ema.update()
+        own = {f"of {ranks.index}": 1.0} if index == 1 else {}
+        return {"norm": norm, "rank": ranks.index, "drawn": float(torch.rand(())), **own}
+    return loop.run(step)
+
+def state(module):
+    return {name: value.tolist() for name, value in module.state_dict().items()}
+
+whole = built(str(root / "shared"))
+told["history"] = trained(*whole)
+told["weights"], told["average"] = state(whole[1]), state(whole[2].module)
+
+def failing(name, error, *arguments, **options):
+    try:
+        trained(*arguments, **options)
+    except error as caught:
+        told[name] = str(caught).replace(f"node{ranks.index}", "node")
+
+failing("one stops", OutOfStepError, *built(), stop=lambda step: (ranks.index, step) == (1, 2))
+told["all stop"] = len(trained(*built(), stop=lambda step: step == 2))
+trained(*built(str(root / f"node{ranks.index}"), num_steps=2))
+failing("apart", CheckpointError, *built(str(root / f"node{ranks.index}")))
+(root / f"told-{ranks.index}.json").write_text(json.dumps(told))
+ranks.leave()
+"""
+
+
+def test_two_processes_keep_in_step(launch, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = launch(tmp_path / "script.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert [entry["rank"] for entry in first["history"]] == [0.5] * 3 and first["history"][0]["norm"] == pytest.approx(
+        (3 * 1.5**2 + 1) ** 0.5
+    )
+    assert (first["history"][1]["of 0"], first["history"][1]["of 1"]) == (1.0, 1.0)
+    assert first["history"] == [
+        json.loads(line) for line in (tmp_path / "shared/history.jsonl").read_text().splitlines()
+    ]
+    assert first["weights"]["1.running_mean"] == first["average"]["1.running_mean"] == [0.0]
+    assert "process 0 at an update of m in step 2 of t, process 1 at the end of t before step 2" in first["one stops"]
+    assert first["all stop"] == 2
+    assert "would go on from steps [2, 0]; output_dir" in first["apart"]

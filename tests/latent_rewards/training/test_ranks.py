@@ -11,7 +11,7 @@ SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
 import torch
-from latent_rewards.training.ranks import Ranks, current_ranks
+from latent_rewards.training.ranks import OutOfStepError, Ranks, current_ranks
 root, ranks = Path(sys.argv[1]), current_ranks()
 made = []
 def double(item):
@@ -31,6 +31,14 @@ parameters[1].grad = torch.full((2,), 1.0 + 2 * ranks.index)
 if ranks.index == 0:
     parameters[2].grad = torch.full((2,), 6.0)  # an expert that only one process called
 ranks.average_gradients(parameters)
+kinds = (torch.float32, torch.bfloat16, torch.bool, torch.int64)
+tensors = [torch.full((2, 2), 3 * (1 - ranks.index), dtype=kind) for kind in kinds]
+ranks.broadcast(tensors)
+told["broadcast"] = [tensor.flatten().tolist() for tensor in tensors]
+try:
+    ranks.gather(0, at=f"place {ranks.index}")
+except OutOfStepError as error:
+    told["out of step"] = str(error)
 told["gradients"] = [None if p.grad is None else p.grad.tolist() for p in parameters]
 if ranks.index == 0:
     time.sleep(0.5)
@@ -54,6 +62,8 @@ def test_two_processes_share_gather_agree_and_wait(launch, tmp_path):
     assert first["agree"] == [True, False]
     assert (first["threads"], first["afterwards"]) == (min(2, os.cpu_count()), 1)
     assert first["mean"] == [[0.5] * 4, [2.0] * 3] and first["waited"]
+    assert first["broadcast"] == [[3] * 4, [3] * 4, [True] * 4, [3] * 4]
+    assert "not in step: process 0 at place 0, process 1 at place 1; let what decides" in first["out of step"]
     assert first["gradients"] == [None, [2.0, 2.0], [3.0, 3.0]]
 
 
@@ -63,6 +73,7 @@ def test_one_process_does_everything_itself(capsys):
     assert ranks.share("ab", str.upper, progress="letters") == ["A", "B"] and "letters" in capsys.readouterr().err
     assert (ranks.gather(5), ranks.once(lambda: 6), ranks.agree(False)) == ([5], 6, False)
     ranks.average([tensor])
+    ranks.broadcast([tensor])
     assert tensor.item() == 3.0
 
 
