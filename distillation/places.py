@@ -32,9 +32,10 @@ def begin_folder(path: str | Path) -> Path:
     from distillation.families.export import FolderInUseError
 
     folder = Path(path)
+    inside = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    # Looked for after the rest: another process of the launch may begin the folder meanwhile.
     begun = (folder / "settings" / MANIFEST).is_file()
-    inside = [] if begun or not folder.is_dir() else [entry.name for entry in folder.iterdir()]
     # What a killed command left half written is nobody's.
-    if folder.is_file() or not all(name.startswith(TEMPORARY_PREFIX) for name in inside):
+    if folder.is_file() or not (begun or all(name.startswith(TEMPORARY_PREFIX) for name in inside)):
         raise FolderInUseError(f"{folder} holds something else than the work of this command; give a new folder")
     return folder
