@@ -8,7 +8,6 @@ number and the settings only, so who makes it, and when, changes no byte.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import warnings
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from latent_rewards.contracts import ConfigError, MetricError, RankError
 from latent_rewards.dataset import COMPLETE, RewardDataset, join, write_complete
 from latent_rewards.training.checkpoint import TEMPORARY_PREFIX, commit_directory, verify_directory
+from latent_rewards.training.folder_lock import exclusive
 from latent_rewards.training.ranks import Ranks, current_ranks
 
 GIVE_UP_AFTER = 16
@@ -69,7 +69,7 @@ class Collection:
         """Make the parts that are missing and return the whole.
 
         Raises:
-            ConfigError: the folder holds a collection with other settings, or another process is collecting into it.
+            ConfigError: the folder holds a collection with other settings, or another run is collecting into it.
             MetricError: every sample failed.
             RankError: another rank failed.
             CheckpointError: a stored part is damaged; the message names the file.
@@ -81,7 +81,7 @@ class Collection:
         if ranks.agree((self.root / COMPLETE).is_dir()):
             check_settings(self.root, self.settings)  # reading needs no lock: nothing is written any more
             return RewardDataset.load(self.root)
-        with _exclusive(self.root, ranks), _reported(self.root, ranks):
+        with exclusive(self.root, ranks, "collecting into", ConfigError), _reported(self.root, ranks):
             if ranks.index == 0:
                 _prepare(self.root, self.settings)
             ranks.wait()
@@ -226,26 +226,6 @@ def _prepare(root: Path, settings: Mapping[str, Any]) -> None:
     if not (root / _SETTINGS).is_dir():
         with commit_directory(root / _SETTINGS) as temporary:
             (temporary / "settings.json").write_text(json.dumps(settings, indent=1))
-
-
-@contextmanager
-def _exclusive(root: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold the folder's lock (rank 0 does), which the system takes back from a process that dies."""
-    import fcntl
-
-    root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        if ranks.index == 0:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"another process is collecting into {root}; wait for it, or end it") from None
-            except OSError as error:
-                warnings.warn(f"{root} cannot be locked ({error}): let no other run collect into it", stacklevel=2)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from latent_rewards.training.acceleration import make_accelerator
-from latent_rewards.training.checkpoint import CheckpointError, load_latest, save_checkpoint
+from latent_rewards.training.checkpoint import CheckpointError, load_latest, save_checkpoint, tidy_checkpoints
 from latent_rewards.training.devices import join_launch
+from latent_rewards.training.folder_lock import exclusive
 from latent_rewards.training.history import mean_logs, write_history
 from latent_rewards.training.parts import HasStateDict, load_parts, pack_parts
 from latent_rewards.training.randomness import own_randomness
@@ -195,37 +197,44 @@ class TrainingLoop:
 
         Raises:
             CheckpointError: see :meth:`resume`; or the processes found different checkpoints.
+            FolderLockedError: another run is training in ``output_dir``.
             OutOfStepError: some processes stop, others do not.
         """
-        self._begin()
-        if self.config.log_with:
-            self.accelerator.init_trackers(self.name)
-        bar = tqdm(
+        folder = self.config.output_dir
+        with exclusive(folder, self.ranks, "training in") if folder else nullcontext():
+            self._begin()
+            if self.config.log_with:
+                self.accelerator.init_trackers(self.name)
+            with self._bar() as bar:
+                while self.step < self.config.num_steps:
+                    logs = self._logs_of(step_fn)
+                    if logs is None:
+                        self.save()
+                        break
+                    self.history.append({"step": self.step, **logs})
+                    self.step += 1
+                    bar.update()
+                    self._report(bar, logs)
+                    if self.step % self.config.checkpoint_every == 0 or self.step == self.config.num_steps:
+                        self.save()
+        # Not accelerate's end_training(), which ends the launch's process group too: the next stage needs it.
+        for tracker in self.accelerator.trackers if self.config.log_with else ():
+            tracker.finish()
+        return self.history
+
+    def _bar(self) -> tqdm:
+        return tqdm(
             total=self.config.num_steps,
             initial=self.step,
             desc=self.name,
             disable=not (self.config.progress and self.accelerator.is_main_process),
             dynamic_ncols=True,
         )
-        with bar:
-            while self.step < self.config.num_steps:
-                logs = self._logs_of(step_fn)
-                if logs is None:
-                    self.save()
-                    break
-                self.history.append({"step": self.step, **logs})
-                self.step += 1
-                bar.update()
-                self._report(bar, logs)
-                if self.step % self.config.checkpoint_every == 0 or self.step == self.config.num_steps:
-                    self.save()
-        # Not accelerate's end_training(), which ends the launch's process group too: the next stage needs it.
-        for tracker in self.accelerator.trackers if self.config.log_with else ():
-            tracker.finish()
-        return self.history
 
     def _begin(self) -> None:
         """Let all processes begin at the same step, with the same weights and no gradients."""
+        if self.config.output_dir:
+            self.ranks.once(partial(tidy_checkpoints, self.config.output_dir))
         self.resume()
         steps = self.ranks.gather(self.step, at=f"the beginning of {self.name}")
         if len(set(steps)) > 1:

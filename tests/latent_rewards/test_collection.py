@@ -145,7 +145,7 @@ def test_parts_are_begun_ahead_and_kept_in_order(tmp_path):
 
 def test_two_runs_cannot_collect_into_one_folder(tmp_path):
     def begin(indices):
-        with pytest.raises(ConfigError, match="another process is collecting into"):
+        with pytest.raises(ConfigError, match="another run is collecting into"):
             Collection(2, 2, {}, root=tmp_path, progress=False).run(begin)
         return lambda: (part(), {})
 

@@ -9,6 +9,7 @@ import torch
 from latent_rewards.training import loop as module_of_loops
 from latent_rewards.training.checkpoint import CheckpointError, latest_checkpoint
 from latent_rewards.training.devices import DeviceError
+from latent_rewards.training.folder_lock import FolderLockedError
 from latent_rewards.training.loop import (
     Ema,
     LoopConfig,
@@ -125,6 +126,29 @@ def test_a_resumed_run_lets_go_of_the_file(tmp_path):
     resumed = build(str(tmp_path), num_steps=2)
     assert resumed[0].resume()
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_two_runs_cannot_train_in_one_folder(tmp_path):
+    def refused(step):
+        inner, *_ = build(str(tmp_path / "inner"))
+        inner.run(lambda step: {})  # a stage within a stage has its own
+        other, *_ = build(str(tmp_path))
+        with pytest.raises(FolderLockedError, match=f"another run is training in {tmp_path}"):
+            other.run(lambda step: {})
+        return {}
+
+    for _ in range(2):
+        loop, *_ = build(str(tmp_path), num_steps=1)
+        loop.run(refused)
+    with pytest.raises(KeyboardInterrupt):
+        train(*build(str(tmp_path / "inner"), num_steps=9), fail_at=8)
+    assert len(train(*build(str(tmp_path / "inner"), num_steps=9))) == 9
+
+
+def test_a_checkpoint_that_was_put_aside_is_resumed(tmp_path):
+    history = train(*build(str(tmp_path)))
+    (tmp_path / "step-00000007").rename(tmp_path / ".tmp-old-step-00000007-0123abcd")
+    assert train(*build(str(tmp_path)), fail_at=6) == history
 
 
 def test_a_part_that_refuses_is_asked_before_any_is_loaded(tmp_path):
