@@ -54,7 +54,7 @@ class LatentRewardTrainer:
         reference: policy the KL is measured to. None, if ``beta`` is positive or the reward compares with it: the
             policy with its peft adapters off where they are all that is trained, else a frozen copy of it.
         anchor: a loss that holds the policy near what it was distilled from.
-        callbacks: called with the step and its log after each update.
+        callbacks: called with the step and this process's log after each update.
 
     Raises:
         ConfigError: settings and parts do not fit together.
