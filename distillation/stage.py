@@ -34,6 +34,7 @@ from latent_rewards.training.loop import (
     warmup_cosine,
 )
 from latent_rewards.training.randomness import sample_noise, sample_uniform
+from latent_rewards.training.weights import weights_digest
 
 
 class TeacherModel(Protocol):
@@ -106,11 +107,12 @@ def prepare(
 
 
 def facts(setup: Setup) -> dict[str, Any]:
-    """Return what decides the weights beside the settings: the student's chains, and what is trained on."""
+    """Return what decides the weights beside the settings: teacher, the student's chains, and what is trained on."""
     student, data = setup.student, setup.data
     found: dict[str, Any] = {
         "timesteps": {str(count): [float(t) for t in grid] for count, grid in student.grids.items()},
         "eta": float(student.eta),
+        "teacher": weights_digest(setup.roles.teacher, without="lora_"),
         "number of prompts": len(data),
         "number of latents": 0 if data.latents is None else len(data.latents),
     }

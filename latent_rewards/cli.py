@@ -264,6 +264,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (LatentRewardsError, SettingsError, ImportError) as error:
         print(f"latent-rewards: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from latent_rewards.training.loop import NonFiniteError
+
+        if not isinstance(error, NonFiniteError):
+            raise
+        print(f"latent-rewards: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ def _from_policy(options: argparse.Namespace) -> RewardDataset:
     prompts = prompt_lines(options.prompts)
     _, device = join_launch(options.device)
     policy = load_stored(options.policy, options.kind, [POLICIES])
+    check_steps(policy, [options.num_steps])
     if hasattr(policy, "to"):
         policy = policy.to(device)
     with _oracle(codec_of(policy, options.policy), options, device) as oracle:
@@ -175,6 +176,19 @@ def prompt_lines(path: str) -> list[str]:
     if not prompts:
         raise DataError(f"prompts file {path} holds no prompt; write one a line")
     return prompts
+
+
+def check_steps(policy: Any, counts: Sequence[int]) -> None:  # noqa: ANN401 - any stored policy
+    """Check that a policy samples in so many steps; its own error may be of any kind.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    for count in counts:
+        try:
+            policy.timesteps(count)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def load_stored(path: str, kind: str | None, groups: Sequence[str]) -> Any:  # noqa: ANN401 - what the loader returns

@@ -8,6 +8,7 @@ number and the settings only, so who makes it, and when, changes no byte.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 import warnings
@@ -38,6 +39,12 @@ Begin = Callable[[list[int]], Callable[[], Outcome]]
 _SETTINGS = "settings"
 _UNUSABLE = "unusable.json"
 _FAILED_RANK = f"{TEMPORARY_PREFIX}failed-rank-"
+_FAILED_PART = re.compile(r"failed-\d{6}")
+_LEFTOVER = re.compile(
+    rf"{re.escape(TEMPORARY_PREFIX)}(old-)?({_SETTINGS}|{COMPLETE}|(part|failed)-\d{{6}})-[0-9a-f]{{8}}"
+    rf"|{re.escape(_FAILED_RANK)}\d+"
+)
+"""What killed runs of a collection leave."""
 _POLL_SECONDS = 0.2
 
 
@@ -69,7 +76,8 @@ class Collection:
         """Make the parts that are missing and return the whole.
 
         Raises:
-            ConfigError: the folder holds a collection with other settings, or another run is collecting into it.
+            ConfigError: the folder holds a collection with other settings or something else, or another run is
+                collecting into it.
             MetricError: every sample failed.
             RankError: another rank failed.
             CheckpointError: a stored part is damaged; the message names the file.
@@ -77,6 +85,7 @@ class Collection:
         if self.root is None:
             self._make(list(self._numbers), begin, Ranks())
             return self._reporting_failures(self._joined())
+        _refuse_foreign(self.root, self.settings)
         ranks = current_ranks()
         if ranks.agree((self.root / COMPLETE).is_dir()):
             check_settings(self.root, self.settings)  # reading needs no lock: nothing is written any more
@@ -218,11 +227,26 @@ def check_settings(root: Path, settings: Mapping[str, Any]) -> None:
             )
 
 
+def _refuse_foreign(root: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a folder is neither new nor a collection: what else it holds is not ours to remove."""
+    stored = root / _SETTINGS / "settings.json"
+    try:
+        begun = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else None
+    except ValueError:  # damaged, as will be said
+        begun = {}
+    ours = begun is not None and (not begun or not settings.keys().isdisjoint(begun))
+    others = [entry for entry in root.iterdir() if not _LEFTOVER.fullmatch(entry.name)] if root.is_dir() else []
+    if root.is_file() or (others and not ours):
+        what = f"holds {others[0].name!r}" if others else "is a file"
+        raise ConfigError(f"{root} {what} and is no collection of samples; give a new folder")
+
+
 def _prepare(root: Path, settings: Mapping[str, Any]) -> None:
     """Remove what a killed run was writing and the parts that failed as a whole; store the settings of a new run."""
-    again = [] if (root / COMPLETE).is_dir() else root.glob("failed-*")
-    for leftover in [*root.glob(f"{TEMPORARY_PREFIX}*"), *again]:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    done = (root / COMPLETE).is_dir()
+    for entry in [*root.iterdir()]:
+        if _LEFTOVER.fullmatch(entry.name) or (_FAILED_PART.fullmatch(entry.name) and not done):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     if not (root / _SETTINGS).is_dir():
         with commit_directory(root / _SETTINGS) as temporary:
             (temporary / "settings.json").write_text(json.dumps(settings, indent=1))

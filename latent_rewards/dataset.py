@@ -96,6 +96,8 @@ class RewardDataset:
         if len(texts) != len(latents):
             raise DataError(f"{len(texts)} prompts for {len(latents)} latents; give one prompt per sample")
         columns = {name: check_reward(name, values, len(latents)) for name, values in rewards.items()}
+        if "prompt" in columns:
+            raise DataError("a reward cannot be named 'prompt', as the table has a column of that name; rename it")
         if not columns:
             raise DataError("rewards is empty; give at least one {name: [N]} column")
         fingerprints = dict(metric_fingerprints or {})

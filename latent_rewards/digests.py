@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_LENGTH = 16
+from latent_rewards.training.weights import DIGEST_LENGTH, weights_digest
+
 _DEEPEST = 4
 """Levels of what holds what; beyond them, as where something holds itself, only its type is told."""
 
@@ -30,22 +30,12 @@ def tensor_digests(samples: Tensor) -> list[str]:
     return digests
 
 
-def weights_digest(module: nn.Module) -> str:
-    """Return a hash of up to 1,024 values of each parameter and buffer: enough to notice other weights, and fast."""
-    digest = hashlib.sha256(type(module).__name__.encode())
-    for name, tensor in module.state_dict().items():
-        values = tensor.detach().flatten()
-        values = values[:: math.ceil(max(1, len(values)) / 1024)].to("cpu", torch.float64)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:_LENGTH]
-
-
 def value_digest(value: Any, depth: int = 0) -> str:  # noqa: ANN401 - whatever somebody holds
     """Return a hash of numbers, texts, tensors, arrays, images, networks, functions, and of what holds such.
 
     Of an object that is none of these its type counts, and what its ``repr`` says where that holds no address.
     """
-    return hashlib.sha256(_told(value, depth).encode()).hexdigest()[:_LENGTH]
+    return hashlib.sha256(_told(value, depth).encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 def source_digest(target: object) -> str:

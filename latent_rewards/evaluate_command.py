@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_rewards.collect_command import POLICIES, codec_of, load_stored, make_oracle, prompt_lines
+from latent_rewards.collect_command import POLICIES, check_steps, codec_of, load_stored, make_oracle, prompt_lines
 from latent_rewards.contracts import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def evaluate_command(options: argparse.Namespace) -> int:
     if options.baseline:
         chosen["baseline"] = (options.baseline, options.baseline_steps or options.num_steps)
     loaded = {role: (load_stored(path, options.kind, [POLICIES]), steps) for role, (path, steps) in chosen.items()}
+    for policy, steps in loaded.values():
+        check_steps(policy, [steps])
     try:
         datasets = {role: _score(role, *made, prompts, options, device) for role, made in loaded.items()}
     except CheckpointError as error:

@@ -264,6 +264,8 @@ def _cancel(chunks: Iterable[tuple[int, Scores | Future[Scores]]]) -> None:
 def _named(metrics: Sequence[MetricLike] | Mapping[str, MetricLike]) -> dict[str, ScoresVideos]:
     if isinstance(metrics, str):
         raise ConfigError(f"metrics is one text; pass a list: [{metrics!r}]")
+    if callable(metrics) or metrics is None:
+        raise ConfigError(f"metrics must be a list of metrics, or {{reward name: metric}}; got {metrics!r}")
     named: dict[str, ScoresVideos] = {}
     pairs = metrics.items() if isinstance(metrics, Mapping) else [(None, metric) for metric in metrics]
     for given_name, metric in pairs:
@@ -278,7 +280,7 @@ def _named(metrics: Sequence[MetricLike] | Mapping[str, MetricLike]) -> dict[str
 
 
 def _create(metric: MetricLike) -> ScoresVideos:
-    if not isinstance(metric, str):
+    if not isinstance(metric, str) and hasattr(metric, "fingerprint"):
         return metric
     from latent_rewards.metrics import create_metric
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_rewards.collect_command import POLICIES, codec_of, load_stored, make_oracle, prompt_lines
+from latent_rewards.collect_command import POLICIES, check_steps, codec_of, load_stored, make_oracle, prompt_lines
 from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.training.flags import SettingsParser, chosen_settings
 
@@ -131,6 +131,7 @@ def make_trainer(options: argparse.Namespace) -> LatentRewardTrainer:
     """
     from latent_rewards.cli import metric_spec
     from latent_rewards.dataset import RewardDataset
+    from latent_rewards.directions import falling
     from latent_rewards.lro import DifferentiableRewardTrainer, LROConfig, ReinforceTrainer
     from latent_rewards.proxies import RewardProxy
     from latent_rewards.rewards import combined
@@ -141,19 +142,21 @@ def make_trainer(options: argparse.Namespace) -> LatentRewardTrainer:
     prompts = prompt_lines(options.prompts)
     _, device = join_launch(config.device)
     policy = load_stored(options.policy, options.kind, [POLICIES])
+    check_steps(policy, config.step_counts)
     if not hasattr(policy, "save_pretrained"):
         raise ConfigError(f"what {options.policy} holds (a {type(policy).__name__}) cannot be saved after tuning")
     policy = policy.to(device)
     proxy = RewardProxy.from_pretrained(options.proxy, encode=prompt_encoder(policy))
     codec = codec_of(policy, options.policy)
     metrics = options.metric or [metric_spec(name) for name in proxy.reward_names]
+    told = lower_is_better(metrics) & {*proxy.reward_names}
     by_score = config.estimator in ReinforceTrainer.estimator_names
     return (ReinforceTrainer if by_score else DifferentiableRewardTrainer)(
         policy,
         proxy,
         prompts,
         config=config,
-        reward=combined(proxy.reward_names, options.weight, lower_is_better(metrics) & {*proxy.reward_names}),
+        reward=combined(proxy.reward_names, options.weight, told | falling(proxy)),
         oracle=None if options.frozen else make_oracle(codec, metrics, device),
         dataset=RewardDataset.load(options.dataset) if options.dataset else None,
         holdout=make_oracle(codec, options.holdout, device) if options.holdout else None,

@@ -6,14 +6,18 @@ And a warning where nothing would tell that the policy exploits its reward.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from latent_rewards.contracts import ConfigError, Oracle, Policy, Reward
+from latent_rewards.contracts import ConfigError, Oracle, Policy, Prompt, Reward
+from latent_rewards.digests import value_digest, weights_digest
+from latent_rewards.directions import falling
 from latent_rewards.lro.sampling import Batch
-from latent_rewards.lro.scoring import Proxy
+from latent_rewards.lro.scoring import Proxy, ProxyReward
+from latent_rewards.rewards import WeightedSum
 from latent_rewards.rollout import Trajectory, Transitions, gaussian_kl, gaussian_log_ratio
 from latent_rewards.training.activations import checkpoint_activations
 from latent_rewards.training.loop import NonFiniteError
@@ -49,6 +53,18 @@ def checkpointed(module: nn.Module) -> list[Any]:
             f"gradient_checkpointing: {type(module).__name__} has no diffusers network that can; set it to False"
         )
     return were_off
+
+
+def started_with(module: nn.Module, prompts: Sequence[Prompt], scoring: ProxyReward) -> dict[str, str]:
+    """Return short texts that change with the policy, the prompts, the proxy and the weights of its rewards."""
+    proxy, reward = scoring.proxy, scoring.reward
+    told = {"policy": weights_digest(module), "prompts": value_digest(list(prompts))}
+    if isinstance(proxy, nn.Module):
+        told["proxy"] = weights_digest(proxy)
+    told["reward"] = type(reward).__qualname__
+    if isinstance(reward, WeightedSum):
+        told["reward"] += " " + value_digest(vars(reward))
+    return told
 
 
 def describe(batch: Batch, rows: list[int]) -> str:
@@ -101,7 +117,7 @@ def check_direction(proxy: Proxy, reward: Reward | None, oracle: Oracle | None) 
         ConfigError: it is the only reward, and nothing says how to combine it.
     """
     names = tuple(proxy.reward_names)
-    if reward is None and len(names) == 1 and names[0] in getattr(oracle, "lower_is_better", ()):
+    if reward is None and len(names) == 1 and names[0] in falling(proxy, oracle):
         raise ConfigError(
             f"less of {names[0]!r} is better, and a reward is maximised: pass "
             f"reward=WeightedSum({{{names[0]!r}: -1.0}}), or a weight of 1.0 if more of it is what you want"

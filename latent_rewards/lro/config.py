@@ -323,13 +323,14 @@ class StartedWith:
     Args:
         config: the settings of this run.
         num_prompts: number of training prompts.
+        facts: what else the run was started with, by name; one that a checkpoint does not know is not compared.
     """
 
-    def __init__(self, config: LROConfig, num_prompts: int) -> None:
+    def __init__(self, config: LROConfig, num_prompts: int, facts: Mapping[str, str] | None = None) -> None:
         # Where the learning rate falls, the length of the run decides how fast.
         free = _MAY_CHANGE if config.learning_rate_floor == 1 else _MAY_CHANGE - {"num_updates"}
         kept = {name: value for name, value in asdict(config).items() if name not in free}
-        self._settings = {**kept, "number of prompts": num_prompts}
+        self._settings = {**kept, "number of prompts": num_prompts, **(facts or {})}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings."""
@@ -343,7 +344,7 @@ class StartedWith:
         """
         defaults = {setting.name: setting.default for setting in fields(LROConfig)}
         for name, value in self._settings.items():
-            stored = state.get(name, defaults.get(name))
+            stored = state.get(name, defaults.get(name, value))
             if stored != value:
                 raise ConfigError(
                     f"the run in output_dir was started with {name}={stored!r}, this one has {value!r}; "

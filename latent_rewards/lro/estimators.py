@@ -264,7 +264,7 @@ def hybrid(
         DataError: a step before the last is deterministic.
     """
     steps = transitions if transitions is not None else policy_transitions(policy, trajectory)
-    rewards = reward(steps[-1][0])
+    rewards = _with_gradient(reward, steps[-1][0])
     constant = rewards.detach()
     scale = reward_scale(constant, num_generations, scale_rewards, ranks)
     return -_mean_over_valid(rewards / scale, constant) + _score_loss(
@@ -300,9 +300,20 @@ def pathwise(
     Raises:
         ConfigError: ``last_k`` is below 1.
     """
-    rewards = reward(final if final is not None else reparameterised(policy, trajectory, last_k, transitions).final)
+    end = final if final is not None else reparameterised(policy, trajectory, last_k, transitions).final
+    rewards = _with_gradient(reward, end)
     scale = reward_scale(rewards, num_generations, scale_rewards, ranks)
     return -_mean_over_valid(rewards / scale, rewards.detach())
+
+
+def _with_gradient(reward: RewardFunction, latents: Tensor) -> Tensor:
+    rewards = reward(latents)
+    if latents.requires_grad and not rewards.requires_grad:
+        raise ConfigError(
+            "the reward has no gradient at the latents, so nothing would be learnt through it: leave out what detaches "
+            "or thresholds it (detach, item, comparisons), or use ReinforceTrainer, which needs none"
+        )
+    return rewards
 
 
 def _score_loss(

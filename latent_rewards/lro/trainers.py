@@ -115,7 +115,7 @@ class LatentRewardTrainer:
             self.penalty = None
             if charged and self.reference is not None:
                 self.penalty = KLPenalty(config, policy, self.reference, proxy, self.estimator)
-            self.loop = self._make_loop(module, len(listed))
+            self.loop = self._make_loop(module, listed)
             self.samples = SampleSource(
                 policy,
                 listed,
@@ -151,11 +151,12 @@ class LatentRewardTrainer:
             holdout_curve=self.guard.holdout,
         )
 
-    def _make_loop(self, module: nn.Module, num_prompts: int) -> TrainingLoop:
+    def _make_loop(self, module: nn.Module, prompts: Sequence[Prompt]) -> TrainingLoop:
         trained = [p for p in module.parameters() if p.requires_grad]
         if not trained:
             raise ConfigError("the policy has no parameter with requires_grad; unfreeze what should be trained")
-        loaded_first: dict[str, HasStateDict] = {"settings": StartedWith(self.config, num_prompts)}
+        facts = checks.started_with(module, prompts, self.scoring)
+        loaded_first: dict[str, HasStateDict] = {"settings": StartedWith(self.config, len(prompts), facts)}
         if isinstance(self.scoring.reward, AdaptiveReward):
             loaded_first["reward"] = self.scoring.reward
         stateful: dict[str, HasStateDict] = {"guard": self.guard}

@@ -156,9 +156,9 @@ class Metric(MetricInfo):
         texts = self._check_prompts(prompts, len(videos)) if self.needs_prompt else None
         with torch.no_grad():
             given = videos.detach().contiguous()
-            before = _write_count(given)
+            before = _contents(given)
             values = self._check_values(self._run(given, texts), len(videos))
-            if _write_count(given) != before:
+            if _contents(given) != before:
                 raise MetricError(f"metric {self.name!r} changes the videos it is given; it must work on a copy")
             return values.to(videos.device)
 
@@ -286,9 +286,13 @@ def as_values(returned: object, name: str, count: int) -> Tensor:
     return values.to(torch.float32)
 
 
-def _write_count(videos: Tensor) -> int:
-    """How often torch has written into a tensor in place; what NumPy writes is not counted."""
-    return 0 if videos.is_inference() else videos._version
+def _contents(videos: Tensor) -> list[int]:
+    """Return numbers that change with what is written into videos, by torch or past it; float32, contiguous."""
+    bits, sums = videos.view(torch.int32), []
+    for axis in (1, 3, 4):  # each place along time, height and width counts differently: a mirrored clip is another
+        along = bits.sum(dim=[dim for dim in range(bits.ndim) if dim != axis], dtype=torch.int64)
+        sums.append((along * torch.arange(1, len(along) + 1, device=along.device)).sum())
+    return [0 if videos.is_inference() else videos._version, *torch.stack(sums).tolist()]
 
 
 def _number(value: object) -> object:

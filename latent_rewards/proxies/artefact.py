@@ -97,10 +97,10 @@ def load_proxy(
             or of another format; the message names it.
     """
     folder = Path(path) if Path(path).is_dir() else _download(str(path), revision, token)
-    verify_directory(folder, ignoring=(CARD,))
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} holds no {name}: it is not a saved reward proxy")
+    verify_directory(folder, ignoring=(CARD,))
     proxy, stored_format = _described(folder, encode, backbone, schedule)
     missing, unexpected = proxy.load_state_dict(_tensors(folder / WEIGHTS, proxy), strict=False, assign=True)
     if stored_format == _EARLIER:

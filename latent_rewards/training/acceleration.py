@@ -54,7 +54,7 @@ def make_accelerator(
 def _check_tracker(name: str | None) -> None:
     """Check that a tracker can be used; accelerate passes over one that cannot."""
     known = {kind.value for kind in LoggerType} - {"all"}
-    if name in known and LoggerType(name) not in get_available_trackers():
+    if name is not None and name in known and LoggerType(name) not in get_available_trackers():
         raise TrackerError(
             f"log_with={name!r} needs a package that is not installed: pip install {name.replace('_', '-')}, or "
             "choose another tracker, or none"

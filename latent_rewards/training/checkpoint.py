@@ -51,6 +51,9 @@ def check_target(path: str | Path, marker: str, error: type[Exception] = FolderI
         FolderInUseError: it holds something else; the message names it and the remedy.
     """
     path = Path(path)
+    place = next((parent for parent in path.absolute().parents if parent.exists()), path)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise error(f"{path} cannot be made: {place} is no folder that may be written to; give another place")
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / marker).is_file()):
         raise error(
             f"{path} exists and was not written by this library (it has no {marker}); writing there would remove what "

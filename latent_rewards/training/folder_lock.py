@@ -33,7 +33,10 @@ def exclusive(
     """
     import fcntl
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise error(f"{folder} cannot be made ({reason}); give another output_dir") from reason
     if ranks.index:
         yield
         return

@@ -73,12 +73,12 @@ def _difference(part: HasStateDict, state: Any) -> str:  # noqa: ANN401 - a stat
         return "" if here == there else f"groups of {there} parameters there, {here} here"
     if not isinstance(part, nn.Module):
         return ""
-    here, there = (
+    ours, theirs = (
         {key: tuple(getattr(value, "shape", ())) for key, value in s.items()} for s in (part.state_dict(), state)
     )
-    for key in [*here, *there]:
-        if here.get(key) != there.get(key):
-            return f"{key} is of shape {there.get(key)} there, {here.get(key)} here"
+    for key in [*ours, *theirs]:
+        if ours.get(key) != theirs.get(key):
+            return f"{key} is of shape {theirs.get(key)} there, {ours.get(key)} here"
     return ""
 
 

@@ -335,7 +335,9 @@ def test_a_finished_run_under_other_settings_is_refused_and_leaves_the_student_a
     assert torch.equal(weights(student), before)
 
 
-@pytest.mark.parametrize("changed", ["eta", "timesteps", "prompts", "number of prompts", "number of latents"])
+@pytest.mark.parametrize(
+    "changed", ["teacher", "eta", "timesteps", "prompts", "number of prompts", "number of latents"]
+)
 def test_a_run_does_not_go_on_with_another_chain_or_other_data(world, tmp_path, randn, changed):
     config = settings(cd_steps=0, output_dir=str(tmp_path))
     train(world, config)
@@ -343,6 +345,8 @@ def test_a_run_does_not_go_on_with_another_chain_or_other_data(world, tmp_path, 
         eta=0.0 if changed == "eta" else 1.0,
         timesteps={1: [1.0], 2: [1.0, 0.4], 4: [1.0, 0.75, 0.5, 0.25]} if changed == "timesteps" else None,
     )
+    if changed == "teacher":
+        teacher.denoiser = type(teacher.denoiser)(RectifiedFlow(), M + 1, S)
     prompts = {"prompts": ["one", "three"], "number of prompts": [*PROMPTS, "three"]}.get(changed, PROMPTS)
     data = (randn(2, *SHAPE), prompts) if changed == "number of latents" else prompts
     with pytest.raises(DistillationConfigError, match=f"trained with {changed} = "):

@@ -47,6 +47,25 @@ def test_what_a_killed_run_was_writing_is_removed(toys, tmp_path):
     assert content(tmp_path / "broken") == content(tmp_path / "whole")
 
 
+def test_what_is_no_collection_is_left_alone(toys, tmp_path):
+    for name in ("failed-experiments", ".tmp-mine"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"mine holds '.*' and is no collection of samples; give a new folder"):
+        collected(toys, tmp_path / "mine")
+    assert {entry.name for entry in (tmp_path / "mine").iterdir()} == {"failed-experiments", ".tmp-mine"}
+    (tmp_path / "run" / "settings").mkdir(parents=True)
+    (tmp_path / "run" / "settings" / "settings.json").write_text('{"teacher": {}, "student": {}}')
+    with pytest.raises(ConfigError, match="run holds 'settings' and is no collection"):
+        collected(toys, tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is a file and is no collection"):
+        collected(toys, tmp_path / "file")
+    collected(toys, tmp_path / "ours")
+    (tmp_path / "ours" / "failed-list.txt").write_text("what the user adds")
+    collected(toys, tmp_path / "ours")
+    assert (tmp_path / "ours" / "failed-list.txt").is_file()
+
+
 def test_parts_that_failed_are_tried_again_until_the_collection_is_complete(toys, tmp_path, limit):
     strict = create_metric("toys_of_tests:level", limit=limit)
     with pytest.warns(UserWarning, match="samples could not be scored"):

@@ -167,6 +167,11 @@ def test_a_view_saved_where_it_reads_from_reads_what_it_wrote_and_others_are_tol
         stored.latents()
 
 
+def test_a_reward_that_would_be_a_second_column_of_prompts_is_refused():
+    with pytest.raises(DataError, match="cannot be named 'prompt'"):
+        RewardDataset.from_tensors(torch.zeros(2, 1, 1, 1, 1), ["a", "b"], {"prompt": torch.zeros(2)})
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "runs" / "student").mkdir(parents=True)
     with pytest.raises(FolderInUseError, match="runs exists and was not written by this library .*dataset.json"):

@@ -60,6 +60,19 @@ def test_chunks_are_bounded_and_queries_counted(toys):
     assert oracle.fingerprints == {"one": "mean@1", "two": "mean@1"} and oracle.latent_space == "toy-codec"
 
 
+def test_functions_are_metrics_too_and_a_single_one_is_no_list(toys):
+    def brightness(videos):
+        return videos.flatten(1).mean(1)
+
+    scores = MetricOracle(toys.Codec(), {"b": brightness})(latents(2), ["p"] * 2)
+    torch.testing.assert_close(scores["b"], brightness(toys.Codec().decode(latents(2))))
+    (name,) = MetricOracle(toys.Codec(), [brightness]).fingerprints
+    assert name.endswith("brightness")
+    for wrong in (brightness, None):
+        with pytest.raises(ConfigError, match="metrics must be a list of metrics, or"):
+            MetricOracle(toys.Codec(), wrong)
+
+
 def test_an_oracle_knows_which_of_its_metrics_should_fall(toys):
     metrics = {"soft": create_metric("quality.blur"), "sharp": create_metric("quality.sharpness"), "mean": Mean()}
     assert MetricOracle(toys.Codec(), metrics).lower_is_better == {"soft"}

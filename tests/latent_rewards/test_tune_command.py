@@ -184,7 +184,7 @@ def test_every_setting_but_those_the_command_decides_is_a_flag(capsys):
     [
         (["--weight", "toys.lvl=1"], "unknown reward 'toys.lvl'. Did you mean 'toys.level'"),
         (["--prompts", "{root}/empty.txt"], "holds no prompt"),
-        (["--proxy", "{root}/rewards"], "rewards"),
+        (["--proxy", "{root}/rewards"], "rewards holds no proxy.json: it is not a saved reward proxy"),
         (["--metric", "toys.levle"], "toys.level"),
         (["--beta", "-1"], "beta must not be negative"),
         (["--dataset", "{root}/nowhere"], "nowhere"),
@@ -194,6 +194,30 @@ def test_what_cannot_be_tuned_is_said_before_any_work(stored, tmp_path, capsys, 
     assert tune(stored, tmp_path / "t", *(part.format(root=stored) for part in changes)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("command", ["tune", "collect", "evaluate"])
+def test_steps_that_a_policy_does_not_sample_in_are_told_as_the_policy_does(
+    stored, toys, tmp_path, capsys, monkeypatch, command
+):
+    def timesteps(self, num_steps):
+        raise ValueError(f"samples in 1, 2 and 4 steps; got {num_steps}")
+
+    monkeypatch.setattr(toys.LinearPolicy, "timesteps", timesteps)
+    if command == "tune":
+        assert tune(stored, tmp_path / "t", "--step-counts", "3") == 2
+    else:
+        policy = ["--policy", f"{stored}/Tunable"] if command == "collect" else [f"{stored}/Tunable"]
+        common = ["--prompts", f"{stored}/prompts.txt", "--metric", "toys.level", "--output", f"{tmp_path}/t"]
+        assert main([command, *policy, *common, "--num-steps", "3"]) == 2
+    assert "samples in 1, 2 and 4 steps; got 3" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
+def test_numbers_that_are_not_finite_end_a_run_with_1(stored, tmp_path, capsys):
+    with pytest.warns(UserWarning, match="no oracle"):
+        assert tune(stored, tmp_path / "t", "--frozen", "--learning-rate", "1e38") == 1
+    assert "not finite" in capsys.readouterr().err
 
 
 def test_weights_are_checked_against_the_proxys_rewards():

@@ -98,6 +98,7 @@ def test_a_resumed_run_keeps_its_settings():
     StartedWith(LROConfig(beta=0.1, num_updates=900, progress=False), 3).load_state_dict(stored)
     with pytest.raises(ConfigError, match=r"beta=0.1.*0.2"):
         StartedWith(LROConfig(beta=0.2), 3).load_state_dict(stored)
+    StartedWith(LROConfig(beta=0.1), 3, {"policy": "a"}).load_state_dict(stored)  # not known then
     with pytest.raises(ConfigError, match="number of prompts"):
         StartedWith(LROConfig(beta=0.1), 4).load_state_dict(stored)
     falling = StartedWith(LROConfig(learning_rate_floor=0.1, num_updates=100), 3).state_dict()

@@ -463,6 +463,8 @@ def test_a_weighted_sum_of_two_rewards(linear_policy, exact_proxy):
 
 
 def test_ranks_share_the_groups(linear_policy, exact_proxy, monkeypatch):
+    monkeypatch.setattr(Ranks, "broadcast", lambda self, tensors: None)  # one after the other, not at once
+
     def gradient(rank, ranks):
         monkeypatch.setattr(module_of_loops, "join_launch", lambda name: (Ranks(rank, ranks), torch.device("cpu")))
         policy = linear_policy(gain=0.5)
@@ -529,6 +531,10 @@ def test_a_metric_of_which_less_is_better_needs_a_word_and_turns_the_holdout(lin
     settings = config(step_counts=[1], num_updates=10, learning_rate=0.1, holdout_every=5, holdout_samples=4)
     with pytest.raises(ConfigError, match=r"less of 'quality' is better.*WeightedSum\(\{'quality': -1.0\}\)"):
         DifferentiableRewardTrainer(linear_policy(), exact_proxy(), PROMPTS, settings, oracle=Falling())
+    known = exact_proxy()
+    known.metric_fingerprints = {"quality": "quality.blur@1"}
+    with pytest.raises(ConfigError, match="less of 'quality' is better"):
+        DifferentiableRewardTrainer(linear_policy(), known, PROMPTS, settings)
     reward = WeightedSum({"quality": 1.0})
     DifferentiableRewardTrainer(linear_policy(), exact_proxy(), PROMPTS, settings, reward, oracle=Falling())
     rising, falling = (
@@ -538,3 +544,29 @@ def test_a_metric_of_which_less_is_better_needs_a_word_and_turns_the_holdout(lin
     for one, other in zip(rising.holdout_curve, falling.holdout_curve, strict=True):
         assert one["score"] == other["score"] == -other["values"]["quality"]
     assert rising.best_step == falling.best_step > 0
+
+
+@pytest.mark.parametrize("changed", ["policy", "prompts", "proxy", "reward"])
+def test_a_run_does_not_go_on_as_another(linear_policy, exact_proxy, tmp_path, changed):
+    def train(**other):
+        policy = linear_policy(gain=0.5 if "policy" in other else 1.0)
+        prompts = [*PROMPTS[:-1], "another"] if "prompts" in other else PROMPTS
+        proxy = exact_proxy(target=2.0 if "proxy" in other else 1.0)
+        reward = WeightedSum({"quality": 2.0 if "reward" in other else 1.0})
+        settings = config(num_updates=3, output_dir=str(tmp_path))
+        return DifferentiableRewardTrainer(policy, proxy, prompts, settings, reward).train().history
+
+    assert train() == train()
+    with pytest.raises(ConfigError, match=f"was started with {changed}=.*use the old value to resume"):
+        train(**{changed: True})
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", "hybrid"])
+def test_a_reward_without_a_gradient_is_refused_where_one_is_needed(linear_policy, exact_proxy, estimator):
+    def flat(rewards):
+        return rewards["quality"].detach()
+
+    settings = config(num_updates=1, estimator=estimator)
+    with pytest.raises(ConfigError, match="the reward has no gradient at the latents.*ReinforceTrainer"):
+        DifferentiableRewardTrainer(linear_policy(), exact_proxy(), PROMPTS, settings, flat).train()
+    ReinforceTrainer(linear_policy(), exact_proxy(), PROMPTS, config(num_updates=1), flat).train()

@@ -1,6 +1,8 @@
 """check_metric finds every kind of broken promise, and passes the built-in metrics; cheating clips win what is said."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -140,5 +142,14 @@ def test_the_only_reward_is_a_warning_if_a_cheating_clip_wins_it() -> None:
 def test_writing_into_the_videos_is_an_error_at_once(videos: Tensor) -> None:
     with pytest.raises(MetricError, match="'m' changes the videos it is given"):
         Metric(name="m", score=changes_input)(videos.clone())
+    for change in (lambda a: 1 - a, lambda a: a[..., ::-1].copy(), lambda a: a[:, ::-1].copy()):
+
+        def past_torch(videos: Tensor, change: Callable[..., Any] = change) -> Tensor:
+            array = videos.numpy()
+            array[:] = change(array)
+            return mean(videos)
+
+        with pytest.raises(MetricError, match="'m' changes the videos it is given"):
+            Metric(name="m", score=past_torch)(videos.clone())
     with torch.inference_mode():
         assert Metric(name="m", score=mean)(videos.clone()).shape == (4,)

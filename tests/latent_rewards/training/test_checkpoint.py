@@ -14,6 +14,8 @@ from latent_rewards.training import checkpoint
 from latent_rewards.training.checkpoint import (
     MANIFEST,
     CheckpointError,
+    FolderInUseError,
+    check_target,
     commit_directory,
     latest_checkpoint,
     load_checkpoint,
@@ -236,3 +238,11 @@ def test_a_process_killed_while_writing_leaves_a_whole_checkpoint(tmp_path):
         step, state = load_checkpoint(latest_checkpoint(tmp_path))
         verify_directory(latest_checkpoint(tmp_path))
         assert bool((state["x"] == step).all())
+
+
+def test_a_target_within_a_file_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    check_target(tmp_path / "new" / "folder", "marker")
+    for place in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y"):
+        with pytest.raises(FolderInUseError, match="cannot be made: .*file is no folder that may be written to"):
+            check_target(place, "marker")
