@@ -8,6 +8,7 @@ never shown to a VAE, teacher, student, proxy or any metric's classifier.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional
 
+from latent_rewards.contracts import DataError
 from latent_rewards.training.randomness import generator, sample_index
 
 NUM_FRAMES = 17
@@ -106,19 +108,21 @@ def write_prompt(spec: ClipSpec, *, seed: int, index: int = 0, heldout_phrasing:
 
 @cache
 def parse_prompt(prompt: str) -> ClipSpec:
-    """Recover what a prompt of this world asks for.
+    """Recover what a prompt of this world asks for; punctuation does not matter.
 
     Raises:
-        ValueError: an attribute is not mentioned.
+        DataError: an attribute is not mentioned, or with two different values.
     """
-    words = [word.removesuffix("wards") for word in prompt.lower().split()]
+    words = [word.removesuffix("wards") for word in re.findall(r"\w+", prompt.lower())]
     names = {**{str(n): n for n in range(10)}, **{word: n for n, word in enumerate(NUMBER_WORDS)}}
     speeds = {"slow": "slow", "slowly": "slow", "low": "slow", "fast": "fast", "quickly": "fast", "high": "fast"}
 
     def find(kind: str, known: dict) -> object:
-        found = [known[word] for word in words if word in known]
+        found = list(dict.fromkeys(known[word] for word in words if word in known))
         if not found:
-            raise ValueError(f"prompt {prompt!r} names no {kind}; known: {', '.join(known)}")
+            raise DataError(f"prompt {prompt!r} names no {kind}; name one of {', '.join(known)}")
+        if len(found) > 1:
+            raise DataError(f"prompt {prompt!r} names more than one {kind} ({', '.join(map(str, found))}); name one")
         return found[0]
 
     return ClipSpec(

@@ -1,11 +1,17 @@
 import hashlib
+from itertools import product
 
 import pytest
 import torch
 
+from latent_rewards.contracts import DataError
 from recipes.moving_digits.world import (
+    COLOUR_PHRASES,
     COLOURS,
+    DIGIT_PHRASES,
+    DIRECTION_PHRASES,
     DIRECTIONS,
+    SPEED_PHRASES,
     ClipSpec,
     all_specs,
     draw_specs,
@@ -48,9 +54,58 @@ def test_heldout_phrasings_are_never_written_for_training():
         assert phrase not in training and phrase in everything
 
 
+def test_all_wordings_of_a_combination_mean_it():
+    spec = ClipSpec(7, "purple", "up", "fast")
+    wordings = product(COLOUR_PHRASES, DIGIT_PHRASES, DIRECTION_PHRASES, SPEED_PHRASES["fast"])
+    for colour, digit, direction, speed in wordings:
+        prompt = f"a {colour} {digit} {direction} {speed}".format(c="purple", n=7, word="seven", d="up")
+        assert parse_prompt(prompt) == spec
+
+
+def test_generated_prompts_mean_what_they_meant_before_punctuation_was_read():
+    """The hash is of what the first version of ``parse_prompt`` made of them."""
+    told = hashlib.sha256()
+    for index, spec in enumerate([*all_specs(heldout=False), *all_specs(heldout=True)] * 4):
+        prompt = write_prompt(spec, seed=11, index=index, heldout_phrasing=index % 2 == 0)
+        assert parse_prompt(prompt) == spec
+        told.update(f"{prompt}: {parse_prompt(prompt)}".encode())
+    assert told.hexdigest()[:16] == "12ba21633d5433e0"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        'A red "3" moving left, slowly.',
+        "a red digit 3, moving left: slowly!",
+        "(red) three; left-moving and slow",
+        "red “3”, leftwards, slow",
+    ],
+)
+def test_punctuation_hides_no_word(prompt):
+    assert parse_prompt(prompt) == ClipSpec(3, "red", "left", "slow")
+
+
 def test_a_prompt_that_lacks_an_attribute_is_refused():
-    with pytest.raises(ValueError, match="colour"):
+    with pytest.raises(DataError, match="names no colour"):
         parse_prompt("a digit 3 moving left slowly")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ("one red digit 3 moving left slowly", r"more than one digit \(1, 3\); name one"),
+        ("a red or blue digit 3 moving left slowly", r"colour \(red, blue\)"),
+        ("a red digit 3 moving left, then up, slowly", r"direction \(left, up\)"),
+        ("a red digit 3 moving left slowly, then fast", r"speed \(slow, fast\)"),
+    ],
+)
+def test_a_prompt_that_names_two_of_a_kind_is_refused(prompt, named):
+    with pytest.raises(DataError, match=named):
+        parse_prompt(prompt)
+
+
+def test_one_value_may_be_named_twice():
+    assert parse_prompt("a red three, digit 3, moving left slowly at low speed").digit == 3
 
 
 def test_clips_are_reproducible_and_independent_of_the_batch():
