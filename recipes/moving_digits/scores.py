@@ -27,11 +27,6 @@ class Interval:
     low: float
     high: float
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero."""
-        return self.low > 0 or self.high < 0
-
 
 def closeness(
     values: ArrayLike,
@@ -65,6 +60,8 @@ def within_neighbourhood(
 ) -> Tensor:
     """Return bool ``[R, N]``: is sample n nearer to real point r than r's k-th nearest real neighbour of its group?
 
+    The share of real points that some sample is that near to is their coverage (Naeem et al. 2020, eq. 6).
+
     Args:
         real: points ``[R, D]``.
         samples: points ``[N, D]``.
@@ -87,22 +84,6 @@ def within_neighbourhood(
         radius = torch.cdist(points, points).kthvalue(neighbours + 1, dim=1).values
         inside[rows[:, None], columns[None]] = torch.cdist(points, samples[columns]) < radius[:, None]
     return inside
-
-
-def coverage(
-    real: Tensor,
-    samples: Tensor,
-    real_groups: Tensor | None = None,
-    sample_groups: Tensor | None = None,
-    *,
-    neighbours: int = 5,
-) -> float:
-    """Return the share in [0, 1] of real points whose neighbourhood holds a sample (Naeem et al. 2020, eq. 6).
-
-    Arguments and errors are those of :func:`within_neighbourhood`.
-    """
-    inside = within_neighbourhood(real, samples, real_groups, sample_groups, neighbours=neighbours)
-    return inside.any(dim=1).double().mean().item()
 
 
 def frechet_distance(

@@ -24,7 +24,6 @@ from latent_rewards.training.randomness import generator, sample_index
 NUM_FRAMES = 17
 SIZE = 32
 DIGIT_SIZE = 16
-FPS = 8
 
 COLOURS: dict[str, tuple[float, float, float]] = {
     "red": (1.0, 0.2, 0.2),

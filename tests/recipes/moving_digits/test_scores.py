@@ -32,17 +32,21 @@ def test_closeness_leaves_nan_out_and_weights_count() -> None:
         scores.closeness(real, real, real)
 
 
+def covered(real: torch.Tensor, samples: torch.Tensor, *, neighbours: int) -> float:
+    return scores.within_neighbourhood(real, samples, neighbours=neighbours).any(dim=1).double().mean().item()
+
+
 def test_coverage_of_hand_computed_points() -> None:
     # Nearest-neighbour radii with k = 1: 1, 1, 1 and 8.
     real = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
-    assert scores.coverage(real, torch.tensor([[0.5]]), neighbours=1) == 0.5
-    assert scores.coverage(real, torch.tensor([[2.5]]), neighbours=1) == 0.5
-    assert scores.coverage(real, torch.tensor([[0.5], [2.5]]), neighbours=1) == 1
-    assert scores.coverage(real, torch.tensor([[0.0]]), neighbours=1) == 0.25
-    assert scores.coverage(real, torch.tensor([[100.0]]), neighbours=1) == 0
-    assert scores.coverage(real, torch.tensor([[0.5]] * 50), neighbours=1) == 0.5
+    assert covered(real, torch.tensor([[0.5]]), neighbours=1) == 0.5
+    assert covered(real, torch.tensor([[2.5]]), neighbours=1) == 0.5
+    assert covered(real, torch.tensor([[0.5], [2.5]]), neighbours=1) == 1
+    assert covered(real, torch.tensor([[0.0]]), neighbours=1) == 0.25
+    assert covered(real, torch.tensor([[100.0]]), neighbours=1) == 0
+    assert covered(real, torch.tensor([[0.5]] * 50), neighbours=1) == 0.5
     # k = 2: radii 2, 1, 2 and 9; the point 8.5 is within 9 of 10 only.
-    assert scores.coverage(real, torch.tensor([[8.5]]), neighbours=2) == 0.25
+    assert covered(real, torch.tensor([[8.5]]), neighbours=2) == 0.25
 
 
 def test_a_sample_covers_its_own_group_only() -> None:
@@ -51,7 +55,7 @@ def test_a_sample_covers_its_own_group_only() -> None:
     inside = scores.within_neighbourhood(real, samples, groups, torch.tensor([1]), neighbours=1)
     assert inside[:, 0].tolist() == [False, False, True, True]
     with pytest.raises(DataError, match="group 0 has 2 real points"):
-        scores.coverage(real, samples, groups, torch.tensor([1]), neighbours=2)
+        scores.within_neighbourhood(real, samples, groups, torch.tensor([1]), neighbours=2)
 
 
 def test_coverage_of_one_distribution_by_itself_is_as_expected() -> None:
@@ -60,7 +64,7 @@ def test_coverage_of_one_distribution_by_itself_is_as_expected() -> None:
     expected = 1 - np.prod([(n - i) / (m + n - i) for i in range(1, k + 1)])
     source = torch.Generator().manual_seed(0)
     drawn = [
-        scores.coverage(torch.randn(n, 3, generator=source), torch.randn(m, 3, generator=source), neighbours=k)
+        covered(torch.randn(n, 3, generator=source), torch.randn(m, 3, generator=source), neighbours=k)
         for _ in range(200)
     ]
     assert abs(np.mean(drawn) - expected) < 4.5 * np.std(drawn) / np.sqrt(len(drawn))
