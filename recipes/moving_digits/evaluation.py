@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from recipes.moving_digits.evaluation_set import (
 from recipes.moving_digits.judge import ATTRIBUTES, Judge
 from recipes.moving_digits.scores import (
     Interval,
+    UndefinedError,
     Weights,
     closeness,
     frechet_distance,
@@ -258,7 +260,9 @@ def compare(
 ) -> dict[str, Interval]:
     """Return ``b - a`` for every score both have, with intervals that resample prompts and recompute the scores.
 
-    Pairs share prompt and seed. A resample takes a prompt's clips of both methods and its real clips together.
+    Pairs share prompt and seed. A resample takes a prompt's clips of both methods and its real clips together. Where it
+    leaves a score without a value (real clips that a metric cannot tell from noise, no held-out prompt), the interval
+    of that score leaves it out, and a warning says how many.
 
     Raises:
         DataError: the evaluations or the reference are of different prompts.
@@ -266,28 +270,31 @@ def compare(
     if not a.prompts == b.prompts == reference.prompts:
         raise DataError("a paired comparison needs two evaluations and a reference of the same prompts")
     draws = resample_weights(len(a.prompts), resamples=resamples, seed=seed)
-    resampled = [(_score(a, reference, weights), _score(b, reference, weights)) for weights in draws]
-    return {
-        name: interval(
-            b.scores[name] - a.scores[name],
-            [y.get(name, np.nan) - x.get(name, np.nan) for x, y in resampled],
-            level=level,
-        )
-        for name in a.scores
-        if name in b.scores
-    }
+    resampled = [[_score(values, reference, weights, resampled=True) for values in (a, b)] for weights in draws]
+    names = [name for name in a.scores if name in b.scores]
+    differences = {name: np.array([y.get(name, np.nan) - x.get(name, np.nan) for x, y in resampled]) for name in names}
+    undefined = {name: int(np.isnan(values).sum()) for name, values in differences.items()}
+    if told := ", ".join(f"{name} {count}" for name, count in undefined.items() if count):
+        warnings.warn(f"of {resamples} resamples, intervals leave out those without a value: {told}", stacklevel=2)
+    return {name: interval(b.scores[name] - a.scores[name], differences[name], level=level) for name in names}
 
 
-def _score(values: Evaluation, reference: Reference, prompt_weights: Weights) -> dict[str, float]:
-    """Compute every score with prompt p counted ``prompt_weights[p]`` times."""
+def _score(
+    values: Evaluation, reference: Reference, prompt_weights: Weights, *, resampled: bool = False
+) -> dict[str, float]:
+    """Compute every score with prompt p counted ``prompt_weights[p]`` times; ``resampled``, NaN is no error."""
     weights = prompt_weights.repeat(len(SEEDS))
     real_weights = prompt_weights.repeat(len(reference.features) // len(prompt_weights))
-    close = {
-        f"closeness/{name}": closeness(
-            v, reference.metrics[name], reference.noise_metrics[name], weights=weights, real_weights=real_weights
-        )
-        for name, v in values.metrics.items()
-    }
+    close = {}
+    for name, v in values.metrics.items():
+        real, noise = reference.metrics[name], reference.noise_metrics[name]
+        try:
+            near = closeness(v, real, noise, weights=weights, real_weights=real_weights)
+        except UndefinedError:
+            if not resampled:
+                raise
+            near = np.nan
+        close[f"closeness/{name}"] = near
     accuracy = {f"accuracy/{name}": 100 * weighted_mean(v, weights) for name, v in values.correct.items()}
     covered = values.covered.numpy()[:, prompt_weights > 0].any(axis=1)
     quality, semantic = float(np.mean([*close.values()])), float(np.mean([*accuracy.values()]))

@@ -19,9 +19,13 @@ from latent_rewards.training.randomness import generator
 Weights = NDArray[np.float64]
 
 
+class UndefinedError(DataError):
+    """A statistic has no value for these samples."""
+
+
 @dataclass(frozen=True)
 class Interval:
-    """A difference and its percentile bootstrap interval."""
+    """A difference and its percentile bootstrap interval; NaN where no resample has a value."""
 
     difference: float
     low: float
@@ -39,12 +43,15 @@ def closeness(
     """Return ``100 (1 - W1(values, real) / W1(noise, real))`` clipped to 0-100; NaN values do not take part.
 
     Raises:
-        DataError: no finite value is left, or noise is distributed like real.
+        UndefinedError: no value is left, or noise is distributed like real.
+        DataError: a value is infinite.
     """
     real_kept, noise_kept = _kept(real, real_weights, "real"), _kept(noise, None, "noise")
     scale = wasserstein_distance(noise_kept[0], real_kept[0], noise_kept[1], real_kept[1])
     if scale == 0:
-        raise DataError("noise and real values have the same distribution: closeness has no zero; drop this metric")
+        raise UndefinedError(
+            "noise and real values have the same distribution: closeness has no zero; drop this metric"
+        )
     kept = _kept(values, weights, "sample")
     distance = wasserstein_distance(kept[0], real_kept[0], kept[1], real_kept[1])
     return float(np.clip(100 * (1 - distance / scale), 0, 100))
@@ -114,8 +121,10 @@ def resample_weights(count: int, *, resamples: int, seed: int = 0) -> Weights:
 
 
 def interval(difference: float, resampled: ArrayLike, *, level: float = 0.95) -> Interval:
-    """Return ``difference`` with the central ``level`` of its resampled values."""
-    low, high = np.quantile(np.asarray(resampled), [(1 - level) / 2, (1 + level) / 2])
+    """Return ``difference`` with the central ``level`` of its resampled values that are not NaN."""
+    values = np.asarray(resampled, dtype=np.float64)
+    kept = values[~np.isnan(values)]
+    low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2]) if len(kept) else (np.nan, np.nan)
     return Interval(float(difference), float(low), float(high))
 
 
@@ -130,8 +139,10 @@ def _kept(values: ArrayLike, weights: ArrayLike | None, name: str) -> tuple[Weig
     values = np.asarray(values, dtype=np.float64)
     chosen = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
     kept = ~np.isnan(values) & (chosen > 0)
-    if not kept.any() or np.isinf(values[kept]).any():
-        raise DataError(f"{name} values must be finite or NaN, and not all NaN; {int(kept.sum())} can be used")
+    if not kept.any():
+        raise UndefinedError(f"{name} values must not be all NaN; none of {len(values)} can be used")
+    if infinite := int(np.isinf(values[kept]).sum()):
+        raise DataError(f"{name} values must be finite or NaN; {infinite} of {len(values)} are infinite")
     return values[kept], chosen[kept]
 
 

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from latent_rewards.contracts import DataError, FingerprintMismatchError
 from recipes.moving_digits import evaluation
 from recipes.moving_digits.evaluation import Evaluation, Reference, build_reference, compare, evaluate
 from recipes.moving_digits.judge import Judge
+from recipes.moving_digits.scores import UndefinedError, resample_weights
+from recipes.moving_digits.world import parse_prompt
 
 PROMPTS = evaluation.evaluation_prompts(8)
 DIMENSIONS = ("total", "quality", "semantic", "diversity", "frechet")
@@ -144,6 +147,32 @@ def test_differences_of_totals_have_intervals_over_prompts(
         assert found[name].low <= found[name].difference <= found[name].high
     assert "brightness" not in found
     assert compare(garbage, real, reference, resamples=40) == found
+
+
+def test_an_interval_leaves_out_the_resamples_in_which_real_clips_are_like_noise(
+    judge: Judge, reference: Reference, real_videos: torch.Tensor
+) -> None:
+    # Half of the prompts move fast; a resample in which a quarter do is like this noise in the metric.
+    moves, metric = "closeness/motion.dynamic_degree", "motion.dynamic_degree"
+    fast = torch.tensor([parse_prompt(text).speed == "fast" for text in PROMPTS]).double()
+    assert fast.mean() == 0.5
+    drawn = resample_weights(len(PROMPTS), resamples=200, seed=1) @ fast.numpy()
+    alike = int((drawn == 2).sum())
+    assert alike > 5
+    tight = replace(
+        reference,
+        metrics={**reference.metrics, metric: fast.repeat_interleave(10)},
+        noise_metrics={**reference.noise_metrics, metric: torch.tensor([1.0, 0, 0, 0]).double()},
+    )
+    methods = [evaluate(clips, PROMPTS, tight, judge) for clips in (real_videos, real_videos.roll(4, dims=0))]
+    with pytest.warns(UserWarning, match=rf"of 200 resamples.*quality {alike}, .*{moves} {alike}"):
+        found = compare(*methods, tight, resamples=200, seed=1)
+    assert found["total"].low < found["total"].high and found[moves].low < found[moves].high
+    with pytest.warns(UserWarning, match="of 200 resamples"):
+        usual = compare(*methods, reference, resamples=200, seed=1)
+    assert found["semantic"] == usual["semantic"] and found["diversity"] == usual["diversity"]
+    with pytest.raises(UndefinedError, match="same distribution"):
+        evaluate(real_videos, PROMPTS, replace(tight, noise_metrics=tight.metrics), judge)
 
 
 def test_mismatches_are_refused(

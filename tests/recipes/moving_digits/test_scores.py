@@ -26,10 +26,13 @@ def test_closeness_leaves_nan_out_and_weights_count() -> None:
     assert scores.closeness([0.0, float("nan"), 3.0], real, noise) == scores.closeness([0.0, 3.0], real, noise)
     weighted = scores.closeness([0.0, 3.0, 5.0], real, noise, weights=[2, 1, 0], real_weights=[1, 0, 3])
     assert weighted == pytest.approx(scores.closeness([0.0, 0.0, 3.0], [0.0, 7.0, 7.0, 7.0], noise))
-    with pytest.raises(DataError, match="all NaN"):
+    with pytest.raises(scores.UndefinedError, match="all NaN; none of 1"):
         scores.closeness([float("nan")], real, noise)
-    with pytest.raises(DataError, match="same distribution"):
+    with pytest.raises(scores.UndefinedError, match="same distribution"):
         scores.closeness(real, real, real)
+    with pytest.raises(DataError, match="1 of 2 are infinite") as raised:
+        scores.closeness([0.0, float("inf")], real, noise)
+    assert not isinstance(raised.value, scores.UndefinedError)
 
 
 def covered(real: torch.Tensor, samples: torch.Tensor, *, neighbours: int) -> float:
@@ -102,6 +105,15 @@ def test_resample_weights_draw_with_replacement() -> None:
     assert (weights == 0).any() and (weights > 1).any()
     assert (weights == scores.resample_weights(7, resamples=300, seed=3)).all()
     assert (weights != scores.resample_weights(7, resamples=300, seed=4)).any()
+
+
+def test_an_interval_is_of_the_resamples_that_have_a_value() -> None:
+    values = np.arange(41.0)
+    found = scores.interval(20.0, values)
+    assert (found.low, found.high) == pytest.approx((1.0, 39.0))
+    assert scores.interval(20.0, [float("nan"), *values, float("nan")]) == found
+    none = scores.interval(20.0, [float("nan")] * 3)
+    assert none.difference == 20.0 and np.isnan(none.low) and np.isnan(none.high)
 
 
 def test_weighted_mean() -> None:
