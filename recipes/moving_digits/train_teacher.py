@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import T5Tokenizer
 
-from distillation.families.export import save_teacher_pipeline
+from distillation.families.export import check_target, save_teacher_pipeline
 from latent_rewards.training.checkpoint import MANIFEST, commit_directory
 from latent_rewards.training.loop import Ema, LoopConfig, TrainingLoop, set_learning_rate, warmup_cosine
 from latent_rewards.training.randomness import generator, sample_noise, sample_uniform
+from latent_rewards.training.run_folder import RunFolder
 from recipes.moving_digits.components import (
     LATENT_SHAPE,
     MAX_PROMPT_TOKENS,
@@ -50,7 +51,7 @@ class TeacherConfig:
         ema_decay: of the weights that are kept.
         prompt_dropout: share of blank prompts, which makes guidance possible.
         seed: root of all randomness.
-        work_dir: checkpoints and caches.
+        work_dir: settings, checkpoints and caches of one training.
         output_dir: the pipeline folder.
     """
 
@@ -154,7 +155,16 @@ def train_flow(config: TeacherConfig, latents: Tensor, specs: Sequence[ClipSpec]
 
 
 def train(config: TeacherConfig) -> Path:
-    """Run all stages and write the pipeline folder; returns its path."""
+    """Run (or resume) all stages and write the pipeline folder; returns its path.
+
+    Raises:
+        FolderInUseError: ``output_dir`` holds something else.
+        SettingsError: ``work_dir`` was begun with other settings.
+    """
+    check_target(Path(config.output_dir))
+    vae_settings = replace(config.vae, output_dir=None)
+    settings = replace(config, vae=vae_settings, work_dir="", output_dir="")  # both folders may be moved
+    RunFolder(Path(config.work_dir)).remember({"vae": vae_settings, "teacher": settings})
     vae = cached_vae(config)
     latents, specs = cached_latents(config, vae)
     flow = train_flow(config, latents, specs)
@@ -167,11 +177,18 @@ def train(config: TeacherConfig) -> Path:
         scheduler=build_scheduler(),
         latent_shape=LATENT_SHAPE,
     )
+    if Path(config.output_dir).resolve() == EMBEDDED.resolve():
+        record(config, EMBEDDED.parent / "training.json")
+    return Path(config.output_dir)
+
+
+def record(config: TeacherConfig, path: Path) -> None:
+    """Write the settings of the embedded weights beside them; what else the file says of them is kept."""
     places = ("work_dir", "output_dir")
     facts = {name: value for name, value in asdict(config).items() if name not in places}
     facts["vae"] = {name: value for name, value in facts["vae"].items() if name not in places}
-    (Path(config.output_dir).parent / "training.json").write_text(json.dumps(facts, indent=1))
-    return Path(config.output_dir)
+    noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps({**noted, **facts}, indent=1), encoding="utf-8")
 
 
 def main() -> None:
