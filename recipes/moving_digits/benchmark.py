@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latent_rewards.contracts import Codec
+from latent_rewards.contracts import Codec, DataError, FingerprintMismatchError
 from latent_rewards.metrics import create_metric
+from latent_rewards.metrics.registry import metric_info
 from latent_rewards.training.checkpoint import MANIFEST, commit_directory
 from latent_rewards.training.ranks import current_ranks
 from recipes.moving_digits import metrics as _register  # noqa: F401 - registers digits.*
@@ -36,7 +37,7 @@ from recipes.prompted import Sampler
 
 TUNED = "digits.legibility"
 REAL_CLIPS = "reference.safetensors"
-"""File with what the real clips are to the judge; it depends on the number of prompts alone."""
+"""File with what the real clips and decoded noise are to judge and metrics; it is of the prompts and the codec."""
 SHOWN = (TUNED, "digits.legibility_holdout", "digits.direction")
 """Values reported beside the benchmark's dimensions."""
 
@@ -70,6 +71,12 @@ class DigitsBenchmark:
         folder: where rows and the real reference are kept.
         num_prompts: the first so many of the 200 evaluation prompts, four clips each.
         num_shown: prompts whose first clip the report shows.
+        metrics: names of further metrics that the table shows beside the benchmark's dimensions, such as what a run is
+            tuned towards; those it shows anyway may be among them.
+
+    Raises:
+        DataError: what ``folder`` holds is of other prompts.
+        FingerprintMismatchError: it is of another codec.
     """
 
     def __init__(
@@ -80,17 +87,21 @@ class DigitsBenchmark:
         *,
         num_prompts: int = 200,
         num_shown: int = 6,
+        metrics: Sequence[str] = (),
     ) -> None:
         self.codec, self.latent_shape, self.folder = codec, tuple(latent_shape), Path(folder)
         self.prompts = evaluation_prompts(num_prompts)
         self.shown_prompts = self.prompts[:num_shown]
+        self.columns = [name for name in dict.fromkeys(metrics) if name != TUNED]
         self.judge = Judge.load()
         self.rows: dict[str, Row] = {}
         stored, ranks = self.folder / REAL_CLIPS, current_ranks()
         if ranks.agree(stored.is_file()):
             self.reference = Reference.load(stored)
+            self._check(stored, self.reference.prompts, self.reference.fingerprints.get("codec"))
         else:
-            self.reference = build_reference(self.prompts, self.judge, noise_clips(codec, self.latent_shape))
+            built = build_reference(self.prompts, self.judge, noise_clips(codec, self.latent_shape))
+            self.reference = replace(built, fingerprints={**built.fingerprints, "codec": codec.fingerprint})
             if ranks.index == 0:
                 self.reference.save(stored)
             ranks.wait()
@@ -125,14 +136,14 @@ class DigitsBenchmark:
         if not ranks.agree((folder / MANIFEST).is_file()):
             clips, seconds = make()
             texts = clip_prompts(self.prompts)
-            metrics = {name: create_metric(name) for name in SHOWN}
+            metrics = {name: create_metric(name) for name in dict.fromkeys((*SHOWN, *self.columns))}
 
             def measure(start: int) -> Tensor:
                 part = slice(start, start + AT_ONCE)
                 return torch.stack([metric(clips[part], texts[part]) for metric in metrics.values()])
 
             measured = torch.cat(ranks.share(range(0, len(clips), AT_ONCE), measure), dim=1)
-            values = dict(zip(SHOWN, measured, strict=True))
+            values = dict(zip(metrics, measured, strict=True))
             evaluation = evaluate(clips, self.prompts, self.reference, self.judge, extra=values)
             facts = {"label": label, "seconds": seconds, "network_evaluations": network_evaluations}
             if ranks.index == 0:
@@ -146,18 +157,37 @@ class DigitsBenchmark:
             evaluation.save(temporary / "evaluation.safetensors")
             shown = clips[: every * len(self.shown_prompts) : every].contiguous()
             save_file({"clips": shown}, temporary / "clips.safetensors")
-            (temporary / "row.json").write_text(json.dumps({**facts, "scores": evaluation.scores}))
+            told = {**facts, "codec": self.codec.fingerprint, "scores": evaluation.scores}
+            (temporary / "row.json").write_text(json.dumps(told))
 
     def _load(self, folder: Path) -> Row:
         facts = json.loads((folder / "row.json").read_text())
         evaluation = Evaluation.load(folder / "evaluation.safetensors")
+        self._check(folder, evaluation.prompts, facts.get("codec"))
         shown = load_file(folder / "clips.safetensors")["clips"]
         row = Row(facts["label"], evaluation, facts["seconds"], facts["network_evaluations"], shown)
         self.rows[row.label] = row
         return row
 
+    def _check(self, stored: Path, prompts: list[str], codec: str | None) -> None:
+        """Check that what is stored is of these prompts and this codec; older files do not tell theirs (None)."""
+        remedy = f"give another folder, or remove {self.folder} to measure again"
+        if prompts != self.prompts:
+            raise DataError(
+                f"{stored} is of {len(prompts)} prompts, not of the {len(self.prompts)} evaluated now; {remedy}"
+            )
+        if codec not in (None, self.codec.fingerprint):
+            raise FingerprintMismatchError(
+                f"{stored} was measured with codec {codec}, the one now is {self.codec.fingerprint}; {remedy}"
+            )
+
     def load_rows(self) -> None:
-        """Load every row that ``folder`` holds, oldest first."""
+        """Load every row that ``folder`` holds, oldest first.
+
+        Raises:
+            DataError: a row is of other prompts.
+            FingerprintMismatchError: a row is of another codec.
+        """
         for file in sorted(self.folder.glob("*/row.json"), key=lambda file: file.stat().st_mtime):
             self._load(file.parent)
 
@@ -173,17 +203,20 @@ class DigitsBenchmark:
         return {label: row.shown for label, row in self.rows.items()}
 
     def table(self) -> tuple[list[str], list[list[str | float | int]]]:
-        """Return headers and rows: dimensions, the tuned metric (0-100), network evaluations, seconds and speed-up."""
-        headers = ["method", "total", "quality", "semantic", "diversity", "Fréchet", "legibility", "evaluations"]
+        """Return headers and rows: dimensions, metrics, network evaluations, seconds and speed-up.
+
+        Metrics between 0 and 1 are times 100. One that a stored row was not measured by is NaN there.
+        """
+        headers = ["method", "total", "quality", "semantic", "diversity", "Fréchet", "legibility", *self.columns]
+        scales = {name: 100 if metric_info(name).value_range == (0, 1) else 1 for name in (TUNED, *self.columns)}
         teacher = next((row.seconds for row in self.rows.values() if row.label.startswith("teacher, 50")), float("nan"))
         rows: list[list[str | float | int]] = []
         for row in self.rows.values():
             scores = row.evaluation.scores
             cells = [scores[name] for name in ("total", "quality", "semantic", "diversity", "frechet")]
-            rows.append(
-                [row.label, *cells, 100 * scores[TUNED], row.network_evaluations, row.seconds, teacher / row.seconds]
-            )
-        return [*headers, "s / video", "speed-up"], rows
+            cells += [scale * scores.get(name, float("nan")) for name, scale in scales.items()]
+            rows.append([row.label, *cells, row.network_evaluations, row.seconds, teacher / row.seconds])
+        return [*headers, "evaluations", "s / video", "speed-up"], rows
 
 
 def training_prompts(count: int, *, seed: int) -> list[str]:

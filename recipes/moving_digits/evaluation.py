@@ -101,7 +101,8 @@ class Reference:
         metrics: values of the pixel metrics on the R = P x m real clips, each float64 ``[R]``, prompt by prompt.
         features: the judge's features of the real clips ``[R, D]``.
         noise_metrics: values of the pixel metrics on decoded noise.
-        fingerprints: of the judge and of each pixel metric, by name.
+        fingerprints: of the judge and of each pixel metric, by name; where it is known also of the codec that drew the
+            noise, under "codec".
     """
 
     prompts: list[str]
