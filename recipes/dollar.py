@@ -28,6 +28,7 @@ import latent_rewards as lr
 from distillation.families import Teacher
 from distillation.families.export import load_student
 from distillation.vsd import VSDAnchor
+from latent_rewards.contracts import DataError
 from latent_rewards.rewards import combined
 from latent_rewards.training.devices import join_launch
 from latent_rewards.training.run_folder import RunFolder
@@ -35,6 +36,7 @@ from latent_rewards.training.settings import SettingsError, check_types, read_se
 from recipes.anchor import AnchorConfig, warm_anchor
 from recipes.page import REPORT, write_report
 from recipes.prompted import Benchmark, PromptBenchmark, split_prompts
+from recipes.run_settings import check_reward, check_sections
 
 TRAINERS = {"reinforce": lr.ReinforceTrainer, "differentiable": lr.DifferentiableRewardTrainer}
 
@@ -104,6 +106,13 @@ class RunConfig:
             raise SettingsError(f"unknown trainers {unknown}; known: {', '.join(TRAINERS)}")
         if self.world == "prompts" and not self.prompts_file:
             raise SettingsError("world 'prompts' needs prompts_file, a text file with one prompt a line")
+        if self.world == "moving_digits":
+            from recipes.moving_digits.evaluation_set import evaluation_prompts
+
+            try:
+                evaluation_prompts(self.num_eval_prompts)
+            except DataError as error:
+                raise SettingsError(f"num_eval_prompts: {error}") from error
 
 
 SECTIONS = {
@@ -121,7 +130,8 @@ class Dollar:
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.config: RunConfig = settings["run"]
-        _, self.device = join_launch(self.config.device)
+        ranks, self.device = join_launch(self.config.device)
+        check_sections(settings, {name: TRAINERS[name] for name in self.config.trainers}, ranks.count)
         self.folder = RunFolder(Path(self.config.output_dir) / self.config.name)
         self.teacher: Teacher = ds.load_teacher(
             self.config.teacher,
@@ -139,6 +149,8 @@ class Dollar:
             self.prompts, self.eval_prompts = split_prompts(str(self.config.prompts_file), self.config.num_eval_prompts)
         self.oracle = lr.MetricOracle(self.codec, self.config.metrics)
         self.holdout = lr.MetricOracle(self.codec, self.config.holdout) if self.config.holdout else None
+        if self.config.trainers:
+            check_reward(self.reward(), settings["lro"])
 
     def run(self) -> Path:
         """Distil, collect, regress, tune, evaluate, report."""
@@ -243,7 +255,11 @@ class Dollar:
         """Return the weighted sum of several metrics, or None for a single one that should rise."""
         names, weights = self.config.metrics, self.config.weights
         pairs = None if weights is None else list(zip(names, weights, strict=True))
-        return combined(names, pairs, self.oracle.lower_is_better)
+        reward = combined(names, pairs, self.oracle.lower_is_better)
+        if self.settings["lro"].normalize_groups is None:
+            return reward
+        # The trainer normalises each metric in its groups, and takes a sum that does not do it too.
+        return lr.WeightedSum(reward.weights if reward else dict.fromkeys(names, 1.0))
 
     def anchor(self, student: ds.FewStepStudent) -> VSDAnchor:
         """Return a VSD anchor whose fake score has seen the student's samples."""

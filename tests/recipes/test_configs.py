@@ -53,7 +53,7 @@ SMALL = {
         "num_prompts": 8,
         "num_latents": 8,
         "num_queries": 48,
-        "num_eval_prompts": 1,
+        "num_eval_prompts": 2,
         "batch_size": 16,
         "device": "cpu",
     },
@@ -106,7 +106,7 @@ def shrunk(tmp_path, folders):
     def shrink(path: Path) -> tuple[Path, dict[str, Any]]:
         content = yaml.safe_load(path.read_text())
         source, pipeline = teacher_of(path), tiny(path)
-        (tmp_path / "prompts.txt").write_text("a digit moves left\ntwo digits rest\na digit rest\n")
+        (tmp_path / "prompts.txt").write_text("a digit moves left\ntwo digits rest\na digit rests\na digit moves up\n")
         for section in SMALL if "run" in content else ["distillation"]:
             content[section] = content.get(section, {}) | SMALL[section]
         size = {"num_frames": pipeline.num_frames, "height": pipeline.height, "width": pipeline.width}

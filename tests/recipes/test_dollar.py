@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,10 +7,12 @@ import pytest
 import yaml
 
 import latent_rewards as lr
+from latent_rewards.contracts import ConfigError
 from latent_rewards.training.devices import DeviceError
 from latent_rewards.training.settings import SettingsError, read_settings
 from recipes import dollar
 from recipes.dollar import SECTIONS, Dollar
+from recipes.run_settings import check_sections
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("[!d]*.yaml"))
@@ -132,12 +135,67 @@ def test_an_unknown_key_is_named_with_its_neighbour(tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"batch_size": "many"}, "batch_size must be a whole number; got 'many'"),
         ({"num_latents": -1}, "num_latents must be at least 0; got -1"),
+        ({"num_eval_prompts": 41}, "num_eval_prompts: count must be even and between 2 and 200; got 41"),
+        ({"num_eval_prompts": 300}, "between 2 and 200; got 300"),
     ],
 )
 def test_contradictions_are_refused(tmp_path, section, message):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"run": section}))
     with pytest.raises(SettingsError, match=message):
         read_settings(tmp_path / "bad.yaml", SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run": {"num_queries": 31}}, "num_queries = 31 samples are too few .* at least proxy.min_samples = 32"),
+        ({"proxy": {"objective": "thurstone"}}, "'thurstone' learns from preferences, .* use one of mse, huber"),
+        ({"run": {"num_steps": 3}}, "num_steps asks for 3 steps, and the student samples in one of 1, 2, 4"),
+        ({"lro": {"step_counts": [4, 8]}}, "lro.step_counts asks for 8 steps"),
+        ({"distillation": {"step_counts": [3]}}, "distillation.step_counts asks for 3 steps"),
+        ({"lro": {"estimator": "pathwise"}}, "trainers, which has 'reinforce': .* belongs to the other trainer"),
+        ({"lro": {"estimator": "reinforce", "num_generations": 1}}, "num_generations must be at least 2"),
+    ],
+)
+def test_sections_that_do_not_fit_are_refused_before_the_teacher_is_loaded(settings, changes, message):
+    for name, values in changes.items():
+        settings[name] = dataclasses.replace(settings[name], **values)
+    settings["run"].teacher = "nowhere"
+    with pytest.raises(SettingsError, match=message):
+        Dollar(settings)
+
+
+@pytest.mark.parametrize(("section", "key"), [("distillation", "batch_size"), ("lro", "prompts_per_update")])
+def test_batches_that_processes_cannot_share_are_refused(settings, section, key):
+    check_sections(settings, dollar.TRAINERS, 2)
+    settings[section] = dataclasses.replace(settings[section], **{key: 3})
+    with pytest.raises(SettingsError, match=f"{section}.{key} = 3 cannot be shared by 2 processes"):
+        check_sections(settings, dollar.TRAINERS, 2)
+
+
+def test_what_only_tuning_needs_is_not_asked_of_a_run_without_trainers(settings):
+    settings["lro"] = dataclasses.replace(settings["lro"], estimator="pathwise", step_counts=[8], prompts_per_update=3)
+    check_sections(settings, {}, 2)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, -2.0]])
+def test_a_trainer_that_normalises_each_metric_is_given_a_plain_sum(settings, weights):
+    settings["run"].metrics, settings["run"].weights = ["digits.legibility", "quality.blur"], weights
+    assert Dollar(settings).reward().normalize == "zscore"
+    settings["lro"].multi_objective_aggregation = "normalize_then_sum"
+    reward = Dollar(settings).reward()
+    assert reward.normalize is None
+    assert reward.weights == {"digits.legibility": 1.0, "quality.blur": -1.0 if weights is None else -2.0}
+    settings["run"].metrics, settings["run"].weights = ["digits.legibility"], None
+    assert Dollar(settings).reward().weights == {"digits.legibility": 1.0}
+
+
+def test_a_reward_that_cannot_be_taken_apart_is_refused_before_any_work(settings, tmp_path):
+    settings["lro"].gradient_aggregation = "upgrad"
+    with pytest.raises(ConfigError, match="needs reward=WeightedSum.* of at least two"):
+        Dollar(settings)
+    settings["run"].trainers = []
+    Dollar(settings)
 
 
 def test_a_teacher_folder_that_is_none_is_named(settings, tmp_path):

@@ -1,0 +1,66 @@
+"""What the sections of a DOLLAR run have to agree on, checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import latent_rewards as lr
+from distillation.student import DEFAULT_TIMESTEPS
+from latent_rewards.contracts import ConfigError
+from latent_rewards.lro.gradients import GradientAggregation
+from latent_rewards.lro.trainers import LatentRewardTrainer
+from latent_rewards.proxies.objectives import SCORE_OBJECTIVES
+from latent_rewards.training.settings import SettingsError
+
+
+def check_sections(
+    settings: Mapping[str, Any], trainers: Mapping[str, type[LatentRewardTrainer]], processes: int
+) -> None:
+    """Check sections against one another: the last stages would refuse them after the first had taken days.
+
+    Args:
+        settings: section name -> dataclass.
+        trainers: those of the run, by name.
+        processes: of the launch.
+
+    Raises:
+        SettingsError: two sections do not fit; the message names the keys of both.
+    """
+    run, proxy, distillation, lro = (settings[name] for name in ("run", "proxy", "distillation", "lro"))
+    if run.num_queries < proxy.min_samples:
+        raise SettingsError(
+            f"run.num_queries = {run.num_queries} samples are too few to fit a proxy; at least proxy.min_samples = "
+            f"{proxy.min_samples}"
+        )
+    if proxy.objective not in SCORE_OBJECTIVES:
+        raise SettingsError(
+            f"proxy.objective = {proxy.objective!r} learns from preferences, and metrics give numbers; use one of "
+            f"{', '.join(SCORE_OBJECTIVES)}"
+        )
+    counts = {"run.num_steps": [run.num_steps], "distillation.step_counts": distillation.step_counts}
+    shared = {"distillation.batch_size": distillation.batch_size}
+    if trainers:
+        counts["lro.step_counts"], shared["lro.prompts_per_update"] = lro.step_counts, lro.prompts_per_update
+    for key, asked in counts.items():
+        if missing := [count for count in asked if count not in DEFAULT_TIMESTEPS]:
+            known = ", ".join(map(str, DEFAULT_TIMESTEPS))
+            raise SettingsError(f"{key} asks for {missing[0]} steps, and the student samples in one of {known}")
+    for key, count in shared.items():
+        if count % processes:
+            raise SettingsError(f"{key} = {count} cannot be shared by {processes} processes; use a multiple")
+    for name, trainer in trainers.items():
+        try:
+            lro.check_estimator(trainer.estimator_names)
+        except ConfigError as error:
+            raise SettingsError(f"section 'lro' does not fit run.trainers, which has {name!r}: {error}") from error
+
+
+def check_reward(reward: lr.WeightedSum | None, lro: lr.LROConfig) -> None:
+    """Check that a trainer can take the reward apart, where it is to.
+
+    Raises:
+        ConfigError: see :class:`~latent_rewards.lro.gradients.GradientAggregation`.
+    """
+    if lro.gradient_aggregation is not None:
+        GradientAggregation(lro.gradient_aggregation, reward, [], lro.seed)
