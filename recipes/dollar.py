@@ -56,7 +56,7 @@ class RunConfig:
         num_prompts: training prompts drawn from the digits world.
         num_latents: encoded training clips for CD; 0 distils without data. "prompts" has no data.
         num_queries: student samples the true metrics score before the proxy is trained.
-        num_steps: sampling steps the student is tuned and scored at.
+        num_steps: sampling steps the student is scored at, beside one; ``lro`` has to tune it at them.
         num_eval_prompts: prompts of the evaluation (four clips each in the digits world).
         guidance_scale: of the teacher's own rows; None takes the distillation's.
         trainers: which of "reinforce" and "differentiable" tune the student.

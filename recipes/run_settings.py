@@ -46,6 +46,11 @@ def check_sections(
         if missing := [count for count in asked if count not in DEFAULT_TIMESTEPS]:
             known = ", ".join(map(str, DEFAULT_TIMESTEPS))
             raise SettingsError(f"{key} asks for {missing[0]} steps, and the student samples in one of {known}")
+    if trainers and run.num_steps not in lro.step_counts:
+        raise SettingsError(
+            f"run.num_steps = {run.num_steps} is what a tuned student is scored at, and lro.step_counts = "
+            f"{lro.step_counts} is what it is tuned at; put {run.num_steps} into the latter, or leave run.trainers empty"
+        )
     for key, count in shared.items():
         if count % processes:
             raise SettingsError(f"{key} = {count} cannot be shared by {processes} processes; use a multiple")

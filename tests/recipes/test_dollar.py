@@ -114,6 +114,7 @@ def test_the_teachers_rows_have_a_guidance_of_their_own(settings, own, expected,
 def test_every_shipped_configuration_is_valid(path):
     settings = read_settings(path, SECTIONS)
     assert settings["run"].name
+    check_sections(settings, {name: dollar.TRAINERS[name] for name in settings["run"].trainers}, 1)
 
 
 def test_an_unknown_key_is_named_with_its_neighbour(tmp_path):
@@ -153,6 +154,7 @@ def test_contradictions_are_refused(tmp_path, section, message):
         ({"run": {"num_steps": 3}}, "num_steps asks for 3 steps, and the student samples in one of 1, 2, 4"),
         ({"lro": {"step_counts": [4, 8]}}, "lro.step_counts asks for 8 steps"),
         ({"distillation": {"step_counts": [3]}}, "distillation.step_counts asks for 3 steps"),
+        ({"run": {"num_steps": 1}}, r"num_steps = 1 is what .* lro.step_counts = \[4\] is what it is tuned at; put 1"),
         ({"lro": {"estimator": "pathwise"}}, "trainers, which has 'reinforce': .* belongs to the other trainer"),
         ({"lro": {"estimator": "reinforce", "num_generations": 1}}, "num_generations must be at least 2"),
     ],
