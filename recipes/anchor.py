@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from distillation.families import Teacher
 from distillation.vsd import VSDAnchor
 from latent_rewards.training.randomness import sample_noise
 from latent_rewards.training.ranks import current_ranks
+from latent_rewards.training.settings import SettingsError
 
 
 @dataclass
@@ -28,6 +30,19 @@ class AnchorConfig:
     learning_rate: float = 2e-4
     fake_updates: int = 1
     warmup: int = 50
+
+    def __post_init__(self) -> None:
+        """Check types and ranges.
+
+        Raises:
+            SettingsError: a value is no number, or out of range.
+        """
+        if not isinstance(self.learning_rate, int | float) or not 0 < self.learning_rate < math.inf:
+            raise SettingsError(f"learning_rate must be a positive number; got {self.learning_rate!r}")
+        for name, least in (("fake_updates", 1), ("warmup", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise SettingsError(f"{name} must be a whole number, at least {least}; got {value!r}")
 
 
 def warm_anchor(

@@ -39,6 +39,8 @@ from recipes.prompted import Benchmark, PromptBenchmark, split_prompts
 from recipes.run_settings import check_reward, check_sections
 
 TRAINERS = {"reinforce": lr.ReinforceTrainer, "differentiable": lr.DifferentiableRewardTrainer}
+HOLDOUTS = {"moving_digits": ["digits.legibility_holdout"], "prompts": []}
+"""World -> the metrics that are held out where a run names none."""
 
 
 @dataclass
@@ -50,7 +52,8 @@ class RunConfig:
         teacher: folder or hub id of a diffusers video pipeline.
         metrics: true metrics; what the student is tuned towards.
         weights: factor of each metric in the reward; None is 1 for each, and -1 for those of which less is better.
-        holdout: metrics that are never optimised, for early stop and rollback.
+        holdout: metrics that are never optimised, for early stop and rollback; an empty list is none. None takes what
+            the world has: the digits one of their own, "prompts" none.
         world: "moving_digits" brings its own prompts, data and benchmark; "prompts" reads ``prompts_file``.
         prompts_file: one prompt a line; the last ``num_eval_prompts`` are kept for evaluation.
         num_prompts: training prompts drawn from the digits world.
@@ -73,7 +76,7 @@ class RunConfig:
     teacher: str = "recipes/moving_digits/weights/teacher"
     metrics: list[str] = field(default_factory=lambda: ["digits.legibility"])
     weights: list[float] | None = None
-    holdout: list[str] = field(default_factory=lambda: ["digits.legibility_holdout"])
+    holdout: list[str] | None = None
     world: Literal["moving_digits", "prompts"] = "moving_digits"
     prompts_file: str | None = None
     num_prompts: int = 2048
@@ -92,8 +95,19 @@ class RunConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked before any work."""
+        """Check what can be checked before any work, and take the holdout of the world."""
         check_types(self, SettingsError)
+        if self.world not in HOLDOUTS:
+            raise SettingsError(f"world must be {' or '.join(map(repr, HOLDOUTS))}; got {self.world!r}")
+        if self.holdout is None:
+            self.holdout = list(HOLDOUTS[self.world])
+        if Path(self.name).name in ("", ".."):
+            raise SettingsError(f"name must name a folder of its own below output_dir; got {self.name!r}")
+        if self.guidance_scale is not None and not self.guidance_scale > 0:
+            raise SettingsError(
+                "guidance_scale must be positive, 1 being none, or left out for the distillation's; got "
+                f"{self.guidance_scale}"
+            )
         lowest = dict.fromkeys(("num_queries", "num_steps", "num_eval_prompts", "batch_size"), 1)
         if self.world == "moving_digits":
             lowest |= {"num_prompts": 1, "num_latents": 0}
@@ -280,7 +294,8 @@ class Dollar:
     ) -> Benchmark:
         """Score every model on prompts and noise that are the same for all."""
         benchmark = self.benchmark()
-        guidance = self.config.guidance_scale or self.settings["distillation"].guidance_scale
+        own = self.config.guidance_scale
+        guidance = self.settings["distillation"].guidance_scale if own is None else own
         for steps in (50, 4, 1):
             sampler, calls = self.teacher_sampler(steps, guidance), steps if guidance == 1 else 2 * steps
             benchmark.add(f"teacher, {counted(steps)}", sampler, num_steps=1, network_evaluations=calls)
@@ -294,7 +309,7 @@ class Dollar:
     def benchmark(self) -> Benchmark:
         """Return the evaluation of the run's world."""
         if self.config.world == "prompts":
-            metrics = [*self.config.metrics, *self.config.holdout]
+            metrics = [*self.config.metrics, *(self.config.holdout or [])]
             return PromptBenchmark(self.codec, self.teacher.latent_shape, self.eval_prompts, metrics, self.config.seed)
         from recipes.moving_digits.benchmark import DigitsBenchmark
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +26,9 @@ def check_sections(
         processes: of the launch.
 
     Raises:
-        SettingsError: two sections do not fit; the message names the keys of both.
+        SettingsError: two sections do not fit, or a key is set where that of "run" counts; the message names both keys.
     """
+    _refuse_overridden(settings)
     run, proxy, distillation, lro = (settings[name] for name in ("run", "proxy", "distillation", "lro"))
     if run.num_queries < proxy.min_samples:
         raise SettingsError(
@@ -49,7 +51,7 @@ def check_sections(
     if trainers and run.num_steps not in lro.step_counts:
         raise SettingsError(
             f"run.num_steps = {run.num_steps} is what a tuned student is scored at, and lro.step_counts = "
-            f"{lro.step_counts} is what it is tuned at; put {run.num_steps} into the latter, or leave run.trainers empty"
+            f"{lro.step_counts} is what it is tuned at; put {run.num_steps} there too, or leave run.trainers empty"
         )
     for key, count in shared.items():
         if count % processes:
@@ -69,3 +71,14 @@ def check_reward(reward: lr.WeightedSum | None, lro: lr.LROConfig) -> None:
     """
     if lro.gradient_aggregation is not None:
         GradientAggregation(lro.gradient_aggregation, reward, [], lro.seed)
+
+
+def _refuse_overridden(settings: Mapping[str, Any]) -> None:
+    for name in ("distillation", "proxy", "lro"):
+        section = settings[name]
+        for setting in dataclasses.fields(section):
+            value = getattr(section, setting.name)
+            if setting.name in ("seed", "output_dir", "device") and value != setting.default:
+                raise SettingsError(
+                    f"{name}.{setting.name} = {value!r} has no effect: all stages take run.{setting.name}; set that one"
+                )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import distillation as ds
+from latent_rewards.training.settings import SettingsError
 from recipes.anchor import AnchorConfig, warm_anchor
 
 TOYS = Path(__file__).parents[1] / "distillation" / "conftest.py"
@@ -50,6 +51,24 @@ def test_each_process_shows_the_anchor_as_many_samples_and_at_least_one(launch, 
     for asked, shown in ((1, 2), (2, 2), (3, 4)):
         assert parts[0][str(asked)] == parts[1][str(asked)] == pytest.approx(alone(toys, shown), rel=1e-5)
     assert alone(toys, 1) != alone(toys, 2), "a single process shows what it is asked for"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"learning_rate": 0}, "learning_rate must be a positive number; got 0"),
+        ({"learning_rate": float("inf")}, "learning_rate must be a positive number; got inf"),
+        ({"learning_rate": "fast"}, "learning_rate must be a positive number; got 'fast'"),
+        ({"fake_updates": 0}, "fake_updates must be a whole number, at least 1; got 0"),
+        ({"warmup": -1}, "warmup must be a whole number, at least 0; got -1"),
+        ({"warmup": None}, "warmup must be .* got None"),
+        ({"warmup": 1.5}, "warmup must be .* got 1.5"),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting, message):
+    with pytest.raises(SettingsError, match=message):
+        AnchorConfig(**setting)
+    AnchorConfig(learning_rate=1, fake_updates=1, warmup=0)
 
 
 def test_the_anchor_takes_guidance_and_times_of_the_distillation():

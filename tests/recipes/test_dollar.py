@@ -110,6 +110,20 @@ def test_the_teachers_rows_have_a_guidance_of_their_own(settings, own, expected,
     assert asked == [expected] * 3
 
 
+@pytest.mark.parametrize(
+    ("asked", "held"), [({}, []), ({"holdout": ["motion.dynamic_degree"]}, ["motion.dynamic_degree"])]
+)
+def test_metrics_held_out_by_default_are_those_of_the_world(settings, tmp_path, asked, held):
+    assert settings["run"].holdout == ["digits.legibility_holdout"]
+    assert dollar.RunConfig(holdout=[]).holdout == []
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    metrics = {"metrics": ["quality.sharpness"], **asked}
+    run = {**TINY["run"], "world": "prompts", "prompts_file": str(tmp_path / "prompts.txt"), "num_eval_prompts": 1}
+    pipeline = Dollar({**settings, "run": dollar.RunConfig(**run, **metrics)})
+    assert list(pipeline.benchmark().metrics) == ["quality.sharpness", *held]
+    assert (pipeline.holdout is None) == (not held)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_shipped_configuration_is_valid(path):
     settings = read_settings(path, SECTIONS)
@@ -136,6 +150,11 @@ def test_an_unknown_key_is_named_with_its_neighbour(tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"batch_size": "many"}, "batch_size must be a whole number; got 'many'"),
         ({"num_latents": -1}, "num_latents must be at least 0; got -1"),
+        ({"world": "digits"}, "world must be 'moving_digits' or 'prompts'; got 'digits'"),
+        ({"guidance_scale": 0}, "guidance_scale must be positive, .* got 0"),
+        ({"guidance_scale": -2}, "guidance_scale must be positive, .* got -2"),
+        ({"name": ""}, "name must name a folder of its own below output_dir; got ''"),
+        ({"name": ".."}, "a folder of its own below output_dir"),
         ({"num_eval_prompts": 41}, "num_eval_prompts: count must be even and between 2 and 200; got 41"),
         ({"num_eval_prompts": 300}, "between 2 and 200; got 300"),
     ],
@@ -155,6 +174,9 @@ def test_contradictions_are_refused(tmp_path, section, message):
         ({"lro": {"step_counts": [4, 8]}}, "lro.step_counts asks for 8 steps"),
         ({"distillation": {"step_counts": [3]}}, "distillation.step_counts asks for 3 steps"),
         ({"run": {"num_steps": 1}}, r"num_steps = 1 is what .* lro.step_counts = \[4\] is what it is tuned at; put 1"),
+        ({"distillation": {"seed": 7}}, "distillation.seed = 7 has no effect: all stages take run.seed"),
+        ({"proxy": {"device": "cuda:5"}}, "proxy.device = 'cuda:5' has no effect: .* run.device"),
+        ({"lro": {"output_dir": "mine"}}, "lro.output_dir = 'mine' has no effect: .* run.output_dir"),
         ({"lro": {"estimator": "pathwise"}}, "trainers, which has 'reinforce': .* belongs to the other trainer"),
         ({"lro": {"estimator": "reinforce", "num_generations": 1}}, "num_generations must be at least 2"),
     ],
