@@ -160,6 +160,11 @@ def test_a_distillation_runs_two_updates_of_every_stage(path, shrunk):
     assert (folder / "student" / "model_index.json").is_file()
 
 
+@pytest.mark.parametrize("path", [p for p in CONFIGS if teacher_of(p) != EMBEDDED], ids=lambda p: p.stem)
+def test_a_large_model_is_distilled_with_activation_checkpoints(path):
+    assert yaml.safe_load(path.read_text())["distillation"]["gradient_checkpointing"] is True
+
+
 def test_every_teacher_is_of_a_known_pipeline_class():
     assert {teacher_of(path) for path in CONFIGS} == {*PIPELINES, EMBEDDED}
     assert TINY.keys() <= set(PIPELINES.values())
