@@ -12,6 +12,7 @@ import torch
 import distillation as ds
 from distillation.families import Teacher
 from distillation.vsd import VSDAnchor
+from latent_rewards.training.activations import checkpoint_activations
 from latent_rewards.training.randomness import sample_noise
 from latent_rewards.training.ranks import current_ranks
 from latent_rewards.training.settings import SettingsError
@@ -64,7 +65,7 @@ def warm_anchor(
         student: is sampled, not changed.
         prompts: of the samples, one after the other and again.
         config: see :class:`AnchorConfig`.
-        distilled: whose guidance and shift of times the anchor takes.
+        distilled: whose guidance, shift of times and activation checkpoints the anchor takes.
         num_steps: sampling steps.
         batch_size: samples per warm-up update; more where that gives each rank as many, and at least one.
         seed: root of all randomness.
@@ -82,6 +83,8 @@ def warm_anchor(
         fake_updates=config.fake_updates,
         seed=seed,
     )
+    if distilled.gradient_checkpointing:
+        checkpoint_activations(anchor.fake_score)
     ranks = current_ranks()
     batch_size = -(-batch_size // ranks.count) * ranks.count  # gradients are averaged, so no share is smaller or empty
     share = ranks.part(batch_size)

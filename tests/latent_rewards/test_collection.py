@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import warnings
 
 import pytest
@@ -62,6 +63,7 @@ def test_what_is_no_collection_is_left_alone(toys, tmp_path):
         collected(toys, tmp_path / "file")
     collected(toys, tmp_path / "ours")
     (tmp_path / "ours" / "failed-list.txt").write_text("what the user adds")
+    shutil.rmtree(tmp_path / "ours" / "complete")
     collected(toys, tmp_path / "ours")
     assert (tmp_path / "ours" / "failed-list.txt").is_file()
 

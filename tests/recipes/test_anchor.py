@@ -82,3 +82,22 @@ def test_the_anchor_takes_guidance_and_times_of_the_distillation():
     told = (anchor.guidance_scale, anchor.refine_guidance_scale, anchor.guidance_start, anchor.time_shift)
     assert told == (3.0, 2.0, 0.25, 4.0)
     assert anchor.fake_score is not teacher.denoiser and torch.equal(anchor.fake_score.weight, teacher.denoiser.weight)
+
+
+class Checkpointed(torch.nn.Linear):
+    """What diffusers' networks say of activation checkpoints."""
+
+    _supports_gradient_checkpointing, is_gradient_checkpointing = True, False
+
+    def enable_gradient_checkpointing(self):
+        self.is_gradient_checkpointing = True
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_anchor_keeps_as_few_activations_as_the_distillation(asked):
+    teacher = SimpleNamespace(denoiser=Checkpointed(1, 1), encode=lambda prompts: prompts, latent_shape=(1, 1, 1, 1))
+    distilled = ds.DistillationConfig(gradient_checkpointing=asked)
+    anchor = warm_anchor(
+        teacher, None, ["a"], AnchorConfig(warmup=0), distilled, num_steps=1, batch_size=1, seed=0, device="cpu"
+    )
+    assert anchor.fake_score.is_gradient_checkpointing is asked and not teacher.denoiser.is_gradient_checkpointing
