@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import hashlib
 import json
 import time
 import warnings
@@ -36,7 +37,7 @@ from latent_rewards.training.settings import SettingsError, check_types, read_se
 from recipes.anchor import AnchorConfig, warm_anchor
 from recipes.page import REPORT, write_report
 from recipes.prompted import Benchmark, PromptBenchmark, split_prompts
-from recipes.run_settings import check_reward, check_sections
+from recipes.run_settings import PromptsFacts, as_begun, begun_with, check_reward, check_sections
 
 TRAINERS = {"reinforce": lr.ReinforceTrainer, "differentiable": lr.DifferentiableRewardTrainer}
 HOLDOUTS = {"moving_digits": ["digits.legibility_holdout"], "prompts": []}
@@ -168,7 +169,7 @@ class Dollar:
 
     def run(self) -> Path:
         """Distil, collect, regress, tune, evaluate, report."""
-        self.folder.remember(self.settings)
+        self.folder.remember(self.remembered())
         vsd = self.distil("student_vsd", cd_steps=0)
         student = self.distil("student")
         dataset = self.collect(student)
@@ -180,6 +181,15 @@ class Dollar:
         curves = {name: result for name, (_, result) in tuned.items()}
         histories = {name: self.folder.history(f"distillation/{name}") for name in ("vsd", "cd", "joint")}
         return write_report(self.folder.path, self.settings, benchmark, proxy.report, histories, curves)
+
+    def remembered(self) -> dict[str, Any]:
+        """Return what the folder is begun with and has to be continued with."""
+        before = begun_with(self.folder.path)
+        kept = as_begun(self.settings, before)
+        if self.config.world == "prompts" and (not before or "prompts_file" in before):  # folders of old do not know it
+            texts = "\n".join([*self.prompts, *self.eval_prompts])
+            kept["prompts_file"] = PromptsFacts(hashlib.sha256(texts.encode()).hexdigest())
+        return kept
 
     def distil(self, name: str, **overrides: Any) -> ds.FewStepStudent:  # noqa: ANN401 - distillation settings
         """Stage 1 and 2: train (or load) a student; ``cd_steps=0`` stops after VSD."""
@@ -313,7 +323,10 @@ class Dollar:
             return PromptBenchmark(self.codec, self.teacher.latent_shape, self.eval_prompts, metrics, self.config.seed)
         from recipes.moving_digits.benchmark import DigitsBenchmark
 
-        folder, count = self.folder.path / "evaluation", self.config.num_eval_prompts
+        count = self.config.num_eval_prompts
+        first = begun_with(self.folder.path).get("run", {}).get("num_eval_prompts", count)
+        # Rows of other prompts are others; those of the run's first count stay where they were.
+        folder = self.folder.path / ("evaluation" if count == first else f"evaluation_{count}")
         benchmark = DigitsBenchmark(self.codec, self.teacher.latent_shape, folder, num_prompts=count)
         benchmark.add_ceilings()
         return benchmark

@@ -1,18 +1,37 @@
-"""What the sections of a DOLLAR run have to agree on, checked before any work."""
+"""What the sections of a DOLLAR run have to agree on before any work, and what of them its folder remembers."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import latent_rewards as lr
+from distillation.config import FREE_SETTINGS
 from distillation.student import DEFAULT_TIMESTEPS
 from latent_rewards.contracts import ConfigError
 from latent_rewards.lro.gradients import GradientAggregation
 from latent_rewards.lro.trainers import LatentRewardTrainer
 from latent_rewards.proxies.objectives import SCORE_OBJECTIVES
 from latent_rewards.training.settings import SettingsError
+
+FREE_RUN_SETTINGS = frozenset({"device", "output_dir", "trainers"})
+"""Settings of a run that change nothing its folder keeps: each trainer has a student and rows of its own."""
+
+
+@dataclass
+class PromptsFacts:
+    """What a prompts file was when the run began.
+
+    Attributes:
+        sha256: of its prompts.
+    """
+
+    sha256: str
 
 
 def check_sections(
@@ -82,3 +101,30 @@ def _refuse_overridden(settings: Mapping[str, Any]) -> None:
                 raise SettingsError(
                     f"{name}.{setting.name} = {value!r} has no effect: all stages take run.{setting.name}; set that one"
                 )
+
+
+def begun_with(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the settings a run's folder remembers, by section; nothing if it has none that can be read."""
+    try:
+        return dict(json.loads((folder / "settings" / "settings.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # where the file is damaged the folder says so itself
+        return {}
+
+
+def as_begun(settings: Mapping[str, Any], before: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sections with what may change between two starts of a run as it was at the first.
+
+    Args:
+        settings: section name -> dataclass.
+        before: see :func:`begun_with`.
+    """
+    # In the other world, evaluation prompts are taken from those of the training.
+    own = {"num_eval_prompts"} if settings["run"].world == "moving_digits" else set()
+    kept = {name: copy.copy(section) for name, section in settings.items()}
+    for name, section in kept.items():
+        known = before.get(name, {})
+        for setting in dataclasses.fields(section):
+            free = FREE_RUN_SETTINGS | own if name == "run" else FREE_SETTINGS
+            if setting.name in free and setting.name in known:
+                setattr(section, setting.name, known[setting.name])
+    return kept

@@ -9,10 +9,12 @@ import yaml
 import latent_rewards as lr
 from latent_rewards.contracts import ConfigError
 from latent_rewards.training.devices import DeviceError
+from latent_rewards.training.run_folder import RunFolder
 from latent_rewards.training.settings import SettingsError, read_settings
 from recipes import dollar
 from recipes.dollar import SECTIONS, Dollar
-from recipes.run_settings import check_sections
+from recipes.moving_digits.benchmark import DigitsBenchmark
+from recipes.run_settings import begun_with, check_sections
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("[!d]*.yaml"))
@@ -92,7 +94,8 @@ def test_two_processes_share_a_run_and_the_first_writes_it(settings, tmp_path, l
     assert len(lr.RewardDataset.load(folder / "rewards")) == TINY["run"]["num_queries"]
     curves = json.loads((folder / "lro_reinforce" / "result.json").read_text())
     assert len(curves["history"]) == 3 and curves["num_queries"] == 8
-    # One process finds all of it done.
+    # One process finds all of it done, and what it shows meanwhile is not remembered.
+    settings["lro"].progress = True
     rows = folder / "evaluation" / "VSD,_4_steps" / "row.json"
     written = rows.stat().st_mtime_ns
     Dollar(settings).run()
@@ -163,6 +166,77 @@ def test_contradictions_are_refused(tmp_path, section, message):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"run": section}))
     with pytest.raises(SettingsError, match=message):
         read_settings(tmp_path / "bad.yaml", SECTIONS)
+
+
+@pytest.fixture
+def begin(settings):
+    """Begin a run, or go on with it, with settings changed; nothing is made."""
+
+    def start(changes, run):
+        changed = {name: dataclasses.replace(settings[name], **values) for name, values in changes.items()}
+        changed["run"] = dataclasses.replace(changed.get("run", settings["run"]), **run)
+        pipeline = Dollar({**settings, **changed})
+        pipeline.folder.remember(pipeline.remembered())
+        return pipeline
+
+    return start
+
+
+FREE = {
+    "distillation": {"progress": True, "checkpoint_every": 7, "gradient_checkpointing": True},
+    "proxy": {"progress": True},
+    "lro": {"log_with": "tensorboard", "checkpoint_every": 7, "progress": True},
+}
+
+
+@pytest.mark.parametrize("by", ["this version", "one that remembered all"])
+def test_what_changes_nothing_that_is_kept_may_change(settings, begin, tmp_path, by):
+    if by == "this version":
+        begin({}, {})
+    else:
+        RunFolder(tmp_path / "tiny").remember(settings)
+    elsewhere = str(tmp_path / "tiny" / "..")
+    free = {"trainers": ["reinforce", "differentiable"], "device": None, "output_dir": elsewhere, "num_eval_prompts": 4}
+    begin(FREE, free)
+    for changes, message in (({"num_prompts": 65}, "num_prompts = 64, now 65"), ({"seed": 1}, "seed = 0, now 1")):
+        with pytest.raises(SettingsError, match=message):
+            begin({}, changes)
+
+
+def test_a_damaged_memory_is_left_to_the_folder(begin, tmp_path):
+    assert begun_with(begin({}, {}).folder.path)["run"]["num_eval_prompts"] == 2
+    (tmp_path / "tiny" / "settings" / "settings.json").write_text("{")
+    assert begun_with(tmp_path / "tiny") == {} == begun_with(tmp_path / "nowhere")
+
+
+def test_rows_of_other_evaluation_prompts_are_kept_apart(begin, monkeypatch):
+    monkeypatch.setattr(
+        DigitsBenchmark, "__init__", lambda self, *parts, num_prompts: self.__dict__.update(at=parts[2])
+    )
+    monkeypatch.setattr(DigitsBenchmark, "add_ceilings", lambda self: None)
+    at = [begin({}, {"num_eval_prompts": count}).benchmark().at.name for count in (2, 4, 2)]
+    assert at == ["evaluation", "evaluation_4", "evaluation"]
+
+
+def test_a_run_does_not_go_on_with_other_prompts(settings, begin, tmp_path):
+    file = tmp_path / "prompts.txt"
+    world = {"world": "prompts", "prompts_file": str(file), "num_eval_prompts": 1, "metrics": ["quality.sharpness"]}
+
+    def start(prompts, **changes):
+        file.write_text(prompts)
+        begin({}, {**world, "holdout": [], **changes})
+
+    start("a\nb\nc\n")
+    start("\n a\nb \nc")
+    with pytest.raises(SettingsError, match=r"prompts_file.sha256 = .*restore it"):
+        start("a\nb\nd\n")
+    with pytest.raises(SettingsError, match="num_eval_prompts = 1, now 2"):
+        start("a\nb\nc\n", num_eval_prompts=2)
+    # A folder that was begun without remembering them goes on.
+    start("a\nb\nc\n", name="old")
+    stored = tmp_path / "old" / "settings" / "settings.json"
+    stored.write_text(json.dumps({k: v for k, v in json.loads(stored.read_text()).items() if k != "prompts_file"}))
+    start("a\nb\nd\n", name="old")
 
 
 @pytest.mark.parametrize(
