@@ -67,10 +67,8 @@ def _another(name: str, source: Path, why: object) -> CheckpointError:
 def _difference(part: HasStateDict, state: Any) -> str:  # noqa: ANN401 - a state
     """Return why a state cannot be that of a network or an optimiser, or nothing."""
     if isinstance(part, Optimizer):
-        here, there = (
-            [len(group["params"]) for group in groups] for groups in (part.param_groups, state["param_groups"])
-        )
-        return "" if here == there else f"groups of {there} parameters there, {here} here"
+        counts, stored = ([len(group["params"]) for group in g] for g in (part.param_groups, state["param_groups"]))
+        return "" if counts == stored else f"groups of {stored} parameters there, {counts} here"
     if not isinstance(part, nn.Module):
         return ""
     ours, theirs = (
