@@ -133,6 +133,9 @@ class LatentRewardTrainer:
             OffPolicyError: the policy does not repeat its own rollout (dropout, for instance).
         """
         checks.as_module(self.policy).eval()
+        for other in (self.scoring.proxy, self.reference):
+            if isinstance(other, nn.Module):  # as the loop does with the policy
+                self.loop.ranks.broadcast((*other.parameters(), *other.buffers()))
         history = self.loop.run(self._step)
         with self.loop.randomness():
             self._evaluate_holdout(self.loop.step)
@@ -182,7 +185,6 @@ class LatentRewardTrainer:
         for other in (self.scoring.proxy, self.reference):
             if isinstance(other, nn.Module):
                 other.to(loop.device)
-                loop.ranks.broadcast((*other.parameters(), *other.buffers()))  # as the loop does with the policy
         if isinstance(self.reference, nn.Module):
             self.reference.requires_grad_(False).eval()
         return loop
