@@ -463,8 +463,6 @@ def test_a_weighted_sum_of_two_rewards(linear_policy, exact_proxy):
 
 
 def test_ranks_share_the_groups(linear_policy, exact_proxy, monkeypatch):
-    monkeypatch.setattr(Ranks, "broadcast", lambda self, tensors: None)  # one after the other, not at once
-
     def gradient(rank, ranks):
         monkeypatch.setattr(module_of_loops, "join_launch", lambda name: (Ranks(rank, ranks), torch.device("cpu")))
         policy = linear_policy(gain=0.5)
