@@ -8,11 +8,14 @@ The metric may be any Python: nothing is differentiated, and only a few hundred 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
-import distillation as ds
 import latent_rewards as lr
+from distillation.families.export import check_target, load_student
+from latent_rewards.training.devices import choose_device
 from recipes.moving_digits.benchmark import training_prompts
 
 
@@ -22,28 +25,31 @@ def boldness(videos: Tensor) -> Tensor:
     return (videos.amax(dim=2) > 0.5).float().mean(dim=(1, 2, 3))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and tune."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", default="runs/demo/student", help="folder of a student (default: %(default)s)")
     parser.add_argument("--output", default="runs/bold", help="where the tuned student goes (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=512, help="true scores before tuning (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=50, help="updates of the student (default: %(default)s)")
-    options = parser.parse_args()
+    parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: an accelerator if there is one)")
+    options = parser.parse_args(arguments)
+    device = choose_device(options.device)
+    check_target(Path(options.output))
 
-    student = ds.FewStepStudent.from_pretrained(options.student)
+    student = load_student(options.student, device=device)
     prompts = training_prompts(512, seed=0)
     oracle = lr.MetricOracle(student.exporter.codec, ["custom.boldness"])
     dataset = lr.collect_rewards(student, prompts, oracle, num_samples=options.queries, seed=0)
-    proxy = lr.train_proxy(dataset)
+    proxy = lr.train_proxy(dataset, config=lr.ProxyConfig(device=options.device))
     print(f"proxy on unseen samples: {proxy.report['custom.boldness']}")
 
-    config = lr.LROConfig(num_updates=options.updates, learning_rate=5e-5)
+    config = lr.LROConfig(num_updates=options.updates, learning_rate=5e-5, device=options.device)
     result = lr.ReinforceTrainer(student, proxy, prompts, config=config, oracle=oracle, dataset=dataset).train()
-    for point in result.true_curve:
-        print(f"update {point['step']}: true {point['true']}, proxy {point['proxy']}")
     student.save_pretrained(options.output)
     print(f"student written to {options.output}")
+    for point in result.true_curve:
+        print(f"update {point['step']}: true {point['true']}, proxy {point['proxy']}")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,15 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import distillation as ds
 import latent_rewards as lr
+from distillation.families.export import load_student
+from latent_rewards.contracts import ConfigError
+from latent_rewards.lro.pareto import WEIGHTS
 from latent_rewards.report import Report
+from latent_rewards.training.checkpoint import check_target
+from latent_rewards.training.devices import choose_device
 from latent_rewards.tuning_page import add_tuning
 from recipes.moving_digits.benchmark import training_prompts  # also registers digits.*
 from recipes.page import REPORT
@@ -35,6 +40,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=4, help="of each layer's addition (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=1024, help="true scores before tuning (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=150, help="updates of the student (default: %(default)s)")
+    parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: an accelerator if there is one)")
     options = parser.parse_args(arguments)
     options.metric = options.metric or ["digits.legibility", "motion.dynamic_degree"]
     if len(options.metric) != 2 or options.points < 2:
@@ -46,13 +52,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and tune."""
     options = read_options(arguments)
     first, second = options.metric
+    device = choose_device(options.device)
+    check_target(options.output, WEIGHTS)
 
-    student = ds.FewStepStudent.from_pretrained(options.student)
+    student = load_student(options.student, device=device)
     prompts = training_prompts(2048, seed=0)
     codec = student.exporter.codec
     oracle = lr.MetricOracle(codec, options.metric)
+    if falling := sorted(oracle.lower_is_better):
+        raise ConfigError(
+            f"--metric {falling[0]}: less of it is better, and a front is of metrics of which more is; take such a "
+            "one, or register its negative as one of your own (recipes/custom_metric.py)"
+        )
     before = lr.collect_rewards(student, prompts, oracle, num_samples=options.queries, seed=0)
-    proxy = lr.train_proxy(before, encode=lambda texts: student.encode(texts).embeddings, codec=codec)
+    proxy = lr.train_proxy(
+        before,
+        config=lr.ProxyConfig(trunk="pixels", device=options.device),
+        encode=lambda texts: student.encode(texts).embeddings,
+        codec=codec,
+    )
 
     # In standard deviations of the student's own samples, so that weights compare wishes and not units.
     units = {name: float(values[~values.isnan()].std()) for name, values in before.rewards.items()}
@@ -61,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         policy,
         proxy,
         prompts,
-        config=lr.LROConfig(num_updates=options.updates, learning_rate=1e-3),
+        config=lr.LROConfig(num_updates=options.updates, learning_rate=1e-3, device=options.device),
         reward=lr.PreferredReward({name: units[name] for name in options.metric}),
         oracle=oracle,
         dataset=before,
@@ -76,14 +94,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shares = [i / (options.points - 1) for i in range(options.points)]
     front = [means({first: share, second: 1 - share}) for share in shares]
     start = [float(before.rewards[name].nanmean()) for name in options.metric]
+    add_front(page := Report("One student, many wishes"), options, shares, front, start)
+    add_tuning(page, "reinforce", dataclasses.asdict(result))
+    print(f"additions written to {options.output}, report: {page.save(Path(options.output) / REPORT)}")
+
+
+def add_front(
+    page: Report,
+    options: argparse.Namespace,
+    shares: Sequence[float],
+    front: Sequence[Sequence[float]],
+    start: Sequence[float],
+) -> None:
+    """Add table and chart of a front: the true means of both metrics at shares of the first, and at the start."""
+    first, second = options.metric
     kept = lr.non_dominated(front).tolist()
     volume = lr.hypervolume(front, start)
-    rows = [
+    rows: list[list[Any]] = [
         [f"{share:.2f}", *point, "yes" if best else "no"]
         for share, point, best in zip(shares, front, kept, strict=True)
     ]
     rows.append(["before tuning", *start, None])
-    report = Report("One student, many wishes").add_table(
+    page.add_table(
         [f"weight of {first}", first, second, "on the front"],
         rows,
         f"True means of {options.scored} samples. What the front gains over the student before tuning (hypervolume): "
@@ -92,10 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     line = sorted(point for point, best in zip(front, kept, strict=True) if best)
     curves = {"front": tuple(zip(*line, strict=True)), "before tuning": ([start[0]], [start[1]])}
-    report.add_curves("Pareto front", curves, first, second)
-    add_tuning(report, "reinforce", dataclasses.asdict(result))
+    page.add_curves("Pareto front", curves, first, second)
     print(f"hypervolume over the student before tuning: {volume:.4g}, {sum(kept)} of {len(kept)} points on the front")
-    print(f"additions written to {options.output}, report: {report.save(Path(options.output) / REPORT)}")
 
 
 if __name__ == "__main__":

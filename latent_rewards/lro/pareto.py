@@ -27,7 +27,9 @@ from latent_rewards.rewards import check_numbers, exclude, neutral, select_rewar
 from latent_rewards.training.checkpoint import CheckpointError, check_target, commit_directory, verify_directory
 from latent_rewards.training.randomness import generator, sample_uniform
 
-_WEIGHTS, _SETTINGS = "preferences.safetensors", "preferences.json"
+WEIGHTS = "preferences.safetensors"
+"""File by which a folder of additions is known."""
+_SETTINGS = "preferences.json"
 
 
 @dataclass
@@ -206,11 +208,11 @@ class WeightConditioned(nn.Module):
         Raises:
             FolderInUseError: the folder holds something else.
         """
-        check_target(path, _WEIGHTS)
+        check_target(path, WEIGHTS)
         settings = {"reward_names": self.reward_names, "rank": self.rank, "layers": self.layers}
         with commit_directory(path) as temporary:
             tensors = {name: value.detach().cpu().contiguous() for name, value in self.additions.state_dict().items()}
-            save_file(tensors, temporary / _WEIGHTS)
+            save_file(tensors, temporary / WEIGHTS)
             (temporary / _SETTINGS).write_text(json.dumps({**settings, "targets": self._targets}))
 
     @classmethod
@@ -224,7 +226,7 @@ class WeightConditioned(nn.Module):
         settings: dict[str, Any] = json.loads((Path(path) / _SETTINGS).read_text())
         targets = settings.pop("targets")
         made = cls(policy, freeze=freeze, **settings)
-        tensors = load_file(Path(path) / _WEIGHTS)
+        tensors = load_file(Path(path) / WEIGHTS)
         sizes = {name: value.shape for name, value in made.additions.state_dict().items()}
         if made._targets != targets or sizes != {name: value.shape for name, value in tensors.items()}:
             raise CheckpointError(f"{path} belongs to a policy with other linear layers: {', '.join(targets[:4])} ...")
