@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := .venv-stamp
+STAMP := $(VENV)/.stamp
 # Two processes that share the demo's work do more than one that computes on every core.
 PROCESSES ?= 2
 THREADS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < $(PROCESSES) ? 1 : cores / $(PROCESSES))))
