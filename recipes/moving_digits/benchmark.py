@@ -33,6 +33,7 @@ from recipes.moving_digits.evaluation import (
 )
 from recipes.moving_digits.judge import Judge
 from recipes.moving_digits.world import draw_specs, render, write_prompt
+from recipes.origin import commit_of
 from recipes.prompted import Sampler
 
 TUNED = "digits.legibility"
@@ -53,6 +54,7 @@ class Row:
             not sampled.
         network_evaluations: calls of the network per video; a guided teacher makes two per step.
         shown: the first clips of the first prompts ``[M, T, 3, H, W]``, for the report.
+        commit: of the code that measured it, which may not be what reads it; None where that is not known.
     """
 
     label: str
@@ -60,6 +62,7 @@ class Row:
     seconds: float
     network_evaluations: int
     shown: Tensor
+    commit: str | None = None
 
 
 class DigitsBenchmark:
@@ -145,8 +148,9 @@ class DigitsBenchmark:
             measured = torch.cat(ranks.share(range(0, len(clips), AT_ONCE), measure), dim=1)
             values = dict(zip(metrics, measured, strict=True))
             evaluation = evaluate(clips, self.prompts, self.reference, self.judge, extra=values)
-            facts = {"label": label, "seconds": seconds, "network_evaluations": network_evaluations}
             if ranks.index == 0:
+                facts = {"label": label, "seconds": seconds, "network_evaluations": network_evaluations}
+                facts["commit"] = commit_of(Path(__file__).parent)
                 self._store(folder, facts, evaluation, clips)
             ranks.wait()
         return self._load(folder)
@@ -165,7 +169,8 @@ class DigitsBenchmark:
         evaluation = Evaluation.load(folder / "evaluation.safetensors")
         self._check(folder, evaluation.prompts, facts.get("codec"))
         shown = load_file(folder / "clips.safetensors")["clips"]
-        row = Row(facts["label"], evaluation, facts["seconds"], facts["network_evaluations"], shown)
+        known = (facts["label"], evaluation, facts["seconds"], facts["network_evaluations"], shown)
+        row = Row(*known, facts.get("commit"))
         self.rows[row.label] = row
         return row
 
