@@ -27,23 +27,24 @@ import torch
 import distillation as ds
 from benchmarks.digits import (
     CONFIG,
-    RESULTS,
     TEACHER,
     mean_scores,
     paired,
     point_differences,
     score_table,
     seeded,
-    write_summary,
+    told_rows,
 )
 from benchmarks.passes import passes
-from benchmarks.provenance import provenance
-from benchmarks.tuning import differentiable_legibility, keep
+from benchmarks.provenance import device_name, provenance
+from benchmarks.result_files import RESULTS, Cell, add_results, flat, keep, read_results, seed_cells, write_summary
+from benchmarks.tuning import differentiable_legibility
 from distillation.baselines.decoupled import DecoupledConfig, DecoupledTrainer
 from distillation.baselines.progressive import ProgressiveConfig, ProgressiveTrainer
 from distillation.baselines.turbo import TurboConfig, TurboTrainer
 from latent_rewards.contracts import ConfigError, unknown_name
-from recipes.dollar import Dollar, counted
+from latent_rewards.training.settings import read_settings
+from recipes.dollar import SECTIONS, Dollar, counted
 from recipes.moving_digits.benchmark import REAL_CLIPS, DigitsBenchmark
 
 STEPS = (4, 2, 1)
@@ -98,12 +99,16 @@ class Ablation:
         share: of the passes, below 1 for a trial of the script.
         device: torch device.
         num_prompts: evaluation prompts; None takes the configuration's.
+
+    Raises:
+        DeviceError: there is no such device.
     """
 
     def __init__(
         self, config: str, runs: Path, *, share: float = 1.0, device: str = "cpu", num_prompts: int | None = None
     ) -> None:
         self.config, self.runs, self.share, self.device, self.num_prompts = config, runs, share, device, num_prompts
+        self.device_name = device_name(device)
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Self:
@@ -111,6 +116,18 @@ class Ablation:
         return cls(
             options.config, options.runs, share=options.share, device=options.device, num_prompts=options.prompts
         )
+
+    def judged_with(self) -> dict[str, Any]:
+        """Return the settings of rows of which nothing is trained."""
+        run = read_settings(self.config, SECTIONS)["run"]
+        count = run.num_eval_prompts if self.num_prompts is None else self.num_prompts
+        return {"prompts": count, "teacher": run.teacher, "guidance_scale": run.guidance_scale}
+
+    def measured_with(self) -> dict[str, Any]:
+        """Return the settings of results."""
+        sections = read_settings(self.config, SECTIONS)
+        data = {name: getattr(sections["run"], name) for name in ("num_prompts", "num_latents")}
+        return {**self.judged_with(), "share": self.share, **data, **flat(distillation=sections["distillation"])}
 
     def measure(self, method: str, seed: int) -> dict[str, Any]:
         """Train (or continue), sample, score; ``seconds`` are those of the training, without parts before a kill."""
@@ -122,7 +139,7 @@ class Ablation:
         for steps in STEPS:
             sampler = pipeline.student_sampler(students[steps], steps)
             benchmark.add(f"{TITLES[method]}, {counted(steps)}", sampler, num_steps=steps, network_evaluations=steps)
-        mine, base = self._rows(benchmark), self.benchmark(pipeline, REFERENCE)
+        mine, base = told_rows(benchmark), self.benchmark(pipeline, REFERENCE)
         base.load_rows()
         benchmark.rows[TEACHER] = base.rows[TEACHER]
         return {
@@ -131,17 +148,13 @@ class Ablation:
             "rows": mine,
             "differences": {f"{label} minus {TEACHER}": paired(benchmark, TEACHER, label) for label in mine},
             "seconds": seconds,
-            "device": self.device_name(),
+            "device": self.device_name,
             **provenance(),
         }
 
     def train(self, method: str, pipeline: Dollar) -> dict[int, ds.FewStepStudent]:
         """Return the students of a method by their step count, trained (or continued) with the pipeline's seed."""
         return _METHODS[method](self, pipeline, self.runs / f"{method}-seed{pipeline.config.seed}")
-
-    def device_name(self) -> str:
-        """Return what trainings and samples are computed on."""
-        return "cpu" if self.device == "cpu" else torch.cuda.get_device_name()
 
     def reference(self) -> dict[str, Any]:
         """Score real clips, their reconstruction, and the teacher in 50, 8, 4 and 1 steps."""
@@ -154,7 +167,8 @@ class Ablation:
             evaluations = steps if guidance == 1 else 2 * steps
             benchmark.add(f"teacher, {counted(steps)}", sampler, num_steps=1, network_evaluations=evaluations)
         seconds = time.perf_counter() - begun
-        return {"method": REFERENCE, "seed": 0, "rows": self._rows(benchmark), "seconds": seconds, **provenance()}
+        told = {"method": REFERENCE, "seed": 0, "rows": told_rows(benchmark), "seconds": seconds}
+        return {**told, "device": self.device_name, **provenance()}
 
     def pipeline(self, seed: int) -> Dollar:
         """Return the pipeline of a seed: teacher, data and evaluation."""
@@ -175,17 +189,6 @@ class Ablation:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(known, folder / REAL_CLIPS)
         return DigitsBenchmark(pipeline.codec, pipeline.teacher.latent_shape, folder, num_prompts=count)
-
-    @staticmethod
-    def _rows(benchmark: DigitsBenchmark) -> dict[str, Any]:
-        return {
-            label: {
-                "scores": row.evaluation.scores,
-                "seconds": row.seconds,
-                "network_evaluations": row.network_evaluations,
-            }
-            for label, row in benchmark.rows.items()
-        }
 
     def settings(self, pipeline: Dollar, folder: Path, kind: type[Any] = ds.DistillationConfig, **changes: Any) -> Any:  # noqa: ANN401
         """Return the configuration's distillation as settings of a trainer, changed."""
@@ -360,7 +363,7 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="training seeds (default: 0 1 2)")
     parser.add_argument("--config", default=CONFIG, help="settings of VSD→CD (default: %(default)s)")
     parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="where trainings are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS / name, help="where results are written")
+    add_results(parser, RESULTS / name)
     parser.add_argument("--share", type=float, default=1.0, help="of the training, for a trial")
     parser.add_argument("--prompts", type=int, help="evaluation prompts, for a trial; default: the configuration's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
@@ -378,11 +381,10 @@ def main() -> None:
             raise ConfigError(unknown_name("method", name, TITLES))
     if not options.summary:
         race = Ablation.of(options)
-        keep(options.results / f"{REFERENCE}-seed0.json", race.reference, "seconds")
-        for seed in options.seeds:
-            for method in options.methods:
-                keep(options.results / f"{method}-seed{seed}.json", partial(race.measure, method, seed), "seconds")
-    write_summary(options.results, "*-seed*.json", summarise)
+        cells = [Cell(options.results / f"{REFERENCE}-seed0.json", race.judged_with(), race.reference)]
+        known = race.measured_with()
+        keep([*cells, *seed_cells(options.results, options.methods, options.seeds, lambda _: known, race.measure)])
+    write_summary(options.results, *summarise(read_results(options.results, "*-seed*.json")))
 
 
 if __name__ == "__main__":

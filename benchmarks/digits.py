@@ -9,21 +9,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import provenance
+from benchmarks.result_files import RESULTS, add_results, read_result, read_results, write_result, write_summary
+from benchmarks.seeds import mean_cell, over_seeds
 from latent_rewards.training.settings import read_settings
 from recipes.dollar import SECTIONS, Dollar
 from recipes.moving_digits.benchmark import TUNED, DigitsBenchmark
 from recipes.moving_digits.evaluation import compare
 
-RESULTS = Path(__file__).parent / "results"
 CONFIG = "recipes/configs/moving_digits_full.yaml"
 TEACHER, STUDENT = "teacher, 50 steps", "VSD→CD, 4 steps"
-Summarise = Callable[[list[Mapping[str, Any]]], tuple[dict[str, Any], str]]
 SCORES = ("total", "quality", "semantic", "diversity", "frechet", "accuracy/digit", TUNED)
 
 
@@ -44,14 +43,6 @@ def run_seed(settings: dict[str, Any], picture: Path) -> dict[str, Any]:
     assert isinstance(benchmark, DigitsBenchmark)  # noqa: S101 - the configuration's world
     benchmark.load_rows()
     draw(benchmark, picture)
-    rows = {
-        label: {
-            "scores": row.evaluation.scores,
-            "seconds": row.seconds,
-            "network_evaluations": row.network_evaluations,
-        }
-        for label, row in benchmark.rows.items()
-    }
     differences = {
         f"{label} minus {base}": paired(benchmark, base, label)
         for base in (TEACHER, STUDENT)
@@ -60,11 +51,24 @@ def run_seed(settings: dict[str, Any], picture: Path) -> dict[str, Any]:
     }
     return {
         "seed": settings["run"].seed,
-        "rows": rows,
+        "rows": told_rows(benchmark),
         "differences": differences,
         "proxy": json.loads((pipeline.folder.path / "proxy_report.json").read_text()),
         "tuning": {name: tuning_facts(pipeline.folder.path, name) for name in settings["run"].trainers},
         **provenance(),
+    }
+
+
+def told_rows(benchmark: DigitsBenchmark) -> dict[str, Any]:
+    """Return what results tell of rows, with the commit that measured each where it is known."""
+    return {
+        label: {
+            "scores": row.evaluation.scores,
+            "seconds": row.seconds,
+            "network_evaluations": row.network_evaluations,
+            **({"commit": row.commit} if row.commit else {}),
+        }
+        for label, row in benchmark.rows.items()
     }
 
 
@@ -96,7 +100,7 @@ def tuning_facts(folder: Path, name: str) -> dict[str, Any]:
     return {key: result[key] for key in kept}
 
 
-def summarise(results: list[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
+def summarise(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
     """Return what :func:`run_seed` returned, over seeds, as a summary and as Markdown tables.
 
     Rows and paired differences become mean and standard deviation over seeds; ``gap_closed`` is the share of the
@@ -126,12 +130,7 @@ def point_differences(pairs: Mapping[str, Mapping[str, Mapping[str, float]]]) ->
     return {pair: {score: told["difference"] for score, told in scores.items()} for pair, scores in pairs.items()}
 
 
-def over_seeds(values: list[float]) -> dict[str, float]:
-    """Return mean and standard deviation of one number per training seed."""
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
-
-
-def _tuning(results: list[Mapping[str, Any]], name: str) -> dict[str, dict[str, float]]:
+def _tuning(results: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[str, float]]:
     """Return, over seeds, how far a trainer closed the gap, what it took, and how honest the proxy was at the end."""
     tuned = f"VSD→CD→LRO ({name}), 4 steps"
     facts: dict[str, list[float]] = {}
@@ -174,24 +173,16 @@ def _tuning_table(tuning: Mapping[str, Mapping[str, Mapping[str, float]]]) -> li
     return lines
 
 
-def mean_cell(value: Mapping[str, float], scale: float = 1, digits: int = 1) -> str:
-    """Return mean and standard deviation as a table shows them; the mean alone where nothing varies."""
-    mean, std = (f"{scale * value[key]:.{digits}f}" for key in ("mean", "std"))
-    return mean if value["std"] == 0 else f"{mean} ± {std}"
+def write_seed(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a seed's result, but for one that is there already: its provenance is that of its measurement."""
+    if not (path.is_file() and _measured(read_result(path)) == _measured(result)):
+        write_result(path, result)
 
 
-def write_summary(folder: Path, pattern: str, summarise: Summarise) -> None:
-    """Aggregate the results of a folder into ``summary.json`` and ``summary.md``.
-
-    Args:
-        folder: of the results.
-        pattern: of their files' names.
-        summarise: results -> summary and Markdown.
-    """
-    summary, markdown = summarise([json.loads(file.read_text()) for file in sorted(folder.glob(pattern))])
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-    (folder / "summary.md").write_text(markdown)
-    print(markdown)
+def _measured(result: Mapping[str, Any]) -> str:
+    """Return a result without its provenance, as text: NaN equals NaN."""
+    made = provenance().keys()
+    return json.dumps({key: value for key, value in result.items() if key not in made}, sort_keys=True)
 
 
 def main() -> None:
@@ -200,13 +191,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="training seeds (default: 0 1 2)")
     parser.add_argument("--config", default=CONFIG, help="settings of each run (default: %(default)s)")
     parser.add_argument("--summary", action="store_true", help="only aggregate the results that are there")
+    add_results(parser, None, "where results are written (default: benchmarks/results/NAME, that of the settings)")
     options = parser.parse_args()
-    results = RESULTS / read_settings(options.config, SECTIONS)["run"].name
+    results = options.results or RESULTS / read_settings(options.config, SECTIONS)["run"].name
     results.mkdir(parents=True, exist_ok=True)
     for seed in [] if options.summary else options.seeds:
         result = run_seed(seeded(options.config, seed), results / f"seed{seed}.png")
-        (results / f"seed{seed}.json").write_text(json.dumps(result, indent=1))
-    write_summary(results, "seed*.json", summarise)
+        write_seed(results / f"seed{seed}.json", result)
+    write_summary(results, *summarise(read_results(results, "seed*.json")))
 
 
 if __name__ == "__main__":

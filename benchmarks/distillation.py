@@ -8,18 +8,16 @@ the 50-step teacher. Runs are those of :mod:`benchmarks.digits`, which continues
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.digits import TEACHER, mean_scores, paired, point_differences, score_table, seeded, write_summary
+from benchmarks.digits import TEACHER, mean_scores, paired, point_differences, score_table, seeded, write_seed
 from benchmarks.provenance import provenance
+from benchmarks.result_files import RESULTS, add_results, read_results, write_summary
 from latent_rewards.training.settings import read_settings
 from recipes.dollar import SECTIONS, Dollar, counted
 from recipes.moving_digits.benchmark import DigitsBenchmark
 
-RESULTS = Path(__file__).parent / "results" / "distillation"
 ONE_STEP = "recipes/configs/moving_digits_one_step.yaml"
 
 
@@ -35,9 +33,11 @@ def run_seed(settings: dict[str, Any]) -> dict[str, Any]:
         for steps in sorted({1, settings["run"].num_steps}, reverse=True):
             sampler = pipeline.student_sampler(student, steps)
             benchmark.add(f"{label}, {counted(steps)}", sampler, num_steps=steps, network_evaluations=steps)
+    commits = {label: row.commit for label, row in benchmark.rows.items() if row.commit}
     return {
         "seed": settings["run"].seed,
         "rows": {label: row.evaluation.scores for label, row in benchmark.rows.items()},
+        **({"commits": commits} if commits else {}),
         "differences": {
             f"{label} minus {TEACHER}": paired(benchmark, TEACHER, label)
             for label in benchmark.rows
@@ -47,7 +47,7 @@ def run_seed(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def summarise(results: list[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
+def summarise(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str]:
     """Return mean and standard deviation over seeds of rows and paired differences, and the same as Markdown."""
     rows = mean_scores([result["rows"] for result in results])
     differences = mean_scores([point_differences(result["differences"]) for result in results])
@@ -62,12 +62,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="training seeds (default: 0 1 2)")
     parser.add_argument("--config", default=ONE_STEP, help="settings of each run (default: %(default)s)")
     parser.add_argument("--summary", action="store_true", help="only aggregate the results that are there")
+    add_results(parser, None, "where results are written (default: below benchmarks/results/distillation)")
     options = parser.parse_args()
-    results = RESULTS / read_settings(options.config, SECTIONS)["run"].name
-    results.mkdir(parents=True, exist_ok=True)
+    results = options.results or RESULTS / "distillation" / read_settings(options.config, SECTIONS)["run"].name
     for seed in [] if options.summary else options.seeds:
-        (results / f"seed{seed}.json").write_text(json.dumps(run_seed(seeded(options.config, seed)), indent=1))
-    write_summary(results, "seed*.json", summarise)
+        write_seed(results / f"seed{seed}.json", run_seed(seeded(options.config, seed)))
+    write_summary(results, *summarise(read_results(results, "seed*.json")))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from torch import Tensor
 
 import distillation as ds
 from benchmarks.ablation import STEPS, Ablation, add_options
-from benchmarks.digits import mean_cell, mean_scores, over_seeds, paired, write_summary
+from benchmarks.digits import mean_scores, paired, told_rows
 from benchmarks.provenance import provenance
-from benchmarks.tuning import keep
+from benchmarks.result_files import Cell, keep, read_results, write_summary
+from benchmarks.seeds import mean_cell, over_seeds
 from distillation.sampler import follow_ode
 from distillation.schedule import add_noise
 from recipes.dollar import Dollar, counted
@@ -122,10 +123,10 @@ class Headroom(Ablation):
             benchmark.add(end.label, sampler, num_steps=end.num_steps, network_evaluations=evaluations)
         return {
             "seed": seed,
-            "rows": self._rows(benchmark),
+            "rows": told_rows(benchmark),
             "differences": {end.label: paired(benchmark, plain(end.num_steps), end.label) for end in ENDS},
             "seconds": time.perf_counter() - begun,
-            "device": self.device_name(),
+            "device": self.device_name,
             **provenance(),
         }
 
@@ -173,9 +174,9 @@ def main() -> None:
     options = parser.parse_args()
     if not options.summary:
         race = Headroom.of(options)
-        for seed in options.seeds:
-            keep(options.results / f"seed{seed}.json", partial(race.headroom, seed), "seconds")
-    write_summary(options.results, "seed*.json", summarise)
+        settings = {**race.measured_with(), "ends": [end.label for end in ENDS]}
+        keep([Cell(options.results / f"seed{s}.json", settings, partial(race.headroom, s)) for s in options.seeds])
+    write_summary(options.results, *summarise(read_results(options.results, "seed*.json")))
 
 
 if __name__ == "__main__":

@@ -13,16 +13,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
 import distillation as ds
 from benchmarks.ablation import Ablation, add_options
-from benchmarks.digits import mean_cell, over_seeds, write_summary
 from benchmarks.provenance import provenance
-from benchmarks.tuning import keep
+from benchmarks.result_files import Cell, keep, read_results, seed_cells, write_summary
+from benchmarks.seeds import mean_cell, over_seeds
 from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.metrics import create_metric
 from recipes.moving_digits.evaluation import AT_ONCE, clip_prompts, real_clips
@@ -50,6 +49,10 @@ REAL = "real"
 class Terms(Ablation):
     """Trains VSD→CD with a temporal term and measures motion; arguments as of the base."""
 
+    def trained_with(self, term: str) -> dict[str, Any]:
+        """Return the settings of a term's results."""
+        return {**self.measured_with(), **{f"distillation.{name}": weight for name, weight in TERMS[term].items()}}
+
     def motion(self, term: str, seed: int) -> dict[str, Any]:
         """Train (or continue) with a term, and return metrics, dimensions and the share of the terms in the loss.
 
@@ -74,7 +77,7 @@ class Terms(Ablation):
             "dimensions": {name: row.evaluation.scores[name] for name in DIMENSIONS},
             "shares": {stage: share_of_terms(entries, TERMS[term]) for stage, entries in history.items()},
             "seconds": seconds,
-            "device": self.device_name(),
+            "device": self.device_name,
             **provenance(),
         }
 
@@ -147,11 +150,10 @@ def main() -> None:
             raise ConfigError(unknown_name("term", name, TERMS))
     if not options.summary:
         race = Terms.of(options)
-        keep(options.results / f"{REAL}-seed0.json", race.real, "seconds")
-        for seed in options.seeds:
-            for term in options.terms:
-                keep(options.results / f"{term}-seed{seed}.json", partial(race.motion, term, seed), "metrics")
-    write_summary(options.results, "*-seed*.json", summarise)
+        cells = [Cell(options.results / f"{REAL}-seed0.json", race.judged_with(), race.real)]
+        cells += seed_cells(options.results, options.terms, options.seeds, race.trained_with, race.motion, "metrics")
+        keep(cells)
+    write_summary(options.results, *summarise(read_results(options.results, "*-seed*.json")))
 
 
 if __name__ == "__main__":

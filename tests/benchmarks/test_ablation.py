@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from benchmarks import ablation, temporal
+from benchmarks import ablation, headroom, temporal
 from benchmarks.ablation import CLAIMS, TITLES, Ablation, summarise
 from benchmarks.passes import passes
 from latent_rewards.contracts import ConfigError
+from latent_rewards.training.devices import DeviceError
 from latent_rewards.training.settings import read_settings
 from recipes.dollar import SECTIONS, Dollar
 from recipes.moving_digits.benchmark import DigitsBenchmark
@@ -111,6 +112,52 @@ def test_methods_are_trained_scored_and_compared(small, tmp_path, monkeypatch, c
     assert drawn == [8], "the judge and the metrics of motion see the same clips"
     assert (told["seconds"], told["device"]) == (7.0, "cpu")
     assert set(told["metrics"]) == set(temporal.METRICS) and told["shares"]["vsd"]["first"] > 0
+
+
+@pytest.mark.parametrize("module", [ablation, temporal, headroom])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (("--share", 0.5), "share = 1.0, now 0.5"),
+        (("--prompts", 4), "prompts = 40, now 4"),
+        (("--config", "{folder}/changed.yaml"), "distillation.learning_rate = .*, now 0.05"),
+    ],
+)
+def test_results_of_a_trial_are_not_taken_for_the_full_runs(module, changed, said, tmp_path, monkeypatch):
+    measured = []
+
+    def measure(self, *of):
+        measured.append(of)
+        return {"seconds": 0.0, "metrics": {}}
+
+    for kind, name in ((Ablation, "measure"), (Ablation, "reference"), (temporal.Terms, "motion")):
+        monkeypatch.setattr(kind, name, measure)
+    monkeypatch.setattr(temporal.Terms, "real", measure)
+    monkeypatch.setattr(headroom.Headroom, "headroom", measure)
+    monkeypatch.setattr(module, "summarise", lambda results: ({}, ""))
+    config = yaml.safe_load(open("recipes/configs/moving_digits.yaml"))
+    config["distillation"]["learning_rate"] = 0.05
+    (tmp_path / "changed.yaml").write_text(yaml.safe_dump(config))
+    changed = [str(argument).format(folder=tmp_path) for argument in changed]
+    where = ("--results", tmp_path, "--device", "cpu", "--config", "recipes/configs/moving_digits.yaml", "--seeds", 1)
+    run(module, monkeypatch, *where)
+    count = len(measured)
+    run(module, monkeypatch, *where)
+    assert len(measured) == count > 0
+    with pytest.raises(ConfigError, match=f"was measured with .*{said}"):
+        run(module, monkeypatch, *where, 1, 0, *changed)
+    assert len(measured) == count, "refused before anything was measured"
+
+
+def test_weights_of_a_term_are_settings_of_its_results(tmp_path):
+    race = temporal.Terms("recipes/configs/moving_digits.yaml", tmp_path)
+    plain, feature = race.trained_with("none"), race.trained_with("feature")
+    assert {name for name in plain if plain[name] != feature[name]} == {"distillation.feature_weight"}
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path):
+    with pytest.raises(DeviceError, match="'cuda:7' cannot be used"):
+        Ablation("recipes/configs/moving_digits.yaml", tmp_path, device="cuda:7")
 
 
 @pytest.mark.parametrize(("module", "flag"), [(ablation, "--methods"), (temporal, "--terms")])

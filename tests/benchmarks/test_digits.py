@@ -1,8 +1,11 @@
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks.digits import SCORES, STUDENT, TUNED, seeded, summarise, write_summary
+from benchmarks.digits import SCORES, STUDENT, TUNED, seeded, summarise, told_rows, write_seed
+from recipes.moving_digits.benchmark import Row
 
 
 def result(seed, total, tuned):
@@ -43,9 +46,20 @@ def test_each_seed_has_a_run_of_its_own():
     assert seeded(config, 2)["run"].seed == 2
 
 
-def test_a_summary_is_written_of_a_folders_results_in_the_order_of_their_names(tmp_path, capsys):
-    for name, value in (("seed1", 1), ("seed0", 0), ("other", 2)):
-        (tmp_path / f"{name}.json").write_text(str(value))
-    write_summary(tmp_path, "seed*.json", lambda results: ({"values": results}, f"| {results} |\n"))
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"values": [0, 1]}
-    assert (tmp_path / "summary.md").read_text() == "| [0, 1] |\n" and "| [0, 1] |" in capsys.readouterr().out
+def test_a_seed_that_is_there_keeps_the_provenance_of_its_measurement(tmp_path):
+    told = {"seed": 0, "rows": {"real clips": {"seconds": float("nan"), "scores": {"total": 60.0}}}}
+    write_seed(tmp_path / "seed0.json", {**told, "commit": "1234567", "command": "make demo"})
+    before = (tmp_path / "seed0.json").read_text()
+    write_seed(tmp_path / "seed0.json", {**told, "commit": "89abcde", "command": "python -m benchmarks.digits"})
+    assert (tmp_path / "seed0.json").read_text() == before
+    write_seed(tmp_path / "seed0.json", {**told, "seed": 1, "commit": "89abcde"})
+    assert json.loads((tmp_path / "seed0.json").read_text())["commit"] == "89abcde"
+
+
+def test_rows_are_told_with_the_commit_that_measured_them_where_it_is_known():
+    made = {"first": "1234567", "old": None}
+    evaluation = SimpleNamespace(scores={"total": 60.0})
+    rows = {label: Row(label, evaluation, 1.5, 4, torch.zeros(1), commit) for label, commit in made.items()}
+    told = told_rows(SimpleNamespace(rows=rows))
+    known = {"scores": {"total": 60.0}, "seconds": 1.5, "network_evaluations": 4}
+    assert told == {"first": {**known, "commit": "1234567"}, "old": known}
