@@ -45,7 +45,7 @@ from distillation.baselines.turbo import TurboConfig, TurboTrainer
 from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.training.settings import read_settings
 from recipes.dollar import SECTIONS, Dollar, counted
-from recipes.moving_digits.benchmark import REAL_CLIPS, DigitsBenchmark
+from recipes.moving_digits.benchmark import REAL_CLIPS, DigitsBenchmark, Row
 
 STEPS = (4, 2, 1)
 SEEDS = (0, 1, 2)
@@ -132,6 +132,7 @@ class Ablation:
     def measure(self, method: str, seed: int) -> dict[str, Any]:
         """Train (or continue), sample, score; ``seconds`` are those of the training, without parts before a kill."""
         pipeline = self.pipeline(seed)
+        teacher = self._add_teacher(pipeline, self.benchmark(pipeline, REFERENCE), 50)
         begun = time.perf_counter()
         students = self.train(method, pipeline)
         seconds = time.perf_counter() - begun
@@ -139,9 +140,8 @@ class Ablation:
         for steps in STEPS:
             sampler = pipeline.student_sampler(students[steps], steps)
             benchmark.add(f"{TITLES[method]}, {counted(steps)}", sampler, num_steps=steps, network_evaluations=steps)
-        mine, base = told_rows(benchmark), self.benchmark(pipeline, REFERENCE)
-        base.load_rows()
-        benchmark.rows[TEACHER] = base.rows[TEACHER]
+        mine = told_rows(benchmark)
+        benchmark.rows[TEACHER] = teacher
         return {
             "method": method,
             "seed": seed,
@@ -161,14 +161,17 @@ class Ablation:
         pipeline, begun = self.pipeline(0), time.perf_counter()
         benchmark = self.benchmark(pipeline, REFERENCE)
         benchmark.add_ceilings()
-        guidance = float(pipeline.config.guidance_scale or 1.0)
         for steps in (50, 8, 4, 1):
-            sampler = pipeline.teacher_sampler(steps, guidance)
-            evaluations = steps if guidance == 1 else 2 * steps
-            benchmark.add(f"teacher, {counted(steps)}", sampler, num_steps=1, network_evaluations=evaluations)
+            self._add_teacher(pipeline, benchmark, steps)
         seconds = time.perf_counter() - begun
         told = {"method": REFERENCE, "seed": 0, "rows": told_rows(benchmark), "seconds": seconds}
         return {**told, "device": self.device_name, **provenance()}
+
+    @staticmethod
+    def _add_teacher(pipeline: Dollar, benchmark: DigitsBenchmark, steps: int) -> Row:
+        guidance = float(pipeline.config.guidance_scale or 1.0)
+        sampler, evaluations = pipeline.teacher_sampler(steps, guidance), steps if guidance == 1 else 2 * steps
+        return benchmark.add(f"teacher, {counted(steps)}", sampler, num_steps=1, network_evaluations=evaluations)
 
     def pipeline(self, seed: int) -> Dollar:
         """Return the pipeline of a seed: teacher, data and evaluation."""

@@ -14,6 +14,7 @@ from latent_rewards.training.settings import read_settings
 from recipes.dollar import SECTIONS, Dollar
 from recipes.moving_digits.benchmark import DigitsBenchmark
 
+STEPS = ("4 steps", "2 steps", "1 step")
 SCORES = ("total", "quality", "semantic", "diversity", "frechet", "accuracy/digit", "digits.legibility")
 
 
@@ -153,6 +154,42 @@ def test_weights_of_a_term_are_settings_of_its_results(tmp_path):
     race = temporal.Terms("recipes/configs/moving_digits.yaml", tmp_path)
     plain, feature = race.trained_with("none"), race.trained_with("feature")
     assert {name for name in plain if plain[name] != feature[name]} == {"distillation.feature_weight"}
+
+
+def test_the_teachers_row_is_made_before_anything_is_trained(tmp_path, monkeypatch):
+    done = []
+
+    class Table:
+        def __init__(self, name):
+            self.name, self.rows = name, {}
+
+        def add_ceilings(self):
+            pass
+
+        def add(self, label, sample, *, num_steps, network_evaluations):
+            done.append((self.name, label))
+            evaluation = SimpleNamespace(scores={"total": network_evaluations})
+            self.rows[label] = SimpleNamespace(evaluation=evaluation, seconds=1.0, network_evaluations=1, commit=None)
+            return self.rows[label]
+
+    def paired(table, base, label):
+        return table.rows[label].evaluation.scores["total"] - table.rows[base].evaluation.scores["total"]
+
+    config = SimpleNamespace(guidance_scale=3.0)
+    pipeline = SimpleNamespace(config=config, teacher_sampler=lambda *_: None, student_sampler=lambda *_: None)
+    monkeypatch.setattr(Ablation, "pipeline", lambda self, seed: pipeline)
+    monkeypatch.setattr(Ablation, "benchmark", lambda self, pipeline, name: Table(name))
+    monkeypatch.setattr(Ablation, "train", lambda self, *_: done.append("trained") or dict.fromkeys(ablation.STEPS))
+    monkeypatch.setattr(ablation, "paired", paired)
+    race = Ablation("recipes/configs/moving_digits.yaml", tmp_path)
+    told = race.measure("vsd", 0)
+    assert done[:2] == [(ablation.REFERENCE, ablation.TEACHER), "trained"]
+    against = {f"VSD, {steps} minus teacher, 50 steps": int(steps[0]) - 100 for steps in STEPS}
+    assert told["differences"] == against
+    assert set(told["rows"]) == {f"VSD, {s}" for s in STEPS} and told["device"] == "cpu"
+    reference = race.reference()
+    assert list(reference["rows"]) == [f"teacher, {steps} steps" for steps in (50, 8, 4)] + ["teacher, 1 step"]
+    assert reference["device"] == "cpu"
 
 
 def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path):
