@@ -183,10 +183,10 @@ class Ablation:
         return Dollar(settings)
 
     def benchmark(self, pipeline: Dollar, name: str) -> DigitsBenchmark:
-        """Return the evaluation whose rows are kept under a name."""
+        """Return the evaluation whose rows are kept under a name, apart from those of a trial with fewer prompts."""
         count = pipeline.config.num_eval_prompts
-        folder = self.runs / "evaluation" / name
-        known = self.runs / "evaluation" / REFERENCE / REAL_CLIPS
+        kept = self.runs / f"evaluation-{count}"
+        folder, known = kept / name, kept / REFERENCE / REAL_CLIPS
         if known.is_file() and not (folder / REAL_CLIPS).is_file():
             # All are compared with the same real clips, whose features take a while.
             folder.mkdir(parents=True, exist_ok=True)

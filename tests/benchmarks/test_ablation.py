@@ -12,7 +12,7 @@ from latent_rewards.contracts import ConfigError
 from latent_rewards.training.devices import DeviceError
 from latent_rewards.training.settings import read_settings
 from recipes.dollar import SECTIONS, Dollar
-from recipes.moving_digits.benchmark import DigitsBenchmark
+from recipes.moving_digits.benchmark import REAL_CLIPS, DigitsBenchmark
 
 STEPS = ("4 steps", "2 steps", "1 step")
 SCORES = ("total", "quality", "semantic", "diversity", "frechet", "accuracy/digit", "digits.legibility")
@@ -195,6 +195,25 @@ def test_the_teachers_row_is_made_before_anything_is_trained(tmp_path, monkeypat
 def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path):
     with pytest.raises(DeviceError, match="'cuda:7' cannot be used"):
         Ablation("recipes/configs/moving_digits.yaml", tmp_path, device="cuda:7")
+
+
+def test_real_clips_are_shared_by_evaluations_of_as_many_prompts_alone(tmp_path, monkeypatch):
+    def table(codec, shape, folder, *, num_prompts):
+        if not (folder / REAL_CLIPS).is_file():
+            made.append(folder.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / REAL_CLIPS).write_text(f"of {num_prompts} prompts")
+        return (folder / REAL_CLIPS).read_text()
+
+    made = []
+    monkeypatch.setattr(ablation, "DigitsBenchmark", table)
+    race = Ablation("recipes/configs/moving_digits.yaml", tmp_path)
+    teacher = SimpleNamespace(latent_shape=None)
+    for count in (2, 40):
+        pipeline = SimpleNamespace(config=SimpleNamespace(num_eval_prompts=count), codec=None, teacher=teacher)
+        for name in (ablation.REFERENCE, "vsd-seed0"):
+            assert race.benchmark(pipeline, name) == f"of {count} prompts"
+    assert made == [ablation.REFERENCE] * 2
 
 
 @pytest.mark.parametrize(("module", "flag"), [(ablation, "--methods"), (temporal, "--terms")])
