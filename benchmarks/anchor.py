@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-from pathlib import Path
 
 from benchmarks.digits import CONFIG, STUDENT, paired, seeded
 from benchmarks.provenance import provenance
+from benchmarks.result_files import RESULTS, add_results, write_result
 from latent_rewards.training.run_folder import RunFolder
 from recipes.dollar import Dollar
 from recipes.moving_digits.benchmark import DigitsBenchmark
 
-RESULT = Path(__file__).parent / "results" / "anchor.json"
 TRAINER = "differentiable"
 TUNED_ROW, ANCHORED = f"VSD→CD→LRO ({TRAINER}), 4 steps", "anchor alone, 4 steps"
 
@@ -27,9 +25,11 @@ def main() -> None:
     """Tune without a reward, score, compare, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of a run that benchmarks.digits finished (default: 0)")
+    add_results(parser, RESULTS / "anchor.json", "file that the result is written into")
     options = parser.parse_args()
     settings = seeded(CONFIG, options.seed)
     pipeline = Dollar(settings)
+    pipeline.folder.remember(settings)
     student = pipeline.load_student(pipeline.folder.path / "student")
     dataset = pipeline.collect(student)
     proxy = pipeline.fit(dataset)
@@ -39,7 +39,7 @@ def main() -> None:
     # Scores lie about [0, 1]: capped far below they are all alike. Without a holdout, nothing is rolled back.
     pipeline.settings = {**settings, "lro": dataclasses.replace(settings["lro"], reward_cap=-10.0)}
     pipeline.holdout, pipeline.folder = None, RunFolder(pipeline.folder.path / "anchor_alone")
-    pipeline.folder.path.mkdir(exist_ok=True)
+    pipeline.folder.remember(pipeline.settings)
     benchmark.folder = pipeline.folder.path / "evaluation"  # the run's own table stays as it is
     anchored, _ = pipeline.tune(TRAINER, student, proxy, dataset)
     benchmark.add(ANCHORED, pipeline.student_sampler(anchored, 4), num_steps=4, network_evaluations=4)
@@ -50,8 +50,8 @@ def main() -> None:
         "tuned minus anchor alone": paired(benchmark, ANCHORED, TUNED_ROW),
         **provenance(),
     }
-    RESULT.write_text(json.dumps(result, indent=1))
-    print(f"written to {RESULT}")
+    write_result(options.results, result)
+    print(f"written to {options.results}")
 
 
 if __name__ == "__main__":

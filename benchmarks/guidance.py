@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 import torch
 
 import distillation as ds
 from benchmarks.provenance import provenance
+from benchmarks.result_files import RESULTS, add_results, write_result
 from recipes.moving_digits.evaluation import build_reference, evaluate, generate_clips, noise_clips, selection_prompts
 from recipes.moving_digits.judge import Judge
 
 CANDIDATES = (1.0, 1.5, 2.0, 3.0, 4.0)
-RESULT = Path(__file__).parent / "results" / "guidance.json"
 
 
 def main() -> None:
@@ -22,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--teacher", default="recipes/moving_digits/weights/teacher", help="pipeline folder")
     parser.add_argument("--num-prompts", type=int, default=40, help="held-in prompts, four clips each")
+    add_results(parser, RESULTS / "guidance.json", "file that the result is written into")
     options = parser.parse_args()
     teacher = ds.load_teacher(options.teacher)
     prompts, judge = selection_prompts(options.num_prompts), Judge.load()
@@ -44,8 +43,8 @@ def main() -> None:
         scores[scale] = evaluate(clips, prompts, reference, judge).scores
         print(scale, {name: round(value, 2) for name, value in scores[scale].items()}, flush=True)
     best = max(scores, key=lambda scale: scores[scale]["total"])
-    RESULT.write_text(json.dumps({"chosen": best, "scores": scores, **provenance()}, indent=1))
-    print(f"chosen: {best}; written to {RESULT}")
+    write_result(options.results, {"chosen": best, "scores": scores, **provenance()})
+    print(f"chosen: {best}; written to {options.results}")
 
 
 if __name__ == "__main__":

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.digits import CONFIG, seeded
 from benchmarks.provenance import provenance
+from benchmarks.result_files import RESULTS, add_results, write_result
 from latent_rewards.metrics import create_metric
 from recipes.dollar import Dollar
 from recipes.moving_digits.benchmark import TUNED
@@ -36,7 +35,6 @@ from recipes.moving_digits.world import parse_prompt, render
 from recipes.prompted import Sampler
 
 CANDIDATES = ((3.0, 3.0), (1.5, 1.5), (3.0, 1.5))
-RESULT = Path(__file__).parent / "results" / "student_guidance.json"
 _REAL_SEED, _REAL_PER_PROMPT = 777, 10
 
 
@@ -86,19 +84,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-prompts", type=int, default=40, help="held-in prompts (default: %(default)s)")
     parser.add_argument("--vsd-steps", type=int, default=400, help="updates of each student (default: %(default)s)")
+    add_results(parser, RESULTS / "student_guidance.json", "file that the result is written into")
     options = parser.parse_args()
     settings = seeded(CONFIG, 0)
     scores: dict[str, dict[str, float]] = {}
     for scale, refined in CANDIDATES:
         name = f"student_guidance_{scale:g}_{refined:g}_{options.vsd_steps}"
         chosen = {"guidance_scale": scale, "refine_guidance_scale": refined, "vsd_steps": options.vsd_steps}
-        pipeline = Dollar(
-            {
-                **settings,
-                "run": dataclasses.replace(settings["run"], name=name),
-                "distillation": dataclasses.replace(settings["distillation"], **chosen, cd_steps=0),
-            }
-        )
+        own = {
+            **settings,
+            "run": dataclasses.replace(settings["run"], name=name),
+            "distillation": dataclasses.replace(settings["distillation"], **chosen, cd_steps=0),
+        }
+        pipeline = Dollar(own)
+        pipeline.folder.remember(own)
         if not scores:
             selection = Selection(pipeline, options.num_prompts)
             guidance = float(settings["run"].guidance_scale)
@@ -108,8 +107,8 @@ def main() -> None:
             row = selection.score(pipeline.student_sampler(student, steps), steps)
             scores[f"VSD at {scale:g} and {refined:g}, {steps} step(s)"] = row
             print(scale, refined, steps, {key: round(value, 3) for key, value in row.items()}, flush=True)
-    RESULT.write_text(json.dumps({"vsd_steps": options.vsd_steps, "scores": scores, **provenance()}, indent=1))
-    print(f"written to {RESULT}")
+    write_result(options.results, {"vsd_steps": options.vsd_steps, "scores": scores, **provenance()})
+    print(f"written to {options.results}")
 
 
 if __name__ == "__main__":
