@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import latent_rewards as lr
 from benchmarks.provenance import provenance
-from benchmarks.tuning import NUM_STEPS, Method, TuningWorld, add_options, keep, open_samples
+from benchmarks.result_files import keep, read_results, seed_cells, write_summary
+from benchmarks.seeds import over_seeds
+from benchmarks.tuning import NUM_STEPS, Method, TuningWorld, add_options, open_samples
 from latent_rewards.contracts import ConfigError, unknown_name
 from recipes.moving_digits.benchmark import TUNED
 
@@ -81,6 +78,11 @@ class Trade:
     def __init__(self, world: TuningWorld, sizes: Sizes) -> None:
         self.world, self.sizes = world, sizes
 
+    def measured_with(self, part: str) -> dict[str, Any]:
+        """Return the settings of a part's results."""
+        own = {"learning_rate": RATES[part], "floor": SHARE, "weights": WEIGHTS, "rank": RANK, "labels": LABELS}
+        return {**self.world.measured_with(), **vars(self.sizes), **own}
+
     def measure(self, part: str, seed: int) -> dict[str, Any]:
         """Return the points of a part, each with the true means of both rewards."""
         begun = time.perf_counter()
@@ -100,7 +102,7 @@ class Trade:
             "points": points,
             "share": SHARE,
             "seconds": time.perf_counter() - begun,
-            "device": "cpu" if self.world.device == "cpu" else torch.cuda.get_device_name(),
+            "device": self.world.device_name,
             **provenance(),
         }
 
@@ -225,8 +227,7 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     numbers = {}
     for key in sorted({key for values in per_seed for key in values}):
         known = [values[key] for values in per_seed if key in values]
-        spread = statistics.stdev(known) if len(known) > 1 else 0.0
-        numbers[key] = {"mean": statistics.fmean(known), "std": spread, "seeds": len(known)}
+        numbers[key] = {**over_seeds(known), "seeds": len(known)}
     kept = ("part", "seed", "student", "points", "seconds")
     return {"numbers": numbers, "results": [{key: result[key] for key in kept} for result in results]}
 
@@ -260,24 +261,17 @@ def main() -> None:
     for name in options.parts:
         if name not in PARTS:
             raise ConfigError(unknown_name("part", name, PARTS))
-    options.results.mkdir(parents=True, exist_ok=True)
     if not options.summary:
         samples = open_samples(options)
         trade = Trade(TuningWorld(samples, options.runs, rewards=(TUNED, GUARDED)), Sizes())
         run(trade, options.results, options.parts, options.seeds)
-    results = [json.loads(file.read_text()) for file in sorted(options.results.glob("*-seed*.json"))]
-    summary = summarise(results)
-    (options.results / "summary.json").write_text(json.dumps({**summary, **provenance()}, indent=1))
-    (options.results / "summary.md").write_text(markdown := table(summary))
-    print(markdown)
+    summary = summarise(read_results(options.results, "*-seed*.json"))
+    write_summary(options.results, {**summary, **provenance()}, table(summary))
 
 
 def run(trade: Trade, folder: Path, parts: Sequence[str], seeds: Sequence[int]) -> None:
     """Measure what ``folder`` does not hold yet."""
-    for seed in seeds:
-        for part in parts:
-            path = folder / f"{part}-seed{seed}.json"
-            keep(path, partial(trade.measure, part, seed), "points")
+    keep(seed_cells(folder, parts, seeds, trade.measured_with, trade.measure, "points"))
 
 
 if __name__ == "__main__":

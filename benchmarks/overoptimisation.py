@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,9 @@ import torch
 import distillation as ds
 import latent_rewards as lr
 from benchmarks.provenance import provenance
-from benchmarks.tuning import AT_ONCE, HOLDOUT, NUM_STEPS, Curve, Method, TuningWorld, add_options, keep, open_samples
+from benchmarks.result_files import Curve, flat, keep, read_results, seed_cells, write_summary
+from benchmarks.seeds import over_seeds
+from benchmarks.tuning import AT_ONCE, HOLDOUT, NUM_STEPS, Method, TuningWorld, add_options, open_samples
 from latent_rewards.contracts import ConfigError, unknown_name
 from latent_rewards.rollout import rollout, trajectory_kl
 from latent_rewards.training.settings import read_settings
@@ -108,11 +107,20 @@ class Climb:
         self.noise = evaluation_noise(sizes.prompts, shape, num_steps=NUM_STEPS)
         self.settings = read_settings(CONFIG, SECTIONS)
 
+    def measured_with(self, name: str) -> dict[str, Any]:
+        """Return the settings of a variant's results."""
+        variant, sections = VARIANTS[name], ("anchor", "distillation")
+        told = {**self.world.measured_with(), **vars(self.sizes), **variant.method.settings}
+        if variant.anchored:
+            told |= flat(**{name: self.settings[name] for name in sections})
+            told["anchor_weight"] = self.settings["lro"].anchor_weight
+        return {**told, "labels": variant.method.labels, "ensemble_size": variant.ensemble_size}
+
     def measure(self, name: str, seed: int) -> dict[str, Any]:
         """Tune, and return the points of the curve."""
         variant, world, sizes = VARIANTS[name], self.world, self.sizes
         folder = world.folder / f"{name}-{sizes.updates}-{sizes.learning_rate:g}-seed{seed}"
-        policy, curve = copy.deepcopy(world.student), Curve(folder / "curve.json")
+        policy, curve = copy.deepcopy(world.student), Curve(folder / "curve.json", self.measured_with(name))
         proxy = world.proxy(seed, variant.method.labels, variant.ensemble_size)
 
         def judge(step: int, logs: dict[str, float]) -> None:
@@ -137,7 +145,7 @@ class Climb:
             "queries": variant.method.labels + result.num_queries,
             "curve": curve.listed(),
             "seconds": time.perf_counter() - begun,
-            "device": "cpu" if world.device == "cpu" else torch.cuda.get_device_name(),
+            "device": world.device_name,
             **provenance(),
         }
 
@@ -207,10 +215,7 @@ class Climb:
 
 def run(climb: Climb, folder: Path, names: Sequence[str], seeds: Sequence[int]) -> None:
     """Measure what ``folder`` does not hold yet."""
-    for seed in seeds:
-        for name in names:
-            path = folder / f"{name}-seed{seed}.json"
-            keep(path, partial(climb.measure, name, seed), "queries")
+    keep(seed_cells(folder, names, seeds, climb.measured_with, climb.measure, "queries"))
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -229,10 +234,10 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "title": variant.method.title,
                 "seeds": sorted(result["seed"] for result in mine),
                 "queries": mine[0]["queries"],
-                "curve": [_over_seeds(column) for column in zip(*(r["curve"] for r in mine), strict=True)],
+                "curve": [_points_over_seeds(column) for column in zip(*(r["curve"] for r in mine), strict=True)],
             }
     ends = [end(result["curve"]) for result in results if result["variant"] == "refreshed_anchor"]
-    return {"variants": variants, **({"end": _over_seeds(ends)} if ends else {})}
+    return {"variants": variants, **({"end": _points_over_seeds(ends)} if ends else {})}
 
 
 def end(curve: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -246,10 +251,8 @@ def end(curve: Sequence[Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def _over_seeds(points: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    spread = statistics.stdev if len(points) > 1 else (lambda values: 0.0)
-    columns = {key: [point[key] for point in points] for key in points[0]}
-    return {key: {"mean": statistics.fmean(values), "std": spread(values)} for key, values in columns.items()}
+def _points_over_seeds(points: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    return {key: over_seeds([point[key] for point in points]) for key in points[0]}
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -311,12 +314,9 @@ def main() -> None:
         samples = open_samples(options)
         sizes = Sizes(updates=options.updates, learning_rate=options.learning_rate, prompts=options.prompts)
         run(Climb(TuningWorld(samples, options.runs), sizes), options.results, options.variants, options.seeds)
-    results = [json.loads(file.read_text()) for file in sorted(options.results.glob("*-seed*.json"))]
-    summary = summarise(results)
-    (options.results / "summary.json").write_text(json.dumps({**summary, **provenance()}, indent=1))
-    (options.results / "summary.md").write_text(markdown := table(summary))
+    summary = summarise(read_results(options.results, "*-seed*.json"))
+    write_summary(options.results, {**summary, **provenance()}, table(summary))
     draw(summary, options.results / "curves.png")
-    print(markdown)
 
 
 if __name__ == "__main__":

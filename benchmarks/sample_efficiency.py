@@ -15,19 +15,19 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import latent_rewards as lr
 from benchmarks.provenance import provenance
-from benchmarks.tuning import NUM_STEPS, Curve, Method, TuningWorld, add_options, keep, open_samples
+from benchmarks.result_files import Cell, Curve, keep, read_result, read_results, write_summary
+from benchmarks.seeds import over_seeds
+from benchmarks.tuning import NUM_STEPS, Method, TuningWorld, add_options, open_samples
 from latent_rewards.contracts import ConfigError, unknown_name
 
 LEARNING_RATES = (5e-5, 1.5e-4, 5e-4)
@@ -101,12 +101,17 @@ class Race:
     def __init__(self, world: TuningWorld, sizes: Sizes, methods: Mapping[str, Method] = METHODS) -> None:
         self.world, self.sizes, self.methods = world, sizes, methods
 
+    def measured_with(self, name: str) -> dict[str, Any]:
+        """Return the settings of a method's cells, beside those that their files are named after."""
+        method = self.methods[name]
+        return {**self.world.measured_with(), **vars(self.sizes), "labels": method.labels, **method.settings}
+
     def measure(self, name: str, learning_rate: float, seed: int) -> dict[str, Any]:
         """Tune, and return the curve and the final score on held-in prompts."""
         method, world = self.methods[name], self.world
         folder = world.folder / f"{name}-{learning_rate:g}-seed{seed}"
         config = self._config(method, learning_rate, seed, folder)
-        policy, curve = copy.deepcopy(world.student), Curve(folder / "curve.json")
+        policy, curve = copy.deepcopy(world.student), Curve(folder / "curve.json", self.measured_with(name))
         every = max(1, config.num_updates // self.sizes.points)
         curve.record(0, lambda: self._point(policy, method.labels))
 
@@ -125,7 +130,7 @@ class Race:
             "heldin": world.true_score(policy, world.heldin_prompts(self.sizes.judged), "sample-efficiency/heldin"),
             "curve": curve.listed(),
             "seconds": time.perf_counter() - begun,
-            "device": "cpu" if world.device == "cpu" else torch.cuda.get_device_name(),
+            "device": world.device_name,
             **provenance(),
         }
 
@@ -161,26 +166,32 @@ def cell(folder: Path, name: str, learning_rate: float, seed: int) -> Path:
     return folder / f"{name}-{learning_rate:g}-{kind}.json"
 
 
-def run(race: Race, folder: Path, names: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> None:
-    """Measure the cells that ``folder`` does not hold yet."""
-    for name in names:
-        for rate in rates:
-            for seed in seeds:
-                keep(cell(folder, name, rate, seed), partial(race.measure, name, rate, seed), "heldin")
+def cells(race: Race, folder: Path, names: Sequence[str], rates: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
+    """Return the cells of methods, learning rates and seeds."""
+    return [
+        Cell(cell(folder, *of), race.measured_with(of[0]), partial(race.measure, *of), "heldin")
+        for of in product(names, rates, seeds)
+    ]
 
 
-def best_rate(folder: Path, name: str) -> float:
-    """Return the learning rate whose run of the search ended best on held-in prompts.
+def best_rate(folder: Path, name: str, rates: Sequence[float] = ()) -> float:
+    """Return the learning rate whose run of the search ended best on held-in prompts, of all that ``folder`` holds.
+
+    Args:
+        folder: of the results.
+        name: of the method.
+        rates: whose runs must be there.
 
     Raises:
-        ConfigError: the search of this method is not finished.
+        ConfigError: one of ``rates`` was not searched, or none at all.
     """
-    found = {}
-    for rate in LEARNING_RATES:
-        if not (path := cell(folder, name, rate, SEARCH_SEED)).is_file():
+    for path in (cell(folder, name, rate, SEARCH_SEED) for rate in rates):
+        if not path.is_file():
             raise ConfigError(f"{path} is missing: run the search of {name} first (--stage search)")
-        found[rate] = float(json.loads(path.read_text())["heldin"])
-    return max(found, key=lambda rate: found[rate])
+    found = [read_result(path) for path in folder.glob(f"{name}-*-search.json")]
+    if not found:
+        raise ConfigError(f"{folder} holds no search of {name}: run it first (--stage search)")
+    return float(max(found, key=lambda result: result["heldin"])["learning_rate"])
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -226,9 +237,7 @@ def _by_device(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _mean_curve(curves: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, Any]]:
     points = []
     for column in zip(*curves, strict=True):
-        values = [point["true"] for point in column]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        points.append({**column[0], "true": {"mean": statistics.fmean(values), "std": spread}})
+        points.append({**column[0], "true": over_seeds([point["true"] for point in column])})
     return points
 
 
@@ -304,7 +313,7 @@ def main() -> None:
         samples = open_samples(options)
         measure_stages(Race(TuningWorld(samples, options.runs), Sizes(share=options.share)), options)
     if options.stage in ("all", "final", "summary"):
-        write_summary(options.results)
+        summarise_folder(options.results)
 
 
 def measure_stages(race: Race, options: argparse.Namespace) -> None:
@@ -315,20 +324,28 @@ def measure_stages(race: Race, options: argparse.Namespace) -> None:
             for labels in sorted({method.labels for method in chosen if method.labels}):
                 race.world.proxy(seed, labels)
     if options.stage in ("all", "search"):
-        run(race, options.results, options.methods, options.rates, [SEARCH_SEED])
+        keep(cells(race, options.results, options.methods, options.rates, [SEARCH_SEED]))
     if options.stage in ("all", "final"):
-        for name in options.methods:
-            run(race, options.results, [name], [best_rate(options.results, name)], options.seeds)
+        best = {name: best_rate(options.results, name, options.rates) for name in options.methods}
+        keep([c for name in best for c in cells(race, options.results, [name], [best[name]], options.seeds)])
 
 
-def write_summary(folder: Path) -> None:
+def chosen(folder: Path) -> list[dict[str, Any]]:
+    """Return the final runs of a folder that have the learning rate which their method's search chose.
+
+    Raises:
+        ConfigError: there is none, or a method has no search.
+    """
+    results = read_results(folder, "*-seed*.json")
+    best = {name: best_rate(folder, name) for name in {result["method"] for result in results}}
+    return [result for result in results if result["learning_rate"] == best[result["method"]]]
+
+
+def summarise_folder(folder: Path) -> None:
     """Aggregate the final runs of a folder into ``summary.json``, ``summary.md`` and ``curves.png``."""
-    results = [json.loads(file.read_text()) for file in sorted(folder.glob("*-seed*.json"))]
-    summary = summarise(results)
-    (folder / "summary.json").write_text(json.dumps({**summary, **provenance()}, indent=1))
-    (folder / "summary.md").write_text(markdown := table(summary))
+    summary = summarise(chosen(folder))
+    write_summary(folder, {**summary, **provenance()}, table(summary))
     draw(summary, folder / "curves.png")
-    print(markdown)
 
 
 if __name__ == "__main__":

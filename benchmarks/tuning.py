@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +18,10 @@ import torch
 from torch import Tensor
 
 import latent_rewards as lr
+from benchmarks.provenance import device_name
 from benchmarks.proxies import only
 from benchmarks.proxy_samples import NUM_STEPS, Amounts, ProxyWorld
+from benchmarks.result_files import RESULTS, add_results, flat
 from latent_rewards.contracts import Anchor, ConfigError, Oracle
 from latent_rewards.rollout import rollout
 from latent_rewards.training.checkpoint import MANIFEST
@@ -70,6 +71,9 @@ class TuningWorld:
         folder: where runs are kept; proxies lie beside the pools.
         config: of the proxies; None takes the defaults with the trunk "pixels".
         rewards: names of the metrics that are tuned or guarded.
+
+    Raises:
+        DeviceError: there is no such device.
     """
 
     def __init__(
@@ -81,11 +85,16 @@ class TuningWorld:
     ) -> None:
         self.samples, self.folder, self.device, self.rewards = samples, folder, samples.device, tuple(rewards)
         self.student, self.codec = samples.student, samples.codec
+        self.device_name = device_name(self.device)
         if self.device != "cpu":
             self.codec.chunk_size = AT_ONCE
         self.config = config or lr.ProxyConfig(trunk="pixels", progress=False)
         self.oracle = lr.MetricOracle(self.codec, self.rewards, chunk_size=AT_ONCE)
         self.holdout = lr.MetricOracle(self.codec, [HOLDOUT], chunk_size=AT_ONCE)
+
+    def measured_with(self) -> dict[str, Any]:
+        """Return what results must share, whichever the benchmark: the student, and how proxies are fitted."""
+        return {"student": self.samples.student_digest, **flat(proxy=self.config)}
 
     def prompts(self, seed: int) -> list[str]:
         """Return what a seed tunes on: training prompts."""
@@ -199,54 +208,13 @@ def differentiable_legibility(videos: Tensor, prompts: Sequence[str]) -> Tensor:
     return probabilities.gather(1, digits[:, None])[:, 0]
 
 
-class Curve:
-    """Points of a run, kept in a file as they come, so that a killed run goes on with those it had.
-
-    Args:
-        path: JSON file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.points: dict[int, dict[str, float]] = {}
-        if path.is_file():
-            self.points = {int(step): point for step, point in json.loads(path.read_text()).items()}
-
-    def record(self, step: int, make: Callable[[], dict[str, float]]) -> None:
-        """Keep the point after ``step`` updates; one that is there already is not made again."""
-        if step in self.points:
-            return
-        self.points[step] = make()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".part")
-        partial.write_text(json.dumps(self.points, indent=1))
-        partial.replace(self.path)
-
-    def listed(self) -> list[dict[str, float]]:
-        """Return the points in order, each with its ``updates``."""
-        return [{"updates": step, **self.points[step]} for step in sorted(self.points)]
-
-
-def keep(path: Path, measure: Callable[[], dict[str, Any]], told: str) -> None:
-    """Measure what a file does not hold yet, write it whole, and print the value under ``told``."""
-    if path.is_file():
-        return
-    measured = measure()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    partial.write_text(json.dumps(measured, indent=1))
-    partial.replace(path)
-    print(f"{path.stem}: {measured[told]}, {measured['seconds']:.0f} s", flush=True)
-
-
 def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     """Add what every benchmark of tuning is told: student, device and folders."""
-    results = Path(__file__).parent / "results" / name
     parser.add_argument("--student", type=Path, help="folder that student.save_pretrained wrote")
     parser.add_argument("--teacher", default="recipes/moving_digits/weights/teacher", help="pipeline folder")
     parser.add_argument("--samples", type=Path, default=Path("runs/proxies/samples"), help="pools of scored samples")
     parser.add_argument("--runs", type=Path, default=Path("runs") / name, help="where runs are kept")
-    parser.add_argument("--results", type=Path, default=results, help="where results are written")
+    add_results(parser, RESULTS / name)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
 
 

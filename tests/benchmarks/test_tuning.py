@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import json
+from argparse import Namespace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ import torch
 import latent_rewards as lr
 from benchmarks import constraints, estimators, overoptimisation, sample_efficiency
 from benchmarks.proxy_samples import Amounts, ProxyWorld
-from benchmarks.tuning import Curve, TuningWorld, differentiable_legibility
+from benchmarks.result_files import RESULTS, keep
+from benchmarks.tuning import TuningWorld, differentiable_legibility
 from latent_rewards.contracts import ConfigError
 from latent_rewards.lro.scoring import ProxyReward
+from latent_rewards.training.devices import DeviceError
 from recipes.moving_digits import metrics as _register  # noqa: F401 - registers digits.*
 from recipes.moving_digits.evaluation_set import noise_clips
 from recipes.moving_digits.world import draw_specs, parse_prompt, render, write_prompt
@@ -46,21 +50,18 @@ def test_differentiable_legibility_is_legibility_and_has_its_gradient():
     assert float(ends[0] - ends[1]) / 2e-6 == pytest.approx(float(gradient.norm()), rel=1e-3)
 
 
-def test_a_curve_keeps_its_points(tmp_path):
-    curve = Curve(tmp_path / "run" / "curve.json")
-    curve.record(4, lambda: {"true": 0.5})
-    curve.record(0, lambda: {"true": 0.25})
-    again = Curve(tmp_path / "run" / "curve.json")
-    again.record(4, lambda: pytest.fail("made twice"))
-    assert again.listed() == [{"updates": 0, "true": 0.25}, {"updates": 4, "true": 0.5}]
-
-
 def test_the_world_judges_by_prompts_nothing_was_trained_on(world):
     assert all(parse_prompt(prompt).is_heldout for prompt in world.heldout_prompts(20))
     assert not any(parse_prompt(prompt).is_heldout for prompt in [*world.prompts(3)[:50], *world.heldin_prompts(20)])
     latents = world.sample(world.student, world.heldout_prompts(4), "a")
     assert torch.equal(latents, world.sample(world.student, world.heldout_prompts(4), "a"))
     assert not torch.equal(latents, world.sample(world.student, world.heldout_prompts(4), "b"))
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_work(world, tmp_path):
+    samples = SimpleNamespace(device="cuda:7", student=None, codec=world.codec)
+    with pytest.raises(DeviceError, match="'cuda:7' cannot be used"):
+        TuningWorld(samples, tmp_path, QUICK)
 
 
 @pytest.mark.parametrize("name", sample_efficiency.METHODS)
@@ -76,8 +77,11 @@ def test_every_method_tunes_and_counts_its_queries(world, tmp_path, name):
     )
     world = copy.copy(world)
     world.folder = tmp_path / "runs"
-    race = sample_efficiency.Race(world, sample_efficiency.Sizes(judged=4, points=2), {name: method})
-    sample_efficiency.run(race, tmp_path / "results", [name], [1e-4], [0])
+    sizes = sample_efficiency.Sizes(judged=4, points=2)
+    race = sample_efficiency.Race(world, sizes, {name: method})
+    trial = sample_efficiency.Race(world, dataclasses.replace(sizes, share=0.5), {name: method})
+    cells = sample_efficiency.cells(race, tmp_path / "results", [name], [1e-4], [0])
+    keep(cells)
     told = json.loads((tmp_path / "results" / f"{name}-0.0001-seed0.json").read_text())
     queries = [point["queries"] for point in told["curve"]]
     # A refresh comes before the second update.
@@ -86,10 +90,12 @@ def test_every_method_tunes_and_counts_its_queries(world, tmp_path, name):
     values = [point["true"] for point in told["curve"]]
     assert values[0] != values[1] != values[2]
     assert 0 <= told["heldin"] <= 1
-    sample_efficiency.run(race, tmp_path / "results", [name], [1e-4], [0])  # it is there
+    keep(cells)  # it is there
     before = (world.folder / f"{name}-0.0001-seed0" / "curve.json").read_text()
+    with pytest.raises(ConfigError, match="share = 1.0, now 0.5"):
+        keep(sample_efficiency.cells(trial, tmp_path / "results", [name], [1e-4], [0]))
     (tmp_path / "results" / f"{name}-0.0001-seed0.json").unlink()
-    sample_efficiency.run(race, tmp_path / "results", [name], [1e-4], [0])  # its run goes on at its end
+    keep(cells)  # its run goes on at its end
     assert (world.folder / f"{name}-0.0001-seed0" / "curve.json").read_text() == before
 
 
@@ -121,14 +127,52 @@ def test_queries_to_the_target_are_those_of_the_mean_curve():
     assert short["ratio"] is None and "no LRO reaches it" in sample_efficiency.table(short)
 
 
+def searched(folder, name, ends, seeds=()):
+    """Write a search, and final runs of every rate of it that end where the search did."""
+    for rate, value in ends.items():
+        for seed in (sample_efficiency.SEARCH_SEED, *seeds):
+            told = {**result(name, seed, 0.4, value), "learning_rate": rate, "heldin": value}
+            sample_efficiency.cell(folder, name, rate, seed).write_text(json.dumps(told))
+
+
 def test_the_search_takes_the_best_end_on_heldin_prompts(tmp_path):
-    for rate, value in zip(sample_efficiency.LEARNING_RATES, (0.5, 0.7, 0.6), strict=True):
-        path = sample_efficiency.cell(tmp_path, "ddpo", rate, sample_efficiency.SEARCH_SEED)
-        if rate == sample_efficiency.LEARNING_RATES[2]:
-            with pytest.raises(ConfigError, match="run the search of ddpo first"):
-                sample_efficiency.best_rate(tmp_path, "ddpo")
-        path.write_text(json.dumps({"heldin": value}))
-    assert sample_efficiency.best_rate(tmp_path, "ddpo") == sample_efficiency.LEARNING_RATES[1]
+    with pytest.raises(ConfigError, match=r"holds no search of ddpo: run it first \(--stage search\)"):
+        sample_efficiency.best_rate(tmp_path, "ddpo")
+    searched(tmp_path, "ddpo", {5e-5: 0.5, 1.5e-4: 0.7})
+    searched(tmp_path, "backprop", {5e-4: 0.9})
+    with pytest.raises(ConfigError, match=r"ddpo-0.0005-search.json is missing: run the search of ddpo first"):
+        sample_efficiency.best_rate(tmp_path, "ddpo", sample_efficiency.LEARNING_RATES)
+    searched(tmp_path, "ddpo", {5e-4: 0.6})
+    assert sample_efficiency.best_rate(tmp_path, "ddpo", sample_efficiency.LEARNING_RATES) == 1.5e-4
+
+
+def test_final_runs_of_other_learning_rates_are_not_averaged_in(tmp_path, capsys):
+    searched(tmp_path, "ddpo", {5e-5: 0.7, 1.5e-4: 0.1}, seeds=(0, 1))
+    sample_efficiency.summarise_folder(tmp_path)
+    told = json.loads((tmp_path / "summary.json").read_text())["methods"]["ddpo"]
+    assert told["learning_rate"] == 5e-5 and told["seeds"] == [0, 1]
+    assert told["curve"][-1]["true"] == {"mean": pytest.approx(0.7), "std": 0.0}
+    assert "| 5e-05 |" in capsys.readouterr().out and (tmp_path / "curves.png").is_file()
+
+
+def test_the_rates_that_are_searched_are_those_that_are_chosen_from(tmp_path):
+    measured = []
+
+    def measure(name, rate, seed):
+        measured.append((rate, seed))
+        return {"heldin": rate, "learning_rate": rate, "seconds": 1.0}
+
+    world = SimpleNamespace(proxy=lambda seed, labels: None)
+    race = SimpleNamespace(world=world, measure=measure, measured_with=lambda name: {})
+    asked = {"stage": "all", "methods": ["ddpo"], "rates": [1e-4, 2e-4], "seeds": [0, 1], "results": tmp_path}
+    sample_efficiency.measure_stages(race, Namespace(**asked))
+    search = sample_efficiency.SEARCH_SEED
+    assert measured == [(1e-4, search), (2e-4, search), (2e-4, 0), (2e-4, 1)]
+
+
+def test_the_committed_final_runs_are_those_of_the_chosen_rates():
+    folder = RESULTS / "sample_efficiency"
+    assert len(sample_efficiency.chosen(folder)) == len(list(folder.glob("*-seed*.json"))) > 0
 
 
 def test_curves_are_drawn(tmp_path):
@@ -159,6 +203,9 @@ def test_every_variant_climbs_and_is_judged(world, tmp_path, monkeypatch):
         assert kl[0] == 0 < kl[1] < kl[2] and [point["updates"] for point in told["curve"]] == [0, 1, 2]
         assert told["queries"] == (48 if "refreshed" in told["variant"] else 40)
         assert told["curve"][0]["true"] == results[0]["curve"][0]["true"], "the same student, prompts and noise"
+    further = overoptimisation.Climb(world, dataclasses.replace(climb.sizes, updates=3))
+    with pytest.raises(ConfigError, match="updates = 2, now 3"):
+        overoptimisation.run(further, tmp_path / "results", ["refreshed"], [0, 1])
     summary = overoptimisation.summarise(results)
     assert "refreshed, anchored, end" in overoptimisation.table(summary)
     overoptimisation.draw(summary, tmp_path / "curves.png")
@@ -191,6 +238,9 @@ def test_floor_and_front_are_measured_beside_what_they_are_compared_with(world, 
     counts = {"free": 1, "floor": 1, "free_adapters": 1, "floor_adapters": 1, "sweep": 2, "front": 2}
     assert {told["part"]: len(told["points"]) for told in results} == counts
     assert len({told["student"][constraints.TUNED] for told in results}) == 1
+    quick = constraints.Trade(pair, dataclasses.replace(trade.sizes, judged=8))
+    with pytest.raises(ConfigError, match="judged = 4, now 8"):
+        constraints.run(quick, tmp_path / "results", ["free"], [1, 0])
     summary = constraints.summarise(results)
     kept = constraints.chosen(next(result for result in results if result["part"] == "front")) is not None
     told = {"free_change", "free_adapters_change", "floor_violation", "floor_adapters_violation"}
