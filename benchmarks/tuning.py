@@ -23,6 +23,7 @@ from benchmarks.proxies import only
 from benchmarks.proxy_samples import NUM_STEPS, Amounts, ProxyWorld
 from benchmarks.result_files import RESULTS, add_results, flat
 from latent_rewards.contracts import Anchor, ConfigError, Oracle
+from latent_rewards.digests import value_digest
 from latent_rewards.rollout import rollout
 from latent_rewards.training.checkpoint import MANIFEST
 from latent_rewards.training.randomness import sample_noise
@@ -105,10 +106,11 @@ class TuningWorld:
         return only(self.samples.pool(seed).select(range(labels)), *self.rewards)
 
     def proxy(self, seed: int, labels: int, ensemble_size: int | None = None) -> lr.RewardProxy:
-        """Return a proxy fitted on :meth:`dataset`, which is kept."""
+        """Return a proxy fitted on :meth:`dataset`, which is kept: another student or configuration has its own."""
         size = ensemble_size or self.config.ensemble_size
         rewards = "".join(f"-{name}" for name in self.rewards if name != TUNED)
-        folder = self.samples.folder / f"proxy-seed{seed}-{labels}-{size}{rewards}"
+        fitted = f"{self.samples.student_digest}-{value_digest(flat(proxy=self.config))}"
+        folder = self.samples.folder / f"proxy-seed{seed}-{labels}-{size}{rewards}-{fitted}"
         if not (folder / MANIFEST).is_file():
             settings = {**vars(self.config), "seed": seed, "device": self.device, "ensemble_size": size}
             config = lr.ProxyConfig(**settings)

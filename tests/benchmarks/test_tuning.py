@@ -17,6 +17,7 @@ from benchmarks.result_files import RESULTS, keep
 from benchmarks.tuning import TuningWorld, differentiable_legibility
 from latent_rewards.contracts import ConfigError
 from latent_rewards.lro.scoring import ProxyReward
+from latent_rewards.training.checkpoint import MANIFEST
 from latent_rewards.training.devices import DeviceError
 from recipes.moving_digits import metrics as _register  # noqa: F401 - registers digits.*
 from recipes.moving_digits.evaluation_set import noise_clips
@@ -62,6 +63,33 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(world, tmp_path):
     samples = SimpleNamespace(device="cuda:7", student=None, codec=world.codec)
     with pytest.raises(DeviceError, match="'cuda:7' cannot be used"):
         TuningWorld(samples, tmp_path, QUICK)
+
+
+def test_a_proxy_of_another_student_or_configuration_is_fitted_anew(world, tmp_path, monkeypatch):
+    fitted = []
+
+    def train_proxy(dataset, config, encode, codec):
+        fitted.append((config.trunk, config.ensemble_size, config.seed))
+        return SimpleNamespace(save_pretrained=lambda folder: (folder.mkdir(parents=True), (folder / MANIFEST).touch()))
+
+    def load(folder, encode):
+        return SimpleNamespace(to=lambda device: folder.name)
+
+    monkeypatch.setattr("benchmarks.tuning.lr.train_proxy", train_proxy)
+    monkeypatch.setattr("benchmarks.tuning.lr.RewardProxy.from_pretrained", load)
+
+    def proxy(student, size=None, **different):
+        samples = SimpleNamespace(**vars(world.samples) | {"folder": tmp_path, "student_digest": student})
+        samples.embed = None
+        other = copy.copy(world)
+        other.samples, other.config = samples, dataclasses.replace(QUICK, **different)
+        other.dataset = lambda seed, labels: None
+        return other.proxy(3, 40, size)
+
+    first = proxy("one")
+    assert proxy("one", progress=True) == first and fitted == [("pixels", 2, 3)]
+    names = [first, proxy("two"), proxy("one", trunk="conv3d"), proxy("one", size=1)]
+    assert len({*names}) == 4 and fitted[1:] == [("pixels", 2, 3), ("conv3d", 2, 3), ("pixels", 1, 3)]
 
 
 @pytest.mark.parametrize("name", sample_efficiency.METHODS)
