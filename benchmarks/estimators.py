@@ -14,9 +14,8 @@ Results go into ``results/estimators.json``.
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.provenance import provenance
+from benchmarks.result_files import RESULTS, add_results, write_result
 from benchmarks.tuning import NUM_STEPS, TuningWorld, open_samples
+from latent_rewards.contracts import ConfigError
 from latent_rewards.lro import estimators
 from latent_rewards.lro.sampling import Batch, SampleSource
 from latent_rewards.lro.scoring import ProxyReward
 from latent_rewards.rollout import Trajectory, rollout
 from recipes.moving_digits.benchmark import TUNED
 
-RESULT = Path(__file__).parent / "results" / "estimators.json"
 EXACT = "pathwise"
 HEAD_STDS = (0.1, 0.3)
 GROUP = 4
@@ -114,16 +114,20 @@ class Moments:
         self.products += float(gradient @ exact.double())
 
     def told(self, exact: Moments) -> dict[str, float | None]:
-        """Return spread, cosine (None where the noise leaves no size), slope and seconds an update; see the module."""
+        """Return spread, cosine, slope and seconds an update; see the module.
+
+        None where the noise leaves no size to compare with, of this estimator or of the exact one.
+        """
         pairs = self.count * (self.count - 1)
         size = (float(self.total @ self.total) - self.squares) / pairs
         exact_size = (float(exact.total @ exact.total) - exact.squares) / pairs
         along = (float(self.total @ exact.total) - self.products) / pairs
         variance = self.squares / self.count - size
+        known = exact_size > 0
         return {
-            "spread": (max(0.0, variance) / exact_size) ** 0.5,
-            "cosine": along / (size * exact_size) ** 0.5 if size > 0 else None,
-            "slope": along / exact_size,
+            "spread": (max(0.0, variance) / exact_size) ** 0.5 if known else None,
+            "cosine": along / (size * exact_size) ** 0.5 if known and size > 0 else None,
+            "slope": along / exact_size if known else None,
             "seconds": self.seconds / self.count,
         }
 
@@ -174,16 +178,30 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=48, help="gradients of each estimator")
     parser.add_argument("--draws", type=int, nargs="+", default=[8, 32, 128], help="of the smoothed ones, even")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    add_results(parser, RESULTS / "estimators.json", "file that the result is written into")
     options = parser.parse_args()
+    check_request(options.updates, options.draws)
     world = TuningWorld(open_samples(options), Path("runs"))
     world.student.eval()
     proxy = world.proxy(0, options.labels)
     reward = ProxyReward(proxy, lambda scores: scores[TUNED], pessimism=0.0, cap=None, micro_batch=128)
     told = measure(world, reward, make_estimators(tuple(options.draws)), options.updates, max(options.draws))
     settings = {"updates": options.updates, "labels": options.labels, "samples_per_update": 6 * GROUP}
-    shape = list(world.student.latent_shape())
-    RESULT.write_text(json.dumps({"estimators": told, "latent_shape": shape, **settings, **provenance()}, indent=1))
+    where = {"latent_shape": list(world.student.latent_shape()), "device": world.device_name}
+    write_result(options.results, {"estimators": told, **where, **settings, **provenance()})
     print(table(told))
+
+
+def check_request(updates: int, draws: Sequence[int]) -> None:
+    """Refuse before any work what could not be told.
+
+    Raises:
+        ConfigError: a single update, whose gradients have no products of different ones; or draws that are no pairs.
+    """
+    if updates < 2:
+        raise ConfigError(f"updates must be at least 2, whose gradients are multiplied; got {updates}")
+    if odd := [count for count in draws if count < 2 or count % 2]:
+        raise ConfigError(f"draws come in pairs with opposite signs, so give even numbers; got {odd[0]}")
 
 
 def table(told: Mapping[str, Mapping[str, float | None]]) -> str:

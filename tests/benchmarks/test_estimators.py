@@ -1,9 +1,14 @@
 """Spread, cosine and slope of gradients whose mean and covariance are known."""
 
+import json
+import sys
+
 import pytest
 import torch
 
+from benchmarks import estimators
 from benchmarks.estimators import EXACT, Moments, make_estimators, table
+from latent_rewards.contracts import ConfigError
 
 
 def test_moments_are_those_of_known_gradients():
@@ -44,3 +49,26 @@ def test_the_exact_estimator_comes_first_and_tables_name_all():
     assert (
         table({name: dict.fromkeys(("spread", "cosine", "slope", "seconds"), 1.0) for name in made}).count("\n") == 12
     )
+
+
+def test_where_noise_leaves_no_size_of_the_exact_gradient_nothing_is_told_of_it():
+    told = Moments()
+    for sign in (1, -1):
+        told.add(sign * torch.ones(4), sign * torch.ones(4), 0.5)
+    assert told.told(told) == {"spread": None, "cosine": None, "slope": None, "seconds": 0.5}
+    assert "| a | – | – | – | 0.5 |" in table(json.loads(json.dumps({"a": told.told(told)})))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--updates", "1"), "updates must be at least 2, whose gradients are multiplied; got 1"),
+        (("--draws", "8", "7"), "give even numbers; got 7"),
+        (("--draws", "0"), "give even numbers; got 0"),
+    ],
+)
+def test_what_cannot_be_told_is_refused_before_anything_is_loaded(asked, said, monkeypatch):
+    monkeypatch.setattr(estimators, "open_samples", lambda options: pytest.fail("loaded"))
+    monkeypatch.setattr(sys, "argv", ["estimators", "--student", "folder", *asked])
+    with pytest.raises(ConfigError, match=said):
+        estimators.main()
