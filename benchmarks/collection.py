@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import latent_rewards as lr
+from benchmarks.meters import memory
 from benchmarks.provenance import provenance
+from benchmarks.result_files import RESULTS, Sections, add_results, write_result
 
-RESULT = Path(__file__).parent / "results" / "collection.json"
 METRICS = ("motion.warping_error", "compression.h264_size")
 CHEAP_METRICS = ("quality.temporal_flickering", "compression.jpeg_size")
 SHAPE = (4, 8, 16, 16)
@@ -144,13 +145,7 @@ class Work:
                 **settings,
             )
             seconds = time.perf_counter() - begun
-        return {"seconds": seconds, "peak_mib": peak_mib()}
-
-
-def peak_mib() -> float:
-    """Return the most memory this process has held; ``getrusage`` would count its parent's before the start too."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) / 1024
+        return {"seconds": seconds, "peak_mib": memory("VmHWM", "cpu")}
 
 
 class Run(Protocol):
@@ -271,6 +266,22 @@ def measure_kills(work: Work, kills: int, scratch: Path) -> dict[str, Any]:
     return {**result, "num_samples": work.num_samples, "byte_equal": content(disturbed) == content(whole)}
 
 
+SECTIONS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
+    "workers": lambda asked, _: measure_workers(asked.samples, asked.repeats),
+    "cache": lambda asked, scratch: measure_cache(asked.samples, scratch),
+    "memory": lambda asked, scratch: measure_memory(asked.samples // 4, scratch / "memory"),
+    "kills": lambda asked, scratch: measure_kills(
+        Work(asked.samples, batch_size=2, metrics=CHEAP_METRICS), asked.kills, scratch / "plain"
+    ),
+    "kills_with_worker_and_cache": lambda asked, scratch: measure_kills(
+        Work(asked.samples, batch_size=2, metrics=CHEAP_METRICS, num_workers=1, cache_dir=str(scratch / "kept")),
+        asked.kills // 4,
+        scratch / "aided",
+    ),
+}
+"""What there is to measure, by name: of the command line and a folder for scratch."""
+
+
 def main() -> None:
     """Measure everything, or (``--work``) be the process that is measured."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -278,33 +289,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each number of workers")
     parser.add_argument("--kills", type=int, default=20, help="default: %(default)s")
     parser.add_argument("--note", default="", help="what else the machine did; stored with the result")
-    parser.add_argument("--only", nargs="+", help="sections to measure again; the others are kept as they are")
+    said = "sections to measure again; the others are kept as they are"
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help=said)
+    add_results(parser, RESULTS / "collection.json", "file that results are written into")
     parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         print(json.dumps(Work(**options.work).run(lambda: print("ready", flush=True))))
         return
-    result: dict[str, Any] = json.loads(RESULT.read_text()) if options.only else {}
-    result |= {"metrics": METRICS}
+    stored, measured = Sections(options.results), {}
     with tempfile.TemporaryDirectory() as name:
-        for section, measure in sections(options.samples, options.repeats, options.kills, Path(name)).items():
-            if section in (options.only or [section]):
-                result[section] = {"note": options.note, **measure()}
-    RESULT.write_text(json.dumps({**result, **provenance()}, indent=1))
-    print(json.dumps(result, indent=1))
-
-
-def sections(num_samples: int, repeats: int, kills: int, scratch: Path) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return what there is to measure, by name."""
-    small = Work(num_samples, batch_size=2, metrics=CHEAP_METRICS)
-    aided = replace(small, num_workers=1, cache_dir=str(scratch / "kept"))
-    return {
-        "workers": lambda: measure_workers(num_samples, repeats),
-        "cache": lambda: measure_cache(num_samples, scratch),
-        "memory": lambda: measure_memory(num_samples // 4, scratch / "memory"),
-        "kills": lambda: measure_kills(small, kills, scratch / "plain"),
-        "kills_with_worker_and_cache": lambda: measure_kills(aided, kills // 4, scratch / "aided"),
-    }
+        for section in options.only or SECTIONS:
+            measured[section] = {"note": options.note, **SECTIONS[section](options, Path(name)), **provenance()}
+            stored.write({"metrics": METRICS, section: measured[section]})
+    if not options.only:
+        # Nothing is left of what an older file told of all its sections at once.
+        write_result(options.results, {"metrics": METRICS, **measured})
+    print(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":

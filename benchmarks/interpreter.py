@@ -35,3 +35,15 @@ def run_apart(module: str, name: str, task: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError(f"{name} ended with status {ended.returncode}: {ended.stderr[-2000:]}")
     told: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return told
+
+
+def run_apart_whole(module: str, name: str, task: dict[str, Any]) -> dict[str, Any]:
+    """Do what :func:`run_apart` does where too little memory is a failure like any other.
+
+    Raises:
+        RuntimeError: it failed, or had too little memory.
+    """
+    told = run_apart(module, name, task)
+    if "out_of_memory" in told:
+        raise RuntimeError(f"{name} ran out of memory: {told['out_of_memory']}")
+    return told

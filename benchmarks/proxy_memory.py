@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -19,13 +17,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.collection import peak_mib
+from benchmarks.interpreter import run_apart_whole
+from benchmarks.meters import memory
 from benchmarks.provenance import provenance
+from benchmarks.result_files import RESULTS, add_results, write_result
 from latent_rewards.dataset import RewardDataset, write_complete
 from latent_rewards.proxies import ProxyConfig, train_proxy
 from latent_rewards.training.randomness import generator
 
-RESULT = Path(__file__).parent / "results" / "proxy_memory.json"
 SHAPE = (4, 3, 8, 8)
 """(C, F, H, W); 1,536 bytes in bfloat16."""
 
@@ -54,7 +53,7 @@ class Work:
         torch.set_num_threads(1)
         dataset = RewardDataset.load(self.folder)
         rows_per_second = random_rows_per_second(dataset)
-        loaded, begun = peak_mib(), time.perf_counter()
+        loaded, begun = memory("VmHWM", "cpu"), time.perf_counter()
         config = ProxyConfig(
             width=16,
             depth=1,
@@ -65,7 +64,7 @@ class Work:
         )
         proxy = train_proxy(dataset, config=config)
         return {
-            "peak_mib": peak_mib(),
+            "peak_mib": memory("VmHWM", "cpu"),
             "peak_mib_before_training": loaded,
             "seconds": time.perf_counter() - begun,
             "rows_per_second": rows_per_second,
@@ -102,10 +101,12 @@ def write_dataset(folder: Path, num_samples: int, *, shard_rows: int = SHARD_ROW
 
 
 def measure(work: Work) -> dict[str, float]:
-    """Return what :meth:`Work.run` returns in an interpreter of its own."""
-    command = [sys.executable, "-m", "benchmarks.proxy_memory", "--work", json.dumps(asdict(work))]
-    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603 - this module
-    return json.loads(finished.stdout.splitlines()[-1])
+    """Return what :meth:`Work.run` returns in an interpreter of its own.
+
+    Raises:
+        RuntimeError: it failed or was killed.
+    """
+    return run_apart_whole("benchmarks.proxy_memory", "the training", asdict(work))
 
 
 def compare(counts: list[int], scratch: Path, num_updates: int) -> dict[str, Any]:
@@ -125,19 +126,20 @@ def compare(counts: list[int], scratch: Path, num_updates: int) -> dict[str, Any
 
 
 def main() -> None:
-    """Measure, or (``--work``) be the process that is measured."""
+    """Measure, or (``--run``) be the process that is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, nargs="+", default=[10_000, 100_000], help="default: %(default)s")
     parser.add_argument("--updates", type=int, default=50, help="per network (default: %(default)s)")
     parser.add_argument("--note", default="", help="what else the machine did; stored with the result")
-    parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
+    add_results(parser, RESULTS / "proxy_memory.json", "file that the result is written into")
+    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.work:
-        print(json.dumps(Work(**options.work).run()))
+    if options.run:
+        print(json.dumps(Work(**options.run).run()))
         return
     with tempfile.TemporaryDirectory() as scratch:
         result = {"note": options.note, **compare(options.samples, Path(scratch), options.updates)}
-    RESULT.write_text(json.dumps({**result, **provenance()}, indent=1))
+    write_result(options.results, {**result, **provenance()})
     print(json.dumps(result, indent=1))
 
 

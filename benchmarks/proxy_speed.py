@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
-import gc
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,24 +19,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call, stack_module_state
 
 import latent_rewards as lr
-from benchmarks.provenance import provenance
+from benchmarks.interpreter import run_apart_whole
+from benchmarks.meters import SPARE, free_mib, mebibytes, memory, settle
+from benchmarks.provenance import device_name, provenance
+from benchmarks.result_files import RESULTS, Sections, add_results
 from latent_rewards.training.randomness import generator, sample_noise
 
-RESULT = Path(__file__).parent / "results" / "proxy_speed.json"
+NUM_SAMPLES, METRIC, WAN_METRIC = 256, "digits.legibility", "motion.dynamic_degree"
+"""What is scored unless the command line says otherwise; in the digits world, and of Wan's size."""
+
 DIGITS = "recipes/moving_digits/weights/teacher"
 PROMPTS = [f"a {colour} number {digit} moving left slowly" for colour in ("red", "blue") for digit in range(6)]
 WAN_SIZES = ((5, 64, 64), (9, 128, 128), (9, 240, 416), (17, 480, 832), (81, 480, 832))
 """Frames, height and width of videos."""
-
-SPARE = 0.8
-"""Share of the free memory that a size may be expected to take before it is left out."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class Side:
             begun = time.perf_counter()
             score(latents, prompts)
             if self.device != "cpu":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(self.device)
             seconds.append(time.perf_counter() - begun)
         peak = memory("VmHWM", self.device)
         return {"seconds": seconds, "weights": weights, "work": peak - held, "peak": peak}
@@ -105,31 +102,6 @@ class Side:
         codec = WanCodec(vae, chunk_size=1 if self.vae == "wan" else 8).to(self.device)
         oracle = lr.MetricOracle(codec, [self.metric], chunk_size=1 if self.vae == "wan" else 16)
         return oracle, mebibytes(vae)
-
-
-def mebibytes(module: torch.nn.Module) -> float:
-    """Return the size of a module's weights and buffers in MiB."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values()) / 2**20
-
-
-def memory(name: str, device: str) -> float:
-    """Return MiB of this process, "VmRSS" (now) or "VmHWM" (most), or the same of an accelerator's allocator."""
-    if device != "cpu":
-        return (torch.cuda.memory_allocated() if name == "VmRSS" else torch.cuda.max_memory_allocated()) / 2**20
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) / 1024
-
-
-def settle(device: str) -> float:
-    """Give freed memory back, forget the highest use so far, and return the MiB that are held."""
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        # Freed blocks that the allocator keeps would hide what the next call takes.
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS", device)
 
 
 @dataclass(frozen=True)
@@ -208,12 +180,7 @@ def measure(side: Side) -> dict[str, Any]:
     Raises:
         RuntimeError: it failed or was killed.
     """
-    command = [sys.executable, "-m", "benchmarks.proxy_speed", "--side", json.dumps(asdict(side))]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - this module
-    if ended.returncode:
-        raise RuntimeError(f"the {side.kind} ended with status {ended.returncode}: {ended.stderr[-2000:]}")
-    told: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    return told
+    return run_apart_whole("benchmarks.proxy_speed", f"the {side.kind}", asdict(side))
 
 
 def ratios(proxy: dict[str, Any], oracle: dict[str, Any]) -> dict[str, float]:
@@ -313,7 +280,7 @@ def _milliseconds(way: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, p: 
         if gradient:
             mean.backward()
     if x.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(x.device)
     return 1000 * (time.perf_counter() - begun)
 
 
@@ -330,59 +297,63 @@ def read_size(text: str) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    """Measure the sections asked for, or (``--side``) be the interpreter that is measured."""
+    """Measure the section asked for, or (``--run``) be the interpreter that is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=256, help="latents of the digits world (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=NUM_SAMPLES, help="latents of the digits world (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs in each interpreter")
     parser.add_argument("--interpreters", type=int, default=1, help="fresh interpreters of each side, in turn")
-    parser.add_argument("--metric", default="digits.legibility", help="the digits world's true metric")
+    parser.add_argument("--metric", default=METRIC, help="the digits world's true metric")
     parser.add_argument("--wan", action="store_true", help="Wan 2.1's VAE instead")
     parser.add_argument("--sizes", type=read_size, nargs="+", default=WAN_SIZES, help="with --wan: of clips, ascending")
-    parser.add_argument("--wan-metric", default="motion.dynamic_degree", help="its true metric")
+    parser.add_argument("--wan-metric", default=WAN_METRIC, help="its true metric")
     parser.add_argument("--limit-seconds", type=float, default=600, help="longest run of Wan's oracle to begin")
     parser.add_argument("--ensemble", action="store_true", help="the members of a proxy instead")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--note", default="", help="what else the machine did; stored with the result")
-    parser.add_argument("--side", type=json.loads, help=argparse.SUPPRESS)
+    add_results(parser, RESULTS / "proxy_speed.json", "file that results are written into")
+    parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.side:
-        print(json.dumps(Side(**options.side).run()))
+    if options.run:
+        print(json.dumps(Side(**options.run).run()))
         return
-    section, measured = measure_section(options)
-    stored: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
-    told = {"result": measured, "device": device_name(options.device), "note": options.note, **provenance()}
-    RESULT.write_text(json.dumps({**stored, section: told}, indent=1))
+    section, name, stored = section_of(options), device_name(options.device), Sections(options.results)
+    measured = measure_section(options)
+    told = {"result": measured, "device": name, "note": options.note, **provenance()}
+    stored.write({section: told})
     print(json.dumps({section: measured}, indent=1))
 
 
-def measure_section(options: argparse.Namespace) -> tuple[str, Any]:
-    """Return the name of the section that the command line asks for, and what was measured."""
+def section_of(options: argparse.Namespace) -> str:
+    """Return the name of the section of a result: what is scored, the device, and what differs from the default."""
+    kind = "ensemble" if options.ensemble else "wan" if options.wan else "digits"
+    parts = [kind] if options.device == "cpu" else [kind, options.device]
+    if kind == "wan" and tuple(options.sizes) != WAN_SIZES:
+        parts += ["x".join(map(str, size)) for size in options.sizes]
+    if kind == "wan" and options.wan_metric != WAN_METRIC:
+        parts.append(options.wan_metric)
+    if kind == "digits" and options.samples != NUM_SAMPLES:
+        parts.append(f"{options.samples} samples")
+    if kind == "digits" and options.metric != METRIC:
+        parts.append(options.metric)
+    return "_".join(parts)
+
+
+def measure_section(options: argparse.Namespace) -> Any:  # noqa: ANN401 - JSON-able
+    """Return what the command line asks for."""
     shared = {"repeats": options.repeats, "device": options.device, "interpreters": options.interpreters}
-    suffix = "" if options.device == "cpu" else f"_{options.device}"
     if options.ensemble:
-        return f"ensemble{suffix}", compare_members((1, 8, 24, 64, 128), max(options.repeats, 5), options.device)
+        return compare_members((1, 8, 24, 64, 128), max(options.repeats, 5), options.device)
     if options.wan:
 
         def compare_at(size: tuple[int, int, int]) -> dict[str, Any]:
             shape = 16, (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8
             return compare(shape, num_samples=1, vae="wan", metric=options.wan_metric, **shared)
 
-        return f"wan{suffix}", grow(options.sizes, compare_at, lambda: free_mib(options.device), options.limit_seconds)
+        return grow(options.sizes, compare_at, lambda: free_mib(options.device), options.limit_seconds)
     vae = f"{DIGITS}/vae"
-    return f"digits{suffix}", compare(
-        (16, 5, 8, 8), num_samples=options.samples, vae=vae, metric=options.metric, **shared
-    )
-
-
-def free_mib(device: str) -> float:
-    """Return the free memory of the machine or accelerator in MiB."""
-    free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
-    return free / 2**20
-
-
-def device_name(device: str) -> str:
-    """Return what a result file says of a device."""
-    return "CPU" if device == "cpu" else torch.cuda.get_device_name()
+    return compare((16, 5, 8, 8), num_samples=options.samples, vae=vae, metric=options.metric, **shared)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 A proxy, with its gradient or by eight draws without one (LRO), against backpropagation through a decoder and a
 differentiable metric (VADER, DRaFT): whole clips, whole clips with checkpoints, and the first few frames only. The
 decoder has the configuration of Wan 2.1's (random weights). Every way runs at growing sizes, each time in an
-interpreter of its own. Results go into ``results/reward_path.json``, a section for each device and dtype, and
-``--draw`` makes ``results/reward_path.png`` of them. Linux only.
+interpreter of its own. Results go into ``results/reward_path.json``, a section for each request (device, dtype, and
+sizes and ways that are named), and ``--draw`` makes a picture of them, ``results/reward_path.png``. Linux only.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from torch import Tensor, nn
 import latent_rewards as lr
 from benchmarks.checkpointed_decoder import CheckpointedWan
 from benchmarks.interpreter import run_apart
-from benchmarks.provenance import provenance
-from benchmarks.proxy_speed import PROMPTS, SPARE, device_name, free_mib, mebibytes, memory, prepare, read_size, settle
+from benchmarks.meters import SPARE, free_mib, mebibytes, memory, settle
+from benchmarks.provenance import device_name, provenance
+from benchmarks.proxy_speed import PROMPTS, prepare, read_size
+from benchmarks.result_files import RESULTS, Sections, add_results, read_result
 from latent_rewards.lro.estimators import smoothed
 from latent_rewards.metrics.quality import sharpness
 from latent_rewards.rollout import Trajectory
 
-RESULTS = Path(__file__).parent / "results"
-RESULT, PICTURE = RESULTS / "reward_path.json", RESULTS / "reward_path.png"
 SIZES = ((5, 32, 32), (5, 64, 64), (9, 96, 96), (9, 240, 416), (81, 480, 832))
 GPU_SIZES = ((5, 64, 64), (9, 240, 416), (17, 480, 832), (81, 480, 832))
 """Frames, height and width of clips."""
@@ -175,7 +175,7 @@ def gradient(loss: Loss, latents: Tensor) -> Tensor:
     latents = latents.detach().clone().requires_grad_()
     loss(latents).backward()
     if latents.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(latents.device)
     assert latents.grad is not None  # noqa: S101 - latents are a leaf
     return latents.grad
 
@@ -242,7 +242,7 @@ def attempt(
 def grow(options: argparse.Namespace, keep: Callable[[list[dict[str, Any]]], None]) -> list[dict[str, Any]]:
     """Measure the ways at each size and return the rows; ``keep`` is told of them after each."""
     rows: list[dict[str, Any]] = []
-    for size in options.sizes:
+    for size in options.sizes or _usual_sizes(options.device):
         with tempfile.TemporaryDirectory() as folder:
             shape = 16, (size[0] - 1) // 4 + 1, size[1] // 8, size[2] // 8
             prepare(Path(folder), shape, 1, options.device, scale=8)
@@ -336,24 +336,36 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the VAE")
     parser.add_argument("--draw", action="store_true", help="draw what is stored, and measure nothing")
     parser.add_argument("--note", default="", help="what else the machine did; stored with the result")
+    add_results(parser, RESULTS / "reward_path.json", "file that results are written into, and drawn beside")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
         print(json.dumps(Run(**options.run).do()))
         return
     if not options.draw:
-        options.sizes = options.sizes or (SIZES if options.device == "cpu" else GPU_SIZES)
-        grow(options, lambda rows: store(options, rows))
-    draw(json.loads(RESULT.read_text()), PICTURE)
+        stored, device = Sections(options.results), device_name(options.device)
+        grow(options, lambda rows: stored.write({section_of(options): section(options, rows, device)}))
+    draw(read_result(options.results), options.results.with_suffix(".png"))
 
 
-def store(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Put rows and ratios into the result file, in the section of their device and dtype."""
-    stored: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
-    section = options.device if options.dtype == "float32" else f"{options.device}_{options.dtype}"
-    facts = {"device": device_name(options.device), "dtype": options.dtype, "note": options.note, **provenance()}
-    stored[section] = {"rows": rows, "ratios": ratios(rows), **facts}
-    RESULT.write_text(json.dumps(stored, indent=1) + "\n")
+def section_of(options: argparse.Namespace) -> str:
+    """Return the name of the section of a result: device, dtype, and what differs from a measurement of everything."""
+    parts = [options.device] if options.dtype == "float32" else [options.device, options.dtype]
+    if tuple(options.sizes or ()) not in ((), _usual_sizes(options.device)):
+        parts += ["x".join(map(str, size)) for size in options.sizes]
+    if set(options.ways) != set(WAYS):
+        parts += [way for way in WAYS if way in options.ways]
+    return "_".join(parts)
+
+
+def section(options: argparse.Namespace, rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
+    """Return rows and ratios as they are stored, with what all rows share."""
+    facts = {"device": device, "dtype": options.dtype, "note": options.note, **provenance()}
+    return {"rows": rows, "ratios": ratios(rows), **facts}
+
+
+def _usual_sizes(device: str) -> tuple[Size, ...]:
+    return SIZES if device == "cpu" else GPU_SIZES
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Student, fake score and target as adapters on one frozen teacher (:class:`distil
 float32 or in bf16, against four networks of their own, each with and without gradient checkpointing, through the
 trainer's own stage and without data. With ``--peer FOLDER``, a checkout of NVlabs/FastGen, its DMD2 updates the same
 network with the same batch, precision and number of fake score updates. Every measurement has a fresh interpreter, and
-the ways take turns. Results go into ``results/roles.json``, a section for each device and precision, and for sizes that
-are named. Linux only.
+the ways take turns. Results go into ``results/roles.json``, a section for each request: what was measured together is
+compared, and replaced, together. Linux only.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from torch import nn
 import distillation as ds
 from benchmarks.fastgen_peer import DMD2, EMA_DECAY, LEARNING_RATE, check_folder
 from benchmarks.interpreter import run_apart
-from benchmarks.provenance import commit_of, provenance
-from benchmarks.proxy_speed import SPARE, device_name, free_mib, memory, settle
+from benchmarks.meters import SPARE, free_mib, memory, settle
+from benchmarks.provenance import device_name, provenance
+from benchmarks.result_files import RESULTS, Sections, add_results
 from benchmarks.role_sizes import SIZES, TINIEST, Size
 from distillation.trainer import DistillationStage, start_student
+from recipes.origin import commit_of
 
-RESULT = Path(__file__).parent / "results" / "roles.json"
 BAR = 1 / 3
 """Most that shared roles may take of full networks' memory."""
 CPU_SIZES, GPU_SIZES = ("digits", "narrow", "narrow, long", "middle", "wide"), ("wan-1.3b",)
@@ -103,7 +104,7 @@ class Run:
                 begun = time.perf_counter(), time.process_time()
                 update(step)
                 if self.device != "cpu":
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize(self.device)
                 seconds.append(time.perf_counter() - begun[0])
                 cpu_seconds.append(time.process_time() - begun[1])
         except torch.OutOfMemoryError as error:
@@ -157,7 +158,7 @@ class Run:
             log_every=self.num_steps + 1,  # the fake score's lag is an additional call, in the update that is not timed
             progress=False,
             mixed_precision=self.mixed_precision,
-            device=self.device if self.device == "cpu" else None,
+            device=self.device,
         )
         student = start_student(teacher, config, {1: [1.0]})
         trainer = ds.DistillationTrainer(teacher, student, ["a clip"], config)
@@ -270,8 +271,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(WAYS), choices=list(WAYS), help="default: all ways")
     parser.add_argument("--repeats", type=int, default=3, help="rounds in which the ways take turns")
     parser.add_argument("--steps", type=int, default=1, help="timed updates in a round, after one that is not")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters")
-    parser.add_argument("--fake-updates", type=int, default=5, help="fake score updates per student update")
+    parser.add_argument("--rank", type=int, default=Run.rank, help="of the adapters")
+    parser.add_argument(
+        "--fake-updates", type=int, default=Run.fake_updates, help="fake score updates per student update"
+    )
     parser.add_argument(
         "--precision",
         default="no",
@@ -280,6 +283,7 @@ def main() -> None:
     )
     parser.add_argument("--peer", type=Path, help="a checkout of NVlabs/FastGen; without it the peer is left out")
     parser.add_argument("--note", default="", help="what else the machine did; stored with the result")
+    add_results(parser, RESULTS / "roles.json", "file that results are written into")
     parser.add_argument("--run", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -293,7 +297,10 @@ def measure_all(options: argparse.Namespace) -> None:
 
     Raises:
         PeerError: ``--peer`` is no checkout of FastGen.
+        ConfigError: the file of results cannot be read.
+        DeviceError: there is no such device.
     """
+    stored, name = Sections(options.results), device_name(options.device)
     ways = [way for way in WAYS if way in options.only and (WAYS[way].kind != "narrow" or options.precision == "bf16")]
     if options.peer is None:
         ways = [way for way in ways if WAYS[way].kind != "peer"]
@@ -315,8 +322,10 @@ def measure_all(options: argparse.Namespace) -> None:
 
     sizes = options.sizes or (CPU_SIZES if options.device == "cpu" else GPU_SIZES)
     peer = peer_name(options.peer) if options.peer else None
-    facts = {**shared, "device_name": device_name(options.device), "peer": peer, "note": options.note}
-    take_turns(sizes, ways, options.repeats, measure, lambda rows: store(options, rows, facts))
+    facts = {**shared, "device_name": name, "peer": peer, "note": options.note}
+    take_turns(
+        sizes, ways, options.repeats, measure, lambda rows: stored.write({section_of(options): section(rows, facts)})
+    )
 
 
 def peer_name(folder: Path) -> str:
@@ -325,15 +334,27 @@ def peer_name(folder: Path) -> str:
     return f"NVlabs/FastGen {commit or 'of an unknown commit'}"
 
 
-def store(options: argparse.Namespace, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Put rows, ratios and bars into the result file, in the section of their device, precision and chosen sizes."""
-    stored: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
-    precision = [] if options.precision == "no" else [options.precision]
-    section = "_".join([options.device, *precision, *(options.sizes or ())])
+def section_of(options: argparse.Namespace) -> str:
+    """Return the name of the section of a result: its device, and what differs from a measurement of everything."""
+    parts = [options.device, *(options.sizes or ())]
+    if options.precision != "no":
+        parts.insert(1, options.precision)
+    if set(options.only) != set(WAYS):
+        parts += [way for way in WAYS if way in options.only]
+    if options.fake_updates != Run.fake_updates:
+        parts.append(f"{options.fake_updates} fake updates")
+    if options.rank != Run.rank:
+        parts.append(f"rank {options.rank}")
+    if options.peer is not None:
+        parts.append("with the peer")
+    return "_".join(parts)
+
+
+def section(rows: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return rows, ratios and bars as they are stored, with the facts that all rows share."""
     compared = ratios(rows)
     sizes = {size: {**asdict(SIZES[size]), "tokens": SIZES[size].tokens} for size in {row["size"]: 0 for row in rows}}
-    told = {"bars": bars(compared), "ratios": compared, "rows": rows, "sizes": sizes, **facts, **provenance()}
-    RESULT.write_text(json.dumps({**stored, section: told}, indent=1) + "\n")
+    return {"bars": bars(compared), "ratios": compared, "rows": rows, "sizes": sizes, **facts, **provenance()}
 
 
 if __name__ == "__main__":

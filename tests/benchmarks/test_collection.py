@@ -1,10 +1,13 @@
 """A collection that is killed at random moments ends with the bytes of one that was left alone."""
 
+import json
 import multiprocessing
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
 
+from benchmarks import collection
 from benchmarks.collection import CHEAP_METRICS, Work, content, start, survive
 
 
@@ -79,3 +82,35 @@ def test_survive_tells_how_the_last_run_ended(tmp_path, status):
         wait = poll
 
     assert survive(Ending, tmp_path, kills=2, parts=6, seed=0)["exit_status"] == status
+
+
+@pytest.fixture
+def sections(monkeypatch, tmp_path):
+    """Sections that measure nothing; returns what runs the script with arguments, and reads what it wrote."""
+    made = {name: lambda asked, scratch, name=name: {"of": name} for name in collection.SECTIONS}
+    monkeypatch.setattr(collection, "SECTIONS", made)
+    monkeypatch.setattr(collection, "provenance", lambda: {"commit": "new"})
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["collection", "--results", str(tmp_path / "told.json"), *arguments])
+        collection.main()
+        return json.loads((tmp_path / "told.json").read_text())
+
+    return run
+
+
+def test_sections_that_are_not_measured_again_keep_their_provenance(sections, tmp_path):
+    old = {"metrics": ["x"], "memory": {"note": ""}, "cache": {"note": ""}, "commit": "old"}
+    (tmp_path / "told.json").write_text(json.dumps(old))
+    told = sections("--only", "cache", "--note", "again")
+    assert told["memory"] == {"note": ""} and told["commit"] == "old"
+    assert told["cache"] == {"note": "again", "of": "cache", "commit": "new"}
+    whole = sections()
+    assert set(whole) == {"metrics", *collection.SECTIONS} and whole["memory"]["commit"] == "new"
+
+
+def test_a_section_there_is_none_of_is_refused(sections, tmp_path, capsys):
+    (tmp_path / "told.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        sections("--only", "wokers")
+    assert "invalid choice: 'wokers'" in capsys.readouterr().err and (tmp_path / "told.json").read_text() == "{}"

@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 from benchmarks import interpreter
-from benchmarks.interpreter import run_apart
+from benchmarks.interpreter import run_apart, run_apart_whole
 
 
 def ends(monkeypatch, **how):
@@ -41,3 +41,11 @@ def test_one_that_fails_says_what_it_wrote(monkeypatch):
     ends(monkeypatch, returncode=3, stderr="KeyError: 'x'")
     with pytest.raises(RuntimeError, match="^shared ended with status 3: KeyError: 'x'"):
         run_apart("benchmarks.roles", "shared", {})
+
+
+def test_too_little_memory_is_a_failure_where_a_result_must_be_whole(monkeypatch):
+    ends(monkeypatch, returncode=interpreter.KILLED, stderr="")
+    with pytest.raises(RuntimeError, match="^the training ran out of memory: the interpreter was killed"):
+        run_apart_whole("benchmarks.proxy_memory", "the training", {})
+    ends(monkeypatch, returncode=0, stdout='{"seconds": [1.0]}\n', stderr="")
+    assert run_apart_whole("benchmarks.proxy_memory", "the training", {}) == {"seconds": [1.0]}

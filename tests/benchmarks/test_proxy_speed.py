@@ -1,12 +1,13 @@
-"""Ratios, what is left out for want of memory or time, and a memory meter that sees what a call takes."""
+"""Ratios, what is left out for want of memory or time, and sections that stand beside one another."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
+from benchmarks import proxy_speed
 from benchmarks.proxy_speed import Side, compare_members, grow, measure, pooled, prepare, ratios
+from latent_rewards.contracts import ConfigError
 
 
 def side(seconds, weights, work, peak):
@@ -44,25 +45,6 @@ def test_growth_ends_where_the_next_size_is_expected_to_take_too_much(free, limi
     assert results[-1].get("left_out") == said
 
 
-METER = """
-import json, torch
-from benchmarks.proxy_speed import memory, settle
-torch.ones(96 * 2**18).sum()
-held = settle("cpu")
-before = memory("VmHWM", "cpu") - held
-torch.ones(48 * 2**18).sum()
-taken = memory("VmHWM", "cpu") - held
-print(json.dumps([before, taken, settle("cpu") - held]))
-"""
-
-
-def test_the_meter_sees_memory_that_was_freed_again_but_not_what_came_before():
-    # In an interpreter of its own, as the sides are measured: the heap of a long one has room for much.
-    done = subprocess.run([sys.executable, "-c", METER], capture_output=True, text=True, check=True)
-    before, taken, after = json.loads(done.stdout)
-    assert before < 16 and taken == pytest.approx(48, abs=12) and after < 16
-
-
 def test_all_members_in_one_call_score_as_they_do_one_by_one():
     (result,) = compare_members((3,), 1, "cpu")
     assert result["batch"] == 3 and result["difference"] < 1e-6
@@ -79,3 +61,35 @@ def test_a_side_is_measured_in_an_interpreter_of_its_own(tmp_path):
 def test_a_side_that_fails_says_which_and_why(tmp_path):
     with pytest.raises(RuntimeError, match=r"the oracle ended with status 1(.|\n)*latents.safetensors"):
         measure(Side("oracle", str(tmp_path), "wan", "digits.legibility", 1, "cpu"))
+
+
+def test_what_differs_has_a_section_of_its_own_and_a_broken_file_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(proxy_speed, "measure_section", lambda options: asked.append(options) or len(asked))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["proxy_speed", "--results", str(tmp_path / "told.json"), *arguments])
+        proxy_speed.main()
+
+    run("--wan", "--note", "first")
+    run("--wan", "--sizes", "5x64x64", "9x64x64")
+    run("--samples", "4")
+    run()
+    run("--metric", "digits.direction")
+    run("--ensemble", "--samples", "4")
+    run("--wan", "--wan-metric", "quality.sharpness")
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert {name: section["result"] for name, section in told.items()} == {
+        "wan": 1,
+        "wan_5x64x64_9x64x64": 2,
+        "digits_4 samples": 3,
+        "digits": 4,
+        "digits_digits.direction": 5,
+        "ensemble": 6,
+        "wan_quality.sharpness": 7,
+    }
+    assert told["wan"]["note"] == "first" and told["wan"]["device"] == "cpu" and told["wan"]["versions"]
+    (tmp_path / "told.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        run()
+    assert len(asked) == 7

@@ -1,6 +1,7 @@
 """Checkpoints change no gradient; ways are foretold, left out and compared; a run in an interpreter of its own."""
 
 import json
+import sys
 from argparse import Namespace
 
 import pytest
@@ -13,7 +14,6 @@ from benchmarks.reward_path import (
     WAYS,
     Run,
     attempt,
-    draw,
     forecast,
     gradient,
     grow,
@@ -23,7 +23,9 @@ from benchmarks.reward_path import (
     read_pixels,
 )
 from distillation.families.wan import WanCodec
+from latent_rewards.contracts import ConfigError
 from latent_rewards.metrics.quality import sharpness
+from latent_rewards.training.devices import DeviceError
 
 TINY = {"base_dim": 8, "num_res_blocks": 1}
 
@@ -178,19 +180,45 @@ def test_an_accelerator_that_has_too_little_is_a_row(folder, monkeypatch):
     assert run.do()["out_of_memory"] == "CUDA out of memory. Tried to allocate 9 GiB"
 
 
-def test_results_are_stored_by_device_and_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(reward_path, "RESULT", tmp_path / "result.json")
-    rows = [
-        row("proxy", (5, 8, 8), [1.0], 1.0, 9.0),
-        row("decoder", (5, 8, 8), [20.0], 100.0, 900.0),
-        {"way": "decoder", "size": (9, 8, 8), "expected": {"memory": 1720.0, "seconds": 36.0}, "out_of_memory": "x"},
-    ]
-    for dtype in ("float32", "bfloat16"):
-        reward_path.store(Namespace(device="cpu", dtype=dtype, note=""), rows)
-    stored = json.loads((tmp_path / "result.json").read_text())
-    assert list(stored) == ["cpu", "cpu_bfloat16"] and stored["cpu"]["rows"][0]["size"] == [5, 8, 8]
-    draw(stored, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+ROWS = [
+    row("proxy", (5, 8, 8), [1.0], 1.0, 9.0),
+    row("decoder", (5, 8, 8), [20.0], 100.0, 900.0),
+    {"way": "decoder", "size": (9, 8, 8), "expected": {"memory": 1720.0, "seconds": 36.0}, "out_of_memory": "x"},
+]
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """Run the script, which measures :data:`ROWS`, and read what it wrote."""
+    monkeypatch.setattr(reward_path, "grow", lambda options, keep: keep(ROWS))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["reward_path", "--results", str(tmp_path / "told.json"), *arguments])
+        reward_path.main()
+        return json.loads((tmp_path / "told.json").read_text())
+
+    return run
+
+
+def test_what_is_measured_together_is_stored_together_and_drawn(asked, tmp_path):
+    asked()
+    asked("--dtype", "bfloat16", "--note", "n")
+    asked("--sizes", "9x240x416", "81x480x832", "--ways", "decoder", "proxy")
+    stored = asked("--sizes", *("x".join(map(str, size)) for size in reward_path.SIZES), "--note", "the usual sizes")
+    assert list(stored) == ["cpu", "cpu_bfloat16", "cpu_9x240x416_81x480x832_proxy_decoder"]
+    assert stored["cpu"]["note"] == "the usual sizes" and stored["cpu"]["device"] == "cpu"
+    assert stored["cpu"]["rows"][0]["size"] == [5, 8, 8] and stored["cpu_bfloat16"]["dtype"] == "bfloat16"
+    assert stored["cpu"]["ratios"][0]["over_proxy"]["decoder"]["memory"] == 100.0 and stored["cpu"]["versions"]
+    assert (tmp_path / "told.png").stat().st_size > 10_000
+
+
+def test_a_broken_file_or_an_absent_device_is_refused_before_anything_is_measured(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward_path, "grow", lambda *_: pytest.fail("measured"))
+    with pytest.raises(DeviceError, match="cuda:7"):
+        asked("--device", "cuda:7")
+    (tmp_path / "told.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        asked()
 
 
 def test_a_size_must_fit_the_vae():

@@ -5,6 +5,7 @@ import json
 import sys
 from argparse import Namespace
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,10 +27,12 @@ from benchmarks.roles import (
     measure_all,
     peer_name,
     ratios,
-    store,
+    section_of,
     take_turns,
 )
 from distillation.roles import Role
+from latent_rewards.contracts import ConfigError
+from latent_rewards.training.devices import DeviceError
 
 OURS = [name for name, way in WAYS.items() if way.kind != "peer"]
 
@@ -211,9 +214,10 @@ def test_an_accelerator_that_has_too_little_is_a_row(monkeypatch):
     assert Run("full", "digits").do() == {"out_of_memory": "CUDA out of memory. Tried to allocate 9 GiB"}
 
 
-def asked(**different):
+def wanted(folder, **different):
     options = {"device": "cpu", "precision": "no", "sizes": ["tiniest"], "only": list(WAYS), "repeats": 1, "steps": 1}
-    return Namespace(**options | {"rank": 4, "fake_updates": 2, "peer": None, "note": "n"} | different)
+    options |= {"rank": 4, "fake_updates": 2, "peer": None, "note": "n", "results": folder / "roles.json"}
+    return Namespace(**options | different)
 
 
 def test_without_a_checkout_the_peer_is_left_out_and_a_folder_without_one_is_refused(tmp_path, monkeypatch, capsys):
@@ -224,7 +228,7 @@ def test_without_a_checkout_the_peer_is_left_out_and_a_folder_without_one_is_ref
         return row(run.way, run.size, 0, 1.0, 1.0)
 
     monkeypatch.setattr(roles, "attempt", told)
-    monkeypatch.setattr(roles, "RESULT", tmp_path / "roles.json")
+    asked = partial(wanted, tmp_path)
     measure_all(asked())
     assert [run.way for run in measured] == [way for way in OURS if WAYS[way].kind != "narrow"]
     assert {(run.rank, run.fake_updates, run.num_steps, run.peer) for run in measured} == {(4, 2, 1, None)}
@@ -243,16 +247,46 @@ def test_a_copy_within_another_repository_is_not_told_its_commit(monkeypatch, tm
     assert peer_name(tmp_path) == "NVlabs/FastGen 1234567"
 
 
-def test_results_are_stored_by_device_and_precision(tmp_path, monkeypatch):
-    monkeypatch.setattr(roles, "RESULT", tmp_path / "roles.json")
+def test_no_result_takes_the_place_of_one_that_was_measured_otherwise(tmp_path):
+    usual = {"sizes": None, "rank": 16, "fake_updates": 5}
+    different = {
+        "cpu": {},
+        "cpu_bf16": {"precision": "bf16"},
+        "cpu_tiniest": {"sizes": ["tiniest"]},
+        "cpu_shared, checkpointed": {"only": ["shared, checkpointed"]},
+        "cpu_2 fake updates": {"fake_updates": 2},
+        "cpu_rank 4": {"rank": 4},
+        "cpu_with the peer": {"peer": tmp_path},
+        "cuda_bf16_wan-1.3b_2 fake updates": {
+            "device": "cuda",
+            "precision": "bf16",
+            "sizes": ["wan-1.3b"],
+            "fake_updates": 2,
+        },
+    }
+    assert [section_of(wanted(tmp_path, **usual | asked)) for asked in different.values()] == list(different)
+
+
+def test_rows_are_stored_with_ratios_bars_and_what_they_share(tmp_path, monkeypatch):
     rows = [row("full", "tiniest", 0, 90.0, 1.0), row("shared", "tiniest", 0, 20.0, 2.0)]
-    store(asked(), rows, {"rank": 4})
-    store(asked(precision="bf16", sizes=None), rows[:1], {"rank": 5})
+    monkeypatch.setattr(roles, "take_turns", lambda sizes, ways, rounds, measure, keep: keep(rows))
+    measure_all(wanted(tmp_path))
+    measure_all(wanted(tmp_path, rank=5))
     told = json.loads((tmp_path / "roles.json").read_text())
-    assert list(told) == ["cpu_tiniest", "cpu_bf16"] and told["cpu_bf16"]["rank"] == 5
-    assert told["cpu_tiniest"]["rows"] == rows and told["cpu_tiniest"]["bars"]["shared"]["memory_kept"] is True
+    assert list(told) == ["cpu_tiniest_2 fake updates_rank 4", "cpu_tiniest_2 fake updates_rank 5"]
+    first = told["cpu_tiniest_2 fake updates_rank 4"]
+    assert first["rows"] == rows and first["bars"]["shared"]["memory_kept"] is True and first["rank"] == 4
     size = json.loads(json.dumps(asdict(TINIEST)))
-    assert told["cpu_tiniest"]["sizes"]["tiniest"] == {**size, "tokens": 8} and told["cpu_tiniest"]["versions"]
+    assert first["sizes"]["tiniest"] == {**size, "tokens": 8} and first["versions"] and first["device_name"] == "cpu"
+
+
+def test_a_broken_file_or_an_absent_device_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(roles, "take_turns", lambda *_: pytest.fail("measured"))
+    with pytest.raises(DeviceError, match="cuda:7"):
+        measure_all(wanted(tmp_path, device="cuda:7"))
+    (tmp_path / "roles.json").write_text('{"cpu": {"rows"')
+    with pytest.raises(ConfigError, match=r"roles\.json cannot be read"):
+        measure_all(wanted(tmp_path))
 
 
 def test_calls_of_copies_are_counted_too():
