@@ -134,10 +134,12 @@ class Run:
             assert isinstance(scores, Tensor)  # noqa: S101 - there is one reward
             return scores
 
+        drawn = torch.Generator(self.device).manual_seed(0)
+
         def by_draws(latents: Tensor) -> Tensor:
             # The chain's last step is all there is of a policy here.
             ends = Trajectory([latents.detach(), latents.detach()], None, num_steps=1)  # type: ignore[arg-type]
-            noise = torch.randn((way.draws, *latents.shape), device=latents.device)
+            noise = torch.randn((way.draws, *latents.shape), device=latents.device, generator=drawn)
             steps = [(latents, torch.zeros((), device=latents.device))]
             settings: dict[str, Any] = {"head_std": HEAD_STD, "head_noise": noise, "num_generations": 1}
             return smoothed(None, ends, score, transitions=steps, **settings)  # type: ignore[arg-type]
