@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,16 +32,25 @@ from benchmarks.provenance import provenance
 from benchmarks.proxy_baselines import BASELINES, Features, features_of, fit_predict
 from benchmarks.proxy_samples import HACKED, REWARDS, Amounts, ProxyWorld
 from benchmarks.proxy_summary import summarise
+from benchmarks.result_files import (
+    RESULTS,
+    add_results,
+    check_settings,
+    flat,
+    read_result,
+    read_results,
+    write_result,
+    write_whole,
+)
 from latent_rewards.contracts import ConfigError, unknown_name
+from latent_rewards.proxies.calibration import Z_LEVEL
+from latent_rewards.proxies.honesty import pairwise_accuracy
 from latent_rewards.training.randomness import derive_seed
 
-RESULTS = Path(__file__).parent / "results" / "proxies"
 PROXIES = ("default", "default_latents", "default_words", "default_single")
 METHODS = (*PROXIES, *BASELINES)
 SIZES = (256, 512, 1024, 2048)
 HACK_SIZE = 1024
-Z_90 = 1.6448536269514722
-"""The standard normal quantile at 0.95: the 90 % interval is mean +- so many std."""
 
 
 class Comparison:
@@ -66,7 +74,9 @@ class Comparison:
             "student": self.world.student_digest,
             "latent_space": self.world.codec.fingerprint,
             "metrics": self.world.oracle.fingerprints,
-            **{name: vars(self.world.amounts)[name] for name in ("pool", "heldout", "heldout_prompts")},
+            **vars(self.world.amounts),
+            "hack_size": self.hack_size,
+            **flat(proxy=self.config),
         }
 
     def measure(self, method: str, seed: int, size: int) -> dict[str, Any]:
@@ -99,7 +109,7 @@ class Comparison:
             stds |= {name: values.cpu().numpy() for name, values in predicted.std.items()}
         scores = self._judge(means)
         for name in REWARDS:
-            inside = np.abs(self.heldout.rewards[name].numpy() - means[name]) <= Z_90 * stds[name]
+            inside = np.abs(self.heldout.rewards[name].numpy() - means[name]) <= Z_LEVEL * stds[name]
             scores[name]["coverage"] = coverage(inside, self.heldout.prompts, seed=seed)
         strangeness = self._strangeness(proxies[0], seed, size) if method == "default" else {}
         return {"rewards": scores, **strangeness, "fit_seconds": seconds}
@@ -156,12 +166,10 @@ def judge(predicted: np.ndarray, true: np.ndarray) -> dict[str, Any]:
     """
     constant = bool((predicted == predicted[0]).all())
     ranks = rankdata(true)
-    differs = np.subtract.outer(true, true) > 0
-    agrees = np.sign(np.subtract.outer(predicted, predicted))[differs]
     return {
         "spearman": 0.0 if constant else float(spearmanr(predicted, true).statistic),
         "ceiling": float(ranks.std() / np.arange(len(true)).std()),
-        "pairwise": float((agrees + 1).mean() / 2),
+        "pairwise": pairwise_accuracy(torch.from_numpy(predicted), torch.from_numpy(true)),
         "r2": float(r2_score(true, predicted)),
         "mae": float(mean_absolute_error(true, predicted)),
     }
@@ -200,10 +208,8 @@ def open_result(path: Path, method: str, seed: int, settings: Mapping[str, Any])
     """
     if not path.is_file():
         return {"method": method, "seed": seed, "settings": dict(settings), "sizes": {}}
-    result: dict[str, Any] = json.loads(path.read_text())
-    for name, value in settings.items():
-        if (was := result["settings"].get(name)) != value:
-            raise ConfigError(f"{path} was measured with {name} = {was!r}, now {value!r}; remove it to measure again")
+    result = read_result(path)
+    check_settings(path, result.get("settings", {}), settings)
     return result
 
 
@@ -229,9 +235,7 @@ def run(
             if str(size) in result["sizes"]:
                 continue
             result["sizes"][str(size)] = entry = measure(method, seed, size)
-            partial = files[method, seed].with_suffix(".part")
-            partial.write_text(json.dumps(result, indent=1))
-            partial.replace(files[method, seed])
+            write_result(files[method, seed], result)
             told = {name: round(scores["spearman"], 3) for name, scores in entry["rewards"].items()}
             print(f"{method}, seed {seed}, {size} labels: Spearman {told}, {entry['fit_seconds']:.0f} s", flush=True)
 
@@ -246,7 +250,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of labels")
     parser.add_argument("--hack-size", type=int, default=HACK_SIZE, help="labels of the proxy that is hacked")
     parser.add_argument("--runs", type=Path, default=Path("runs/proxies"), help="where samples are kept")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are written")
+    add_results(parser, RESULTS / "proxies")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     parser.add_argument("--summary", action="store_true", help="only aggregate the results that are there")
     for field in dataclasses.fields(Amounts):
@@ -260,8 +264,8 @@ def main() -> None:
         comparison = Comparison(world, options.hack_size)
         chosen = {"methods": options.methods, "seeds": options.seeds, "sizes": options.sizes}
         run(comparison.measure, comparison.settings(), **chosen, folder=options.results)
-    results = [json.loads(file.read_text()) for file in sorted(options.results.glob("*-seed*.json"))]
-    (options.results / "summary.md").write_text(markdown := summarise(results, METHODS, REWARDS))
+    results = read_results(options.results, "*-seed*.json")
+    write_whole(options.results / "summary.md", markdown := summarise(results, METHODS, REWARDS))
     print(markdown)
 
 

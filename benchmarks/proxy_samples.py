@@ -107,7 +107,7 @@ class ProxyWorld:
     @cached_property
     def student_digest(self) -> str:
         """What tells this student from another one."""
-        return weights_digest(self.student)
+        return full_digest(self.student)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Return what the teacher reads of prompts, ``[N, L, D]``, zeros for padding."""
@@ -148,7 +148,7 @@ class ProxyWorld:
         weights: another proxy is hacked anew.
         """
         amounts = self.amounts
-        folder = self.folder / f"hacked-seed{seed}-{weights_digest(proxy)}-{amounts.hack_updates}-{amounts.hack_rate:g}"
+        folder = self.folder / f"hacked-seed{seed}-{full_digest(proxy)}-{amounts.hack_updates}-{amounts.hack_rate:g}"
         if not (folder / "student" / MANIFEST).is_file():
             policy = copy.deepcopy(self.student)
             config = lr.LROConfig(
@@ -180,8 +180,11 @@ class ProxyWorld:
         )
 
 
-def weights_digest(module: nn.Module) -> str:
-    """Return 16 hex digits that depend on every weight and buffer of a module."""
+def full_digest(module: nn.Module) -> str:
+    """Return 16 hex digits that depend on every weight and buffer of a module, by which results name their student.
+
+    :func:`latent_rewards.digests.weights_digest` reads a part of them, which is quicker.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}".encode())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.seeds import mean_cell, over_seeds
 from latent_rewards.contracts import ConfigError
 
 SCORES = {"spearman": "Spearman", "pairwise": "Pairs in the right order", "r2": "R²", "mae": "MAE"}
@@ -28,7 +28,10 @@ def summarise(results: Sequence[Result], methods: Sequence[str], rewards: Sequen
     """
     if not results:
         raise ConfigError("no results to summarise; run python -m benchmarks.proxies --student FOLDER first")
-    if any(result["settings"] != results[0]["settings"] for result in results):
+    known: dict[str, Any] = {}
+    for result in results:
+        known = {**result.get("settings", {}), **known}
+    if any(known[name] != value for result in results for name, value in result.get("settings", {}).items()):
         raise ConfigError("the files were measured with different samples; remove those that are not to be compared")
     sizes = sorted({int(size) for result in results for size in result["sizes"]})
     ordered = sorted(results, key=lambda result: (methods.index(result["method"]), result["seed"]))
@@ -91,8 +94,7 @@ def _over_seeds(
     values = [value for entry in entries if entry is not None and (value := read(entry)) is not None]
     if not values:
         return "–"
-    mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{mean:.{digits}f} ± {spread:.{digits}f}" if max(values) > min(values) else f"{mean:.{digits}f}"
+    return mean_cell(over_seeds(values), digits=digits)
 
 
 def _covered(result: Result, size: int, name: str) -> str:

@@ -1,12 +1,14 @@
 """Scores against independent computations, and results that are written, kept and not measured twice."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.proxies import METHODS, check_request, coverage, judge, open_result, run, separation
+import latent_rewards as lr
+from benchmarks.proxies import METHODS, Comparison, check_request, coverage, judge, open_result, run, separation
 from benchmarks.proxy_samples import Amounts
 from latent_rewards.contracts import ConfigError
 
@@ -83,6 +85,30 @@ def test_results_of_another_student_are_not_continued(tmp_path):
     run(lambda *_: entry(0.5), {"student": "a"}, methods=["mlp"], seeds=[0], sizes=[32], folder=tmp_path)
     with pytest.raises(ConfigError, match="student = 'a', now 'b'"):
         open_result(tmp_path / "mlp-seed0.json", "mlp", 0, {"student": "b"})
+
+
+def test_what_results_share_is_everything_that_changes_them():
+    world = SimpleNamespace(
+        student_digest="a",
+        codec=SimpleNamespace(fingerprint="c"),
+        oracle=SimpleNamespace(fingerprints={"legible": "1"}),
+        amounts=Amounts(),
+        heldout=lambda: None,
+    )
+    told = Comparison(world, 512).settings()
+    some = {"student": "a", "hack_size": 512, "hack_updates": 120, "foreign": 1000, "hacked": 500}
+    assert some.items() <= told.items()
+    config = lr.ProxyConfig(width=16, progress=False)
+    other = Comparison(SimpleNamespace(**{**vars(world), "amounts": Amounts(hack_rate=1.0)}), 512, config).settings()
+    assert {name for name in told if told[name] != other[name]} == {"hack_rate", "proxy.width"}
+
+
+def test_a_file_of_before_a_setting_was_kept_is_continued(tmp_path):
+    run(lambda *_: entry(0.5), {"student": "a"}, methods=["mlp"], seeds=[0], sizes=[32], folder=tmp_path)
+    settings = {"student": "a", "hack_rate": 0.1}
+    run(lambda *_: entry(0.6), settings, methods=["mlp"], seeds=[0], sizes=[32, 64], folder=tmp_path)
+    kept = json.loads((tmp_path / "mlp-seed0.json").read_text())
+    assert kept["settings"] == {"student": "a"} and kept["sizes"] == {"32": entry(0.5), "64": entry(0.6)}
 
 
 @pytest.mark.parametrize(

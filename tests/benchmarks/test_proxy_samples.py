@@ -14,10 +14,10 @@ from benchmarks.proxy_samples import (
     REWARDS,
     Amounts,
     ProxyWorld,
+    full_digest,
     heldout_prompts,
     moving_pictures,
     pictures,
-    weights_digest,
 )
 from benchmarks.proxy_summary import summarise
 from latent_rewards.contracts import ConfigError, DataError
@@ -58,10 +58,10 @@ def test_amounts_are_checked(changes, said):
 def test_a_digest_knows_every_weight():
     module = torch.nn.Linear(3, 2)
     other = copy.deepcopy(module)
-    assert weights_digest(module) == weights_digest(other)
+    assert full_digest(module) == full_digest(other)
     with torch.no_grad():
         other.bias[1] += 1e-6
-    assert weights_digest(module) != weights_digest(other)
+    assert full_digest(module) != full_digest(other)
 
 
 def test_from_a_saved_student_to_a_summary(untrained_student, tmp_path):

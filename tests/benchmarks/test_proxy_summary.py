@@ -43,6 +43,13 @@ def test_baselines_alone_have_neither_intervals_nor_a_score_of_strangeness():
     assert "Coverage" not in markdown and "AUROC" not in markdown and "| moves | ridge | 0.500 |" in markdown
 
 
+def test_files_that_know_of_more_settings_stand_beside_those_that_do_not():
+    files = [result("ridge", 0, {32: 0.5}), result("ridge", 1, {32: 0.7}, hack_rate=0.1)]
+    assert "| legible | ridge | 0.600 ± 0.141 |" in summarise(files, METHODS, REWARDS)
+    with pytest.raises(ConfigError, match="different samples"):
+        summarise([*files, result("ridge", 2, {32: 0.6}, hack_rate=0.2)], METHODS, REWARDS)
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [([], "no results"), ([result("ridge", 0, {32: 0.5}), result("ridge", 1, {32: 0.5}, student="b")], "different")],
