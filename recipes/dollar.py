@@ -327,7 +327,8 @@ class Dollar:
         first = begun_with(self.folder.path).get("run", {}).get("num_eval_prompts", count)
         # Rows of other prompts are others; those of the run's first count stay where they were.
         folder = self.folder.path / ("evaluation" if count == first else f"evaluation_{count}")
-        benchmark = DigitsBenchmark(self.codec, self.teacher.latent_shape, folder, num_prompts=count)
+        shown = {"num_prompts": count, "metrics": self.config.metrics}
+        benchmark = DigitsBenchmark(self.codec, self.teacher.latent_shape, folder, **shown)
         benchmark.add_ceilings()
         return benchmark
 
