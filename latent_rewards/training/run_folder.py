@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from latent_rewards.training.checkpoint import MANIFEST, commit_directory, write_whole
+from latent_rewards.training.checkpoint import MANIFEST, check_target, commit_directory, write_whole
 from latent_rewards.training.history import read_history
 from latent_rewards.training.ranks import current_ranks
 from latent_rewards.training.settings import SettingsError
@@ -32,12 +32,17 @@ class RunFolder:
         A setting that was not known when the folder was begun had its default's effect.
 
         Raises:
-            SettingsError: the folder was begun with other settings; the message names the first that differs.
+            SettingsError: the folder was begun with other settings (the message names the first that differs), or its
+                settings cannot be read.
+            FolderInUseError: it holds somebody else's ``settings``.
         """
         current = json.loads(json.dumps({name: dataclasses.asdict(section) for name, section in settings.items()}))
         stored = self.path / "settings" / "settings.json"
         if stored.is_file():
-            before = json.loads(stored.read_text())
+            try:
+                before = json.loads(stored.read_text())
+            except ValueError as error:
+                raise SettingsError(f"{stored} is damaged ({error}); restore it, or use another folder") from error
             for section, values in current.items():
                 # A setting without a default is as it was, unless all of its section is new to this folder.
                 known = (values if section in before else {}) | _defaults(settings[section]) | before.get(section, {})
@@ -48,6 +53,7 @@ class RunFolder:
                             "another folder"
                         )
         elif self.ranks.index == 0:
+            check_target(stored.parent, MANIFEST)
             with commit_directory(stored.parent) as temporary:
                 (temporary / stored.name).write_text(json.dumps(current, indent=1))
 

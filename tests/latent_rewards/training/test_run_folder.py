@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from latent_rewards.training.checkpoint import commit_directory
+from latent_rewards.training.checkpoint import FolderInUseError, commit_directory
 from latent_rewards.training.run_folder import RunFolder
 from latent_rewards.training.settings import SettingsError
 
@@ -29,6 +29,19 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     folder.remember({"lro": Section()})
     with pytest.raises(SettingsError, match=r"lro.beta = 0.05, now 0.7"):
         folder.remember({"lro": Section(beta=0.7)})
+
+
+def test_somebody_elses_settings_are_left_alone_and_damaged_ones_named(tmp_path):
+    mine = tmp_path / "run" / "settings" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    with pytest.raises(FolderInUseError, match="settings exists and was not written by this library"):
+        RunFolder(tmp_path / "run").remember({"lro": Section()})
+    assert mine.is_file()
+    RunFolder(tmp_path / "ours").remember({"lro": Section()})
+    (tmp_path / "ours" / "settings" / "settings.json").write_text('{"lro": ')
+    with pytest.raises(SettingsError, match=r"settings.json is damaged"):
+        RunFolder(tmp_path / "ours").remember({"lro": Section()})
 
 
 @dataclass
