@@ -50,7 +50,7 @@ def test_a_damaged_or_foreign_folder_is_named(proxy, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="proxy.safetensors"):
         RewardProxy.from_pretrained(tmp_path / "proxy")
-    with pytest.raises(CheckpointError, match="manifest"):
+    with pytest.raises(CheckpointError, match="holds no proxy.json: it is not a saved reward proxy"):
         RewardProxy.from_pretrained(tmp_path)
 
 

@@ -117,5 +117,5 @@ def test_what_is_solved_in_closed_form_stays(world, quick, monkeypatch):
     solved = train_proxy(latents, latents.mean(dim=(1, 2, 3, 4)), config=quick(trunk="linear"))
     assert solved.report["reward"]["r2"] > 0.9
     for share in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(ConfigError, match=f"refit_fraction must be finite and not negative; got {share}"):
+        with pytest.raises(ConfigError, match=f"refit_fraction must be .*finite.*; got {share}"):
             quick(refit_fraction=share)
