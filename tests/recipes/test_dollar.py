@@ -210,9 +210,7 @@ def test_a_damaged_memory_is_left_to_the_folder(begin, tmp_path):
 
 
 def test_rows_of_other_evaluation_prompts_are_kept_apart(begin, monkeypatch):
-    monkeypatch.setattr(
-        DigitsBenchmark, "__init__", lambda self, *parts, num_prompts: self.__dict__.update(at=parts[2])
-    )
+    monkeypatch.setattr(DigitsBenchmark, "__init__", lambda self, *parts, **asked: self.__dict__.update(at=parts[2]))
     monkeypatch.setattr(DigitsBenchmark, "add_ceilings", lambda self: None)
     at = [begin({}, {"num_eval_prompts": count}).benchmark().at.name for count in (2, 4, 2)]
     assert at == ["evaluation", "evaluation_4", "evaluation"]
