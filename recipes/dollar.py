@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -42,6 +43,8 @@ from recipes.run_settings import PromptsFacts, as_begun, begun_with, check_rewar
 TRAINERS = {"reinforce": lr.ReinforceTrainer, "differentiable": lr.DifferentiableRewardTrainer}
 HOLDOUTS = {"moving_digits": ["digits.legibility_holdout"], "prompts": []}
 """World -> the metrics that are held out where a run names none."""
+RATES = {"moving_digits": 8.0, "prompts": 16.0}
+"""World -> frames per second of its videos where a run says nothing."""
 
 
 @dataclass
@@ -68,6 +71,7 @@ class RunConfig:
         height: pixels, likewise.
         width: pixels, likewise.
         batch_size: samples per call outside training.
+        fps: frames per second of the videos in the report; None takes 8 for the digits and 16 for "prompts".
         output_dir: where runs are kept.
         seed: root of all randomness.
         device: "cpu", "cuda", or one of several such as "cuda:1"; None takes an accelerator if there is one.
@@ -91,17 +95,22 @@ class RunConfig:
     height: int | None = None
     width: int | None = None
     batch_size: int = 32
+    fps: float | None = None
     output_dir: str = "runs"
     seed: int = 0
     device: str | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked before any work, and take the holdout of the world."""
+        """Check what can be checked before any work, and fill in what the world says."""
         check_types(self, SettingsError)
         if self.world not in HOLDOUTS:
             raise SettingsError(f"world must be {' or '.join(map(repr, HOLDOUTS))}; got {self.world!r}")
         if self.holdout is None:
             self.holdout = list(HOLDOUTS[self.world])
+        if self.fps is None:
+            self.fps = RATES[self.world]
+        if not 0 < self.fps < math.inf:
+            raise SettingsError(f"fps must be a positive number; got {self.fps}")
         if Path(self.name).name in ("", ".."):
             raise SettingsError(f"name must name a folder of its own below output_dir; got {self.name!r}")
         if self.guidance_scale is not None and not self.guidance_scale > 0:
@@ -180,7 +189,9 @@ class Dollar:
             return self.folder.path / REPORT
         curves = {name: result for name, (_, result) in tuned.items()}
         histories = {name: self.folder.history(f"distillation/{name}") for name in ("vsd", "cd", "joint")}
-        return write_report(self.folder.path, self.settings, benchmark, proxy.report, histories, curves)
+        falling = self.oracle.lower_is_better | (self.holdout.lower_is_better if self.holdout else frozenset())
+        parts = (self.settings, benchmark, proxy.report, histories, curves)
+        return write_report(self.folder.path, *parts, lower_is_better=falling)
 
     def remembered(self) -> dict[str, Any]:
         """Return what the folder is begun with and has to be continued with."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ def write_report(
     proxy_report: Mapping[str, Any],
     distillation: Mapping[str, Sequence[Mapping[str, Any]]],
     tuning: Mapping[str, Mapping[str, Any]],
+    *,
+    lower_is_better: Collection[str] = (),
 ) -> Path:
     """Write the page into ``folder`` and return its path.
 
@@ -40,17 +42,19 @@ def write_report(
         proxy_report: ``proxy.report``.
         distillation: stage -> logged updates.
         tuning: trainer -> what its ``TrainResult`` held.
+        lower_is_better: metrics of which less is better.
     """
+    falling = {"Fréchet", *lower_is_better}
     report = Report(f"DOLLAR: {settings['run'].name}").add_text(INTRODUCTION)
-    report.add_videos("Side by side", benchmark.videos(), benchmark.shown_prompts)
+    report.add_videos("Side by side", benchmark.videos(), benchmark.shown_prompts, fps=settings["run"].fps)
     headers, rows = benchmark.table()
-    highest = [h for h in headers[1:] if h not in ("evaluations", "s / video", "Fréchet", "speed-up")]
+    compared = [header for header in headers[1:] if header not in ("evaluations", "s / video", "speed-up")]
     report.add_table(
         headers,
         rows,
         "All methods on the same prompts and noise. Evaluations: network calls per video (a guided teacher makes two a "
         "step); seconds include decoding.",
-        best={**dict.fromkeys(highest, "max"), **({"Fréchet": "min"} if "Fréchet" in headers else {})},
+        best={header: "min" if header in falling else "max" for header in compared},
         unranked=CEILINGS,
     )
     for name, result in tuning.items():

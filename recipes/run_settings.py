@@ -19,7 +19,7 @@ from latent_rewards.lro.trainers import LatentRewardTrainer
 from latent_rewards.proxies.objectives import SCORE_OBJECTIVES
 from latent_rewards.training.settings import SettingsError
 
-FREE_RUN_SETTINGS = frozenset({"device", "output_dir", "trainers"})
+FREE_RUN_SETTINGS = frozenset({"device", "output_dir", "trainers", "fps"})
 """Settings of a run that change nothing its folder keeps: each trainer has a student and rows of its own."""
 
 
@@ -122,9 +122,8 @@ def as_begun(settings: Mapping[str, Any], before: Mapping[str, Mapping[str, Any]
     own = {"num_eval_prompts"} if settings["run"].world == "moving_digits" else set()
     kept = {name: copy.copy(section) for name, section in settings.items()}
     for name, section in kept.items():
-        known = before.get(name, {})
-        for setting in dataclasses.fields(section):
-            free = FREE_RUN_SETTINGS | own if name == "run" else FREE_SETTINGS
-            if setting.name in free and setting.name in known:
-                setattr(section, setting.name, known[setting.name])
+        for setting in dataclasses.fields(section) if name in before else ():
+            if setting.name in (FREE_RUN_SETTINGS | own if name == "run" else FREE_SETTINGS):
+                # What an older version did not know had its default's effect.
+                setattr(section, setting.name, before[name].get(setting.name, setting.default))
     return kept

@@ -102,6 +102,20 @@ def test_two_processes_share_a_run_and_the_first_writes_it(settings, tmp_path, l
     assert rows.stat().st_mtime_ns == written
 
 
+def test_the_page_is_told_of_which_metrics_less_is_better(settings, monkeypatch):
+    settings["run"].metrics, settings["run"].holdout = ["digits.legibility", "quality.blur"], ["compression.jpeg_size"]
+    settings["run"].trainers, told = [], {}
+    for stage in ("distil", "collect", "evaluate"):
+        monkeypatch.setattr(Dollar, stage, lambda *parts, **options: None)
+    monkeypatch.setattr(Dollar, "fit", lambda *parts: SimpleNamespace(report={}))
+    monkeypatch.setattr(dollar, "write_report", lambda *parts, **options: told.update(options))
+    Dollar(settings).run()
+    assert told["lower_is_better"] == {"quality.blur", "compression.jpeg_size"}
+    settings["run"].holdout, settings["run"].name = [], "other"
+    Dollar(settings).run()
+    assert told["lower_is_better"] == {"quality.blur"}
+
+
 @pytest.mark.parametrize(("own", "expected"), [(3.0, 3.0), (None, 2.0)])
 def test_the_teachers_rows_have_a_guidance_of_their_own(settings, own, expected, monkeypatch):
     settings["run"].guidance_scale = own
@@ -154,6 +168,8 @@ def test_an_unknown_key_is_named_with_its_neighbour(tmp_path):
         ({"batch_size": "many"}, "batch_size must be a whole number; got 'many'"),
         ({"num_latents": -1}, "num_latents must be at least 0; got -1"),
         ({"world": "digits"}, "world must be 'moving_digits' or 'prompts'; got 'digits'"),
+        ({"fps": 0}, "fps must be a positive number; got 0"),
+        ({"fps": float("nan")}, "fps must be a positive number; got nan"),
         ({"guidance_scale": 0}, "guidance_scale must be positive, .* got 0"),
         ({"guidance_scale": -2}, "guidance_scale must be positive, .* got -2"),
         ({"name": ""}, "name must name a folder of its own below output_dir; got ''"),
@@ -195,8 +211,18 @@ def test_what_changes_nothing_that_is_kept_may_change(settings, begin, tmp_path,
         begin({}, {})
     else:
         RunFolder(tmp_path / "tiny").remember(settings)
+        stored = tmp_path / "tiny" / "settings" / "settings.json"
+        known = json.loads(stored.read_text())
+        del known["run"]["fps"], known["lro"]["progress"]  # as if they were new
+        stored.write_text(json.dumps(known))
     elsewhere = str(tmp_path / "tiny" / "..")
-    free = {"trainers": ["reinforce", "differentiable"], "device": None, "output_dir": elsewhere, "num_eval_prompts": 4}
+    free = {
+        "trainers": ["reinforce", "differentiable"],
+        "device": None,
+        "output_dir": elsewhere,
+        "num_eval_prompts": 4,
+        "fps": 12.0,
+    }
     begin(FREE, free)
     for changes, message in (({"num_prompts": 65}, "num_prompts = 64, now 65"), ({"seed": 1}, "seed = 0, now 1")):
         with pytest.raises(SettingsError, match=message):
