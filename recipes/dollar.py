@@ -15,13 +15,11 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -30,115 +28,25 @@ import latent_rewards as lr
 from distillation.families import Teacher
 from distillation.families.export import load_student
 from distillation.vsd import VSDAnchor
-from latent_rewards.contracts import DataError
 from latent_rewards.rewards import combined
 from latent_rewards.training.devices import join_launch
 from latent_rewards.training.run_folder import RunFolder
-from latent_rewards.training.settings import SettingsError, check_types, read_settings
+from latent_rewards.training.settings import read_settings
 from recipes.anchor import AnchorConfig, warm_anchor
 from recipes.page import REPORT, write_report
 from recipes.prompted import Benchmark, PromptBenchmark, split_prompts
-from recipes.run_settings import PromptsFacts, as_begun, begun_with, check_reward, check_sections
+from recipes.run_settings import (
+    TRAINERS,
+    PromptsFacts,
+    RunConfig,
+    as_begun,
+    begun_with,
+    check_reward,
+    check_sections,
+)
 
-TRAINERS = {"reinforce": lr.ReinforceTrainer, "differentiable": lr.DifferentiableRewardTrainer}
-HOLDOUTS = {"moving_digits": ["digits.legibility_holdout"], "prompts": []}
-"""World -> the metrics that are held out where a run names none."""
-RATES = {"moving_digits": 8.0, "prompts": 16.0}
-"""World -> frames per second of its videos where a run says nothing."""
-
-
-@dataclass
-class RunConfig:
-    """What is tuned towards what, and where it is kept.
-
-    Attributes:
-        name: folder of the run below ``output_dir``.
-        teacher: folder or hub id of a diffusers video pipeline.
-        metrics: true metrics; what the student is tuned towards.
-        weights: factor of each metric in the reward; None is 1 for each, and -1 for those of which less is better.
-        holdout: metrics that are never optimised, for early stop and rollback; an empty list is none. None takes what
-            the world has: the digits one of their own, "prompts" none.
-        world: "moving_digits" brings its own prompts, data and benchmark; "prompts" reads ``prompts_file``.
-        prompts_file: one prompt a line; the last ``num_eval_prompts`` are kept for evaluation.
-        num_prompts: training prompts drawn from the digits world.
-        num_latents: encoded training clips for CD; 0 distils without data. "prompts" has no data.
-        num_queries: student samples the true metrics score before the proxy is trained.
-        num_steps: sampling steps the student is scored at, beside one; ``lro`` has to tune it at them.
-        num_eval_prompts: prompts of the evaluation (four clips each in the digits world).
-        guidance_scale: of the teacher's own rows; None takes the distillation's.
-        trainers: which of "reinforce" and "differentiable" tune the student.
-        num_frames: frames of a video; needed where the teacher's folder does not say.
-        height: pixels, likewise.
-        width: pixels, likewise.
-        batch_size: samples per call outside training.
-        fps: frames per second of the videos in the report; None takes 8 for the digits and 16 for "prompts".
-        output_dir: where runs are kept.
-        seed: root of all randomness.
-        device: "cpu", "cuda", or one of several such as "cuda:1"; None takes an accelerator if there is one.
-    """
-
-    name: str = "demo"
-    teacher: str = "recipes/moving_digits/weights/teacher"
-    metrics: list[str] = field(default_factory=lambda: ["digits.legibility"])
-    weights: list[float] | None = None
-    holdout: list[str] | None = None
-    world: Literal["moving_digits", "prompts"] = "moving_digits"
-    prompts_file: str | None = None
-    num_prompts: int = 2048
-    num_latents: int = 2048
-    num_queries: int = 1024
-    num_steps: int = 4
-    num_eval_prompts: int = 40
-    guidance_scale: float | None = None
-    trainers: list[str] = field(default_factory=lambda: ["reinforce"])
-    num_frames: int | None = None
-    height: int | None = None
-    width: int | None = None
-    batch_size: int = 32
-    fps: float | None = None
-    output_dir: str = "runs"
-    seed: int = 0
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check what can be checked before any work, and fill in what the world says."""
-        check_types(self, SettingsError)
-        if self.world not in HOLDOUTS:
-            raise SettingsError(f"world must be {' or '.join(map(repr, HOLDOUTS))}; got {self.world!r}")
-        if self.holdout is None:
-            self.holdout = list(HOLDOUTS[self.world])
-        if self.fps is None:
-            self.fps = RATES[self.world]
-        if not 0 < self.fps < math.inf:
-            raise SettingsError(f"fps must be a positive number; got {self.fps}")
-        if Path(self.name).name in ("", ".."):
-            raise SettingsError(f"name must name a folder of its own below output_dir; got {self.name!r}")
-        if self.guidance_scale is not None and not self.guidance_scale > 0:
-            raise SettingsError(
-                "guidance_scale must be positive, 1 being none, or left out for the distillation's; got "
-                f"{self.guidance_scale}"
-            )
-        lowest = dict.fromkeys(("num_queries", "num_steps", "num_eval_prompts", "batch_size"), 1)
-        if self.world == "moving_digits":
-            lowest |= {"num_prompts": 1, "num_latents": 0}
-        for name, least in lowest.items():
-            if not getattr(self, name) >= least:
-                raise SettingsError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        if self.weights is not None and len(self.weights) != len(self.metrics):
-            raise SettingsError(f"{len(self.weights)} weights for {len(self.metrics)} metrics; give one for each")
-        if unknown := [name for name in self.trainers if name not in TRAINERS]:
-            raise SettingsError(f"unknown trainers {unknown}; known: {', '.join(TRAINERS)}")
-        if self.world == "prompts" and not self.prompts_file:
-            raise SettingsError("world 'prompts' needs prompts_file, a text file with one prompt a line")
-        if self.world == "moving_digits":
-            from recipes.moving_digits.evaluation_set import evaluation_prompts
-
-            try:
-                evaluation_prompts(self.num_eval_prompts)
-            except DataError as error:
-                raise SettingsError(f"num_eval_prompts: {error}") from error
-
-
+STAGES = {"vsd": "VSD", "cd": "CD", "joint": "VSD + CD"}
+"""Stage of a distillation -> its name in the table."""
 SECTIONS = {
     "run": RunConfig,
     "distillation": ds.DistillationConfig,
@@ -155,7 +63,7 @@ class Dollar:
         self.settings = settings
         self.config: RunConfig = settings["run"]
         ranks, self.device = join_launch(self.config.device)
-        check_sections(settings, {name: TRAINERS[name] for name in self.config.trainers}, ranks.count)
+        check_sections(settings, ranks.count)
         self.folder = RunFolder(Path(self.config.output_dir) / self.config.name)
         self.teacher: Teacher = ds.load_teacher(
             self.config.teacher,
@@ -179,12 +87,13 @@ class Dollar:
     def run(self) -> Path:
         """Distil, collect, regress, tune, evaluate, report."""
         self.folder.remember(self.remembered())
-        vsd = self.distil("student_vsd", cd_steps=0)
-        student = self.distil("student")
+        students = self.students()
+        distilled, student = list(students.items())[-1]
         dataset = self.collect(student)
         proxy = self.fit(dataset)
         tuned = {name: self.tune(name, student, proxy, dataset) for name in self.config.trainers}
-        benchmark = self.evaluate(vsd, student, {name: policy for name, (policy, _) in tuned.items()})
+        students |= {f"{distilled}→LRO ({name})": policy for name, (policy, _) in tuned.items()}
+        benchmark = self.evaluate(students)
         if self.folder.ranks.index:
             return self.folder.path / REPORT
         curves = {name: result for name, (_, result) in tuned.items()}
@@ -202,8 +111,14 @@ class Dollar:
             kept["prompts_file"] = PromptsFacts(hashlib.sha256(texts.encode()).hexdigest())
         return kept
 
+    def students(self) -> dict[str, ds.FewStepStudent]:
+        """Stage 1 and 2: return the student after each stage of distillation by its label, the final one last."""
+        stages = [STAGES[name] for name in self.settings["distillation"].stages]
+        early = {stages[0]: self.distil("student_vsd", cd_steps=0)} if len(stages) > 1 else {}
+        return {**early, "→".join(stages): self.distil("student")}
+
     def distil(self, name: str, **overrides: Any) -> ds.FewStepStudent:  # noqa: ANN401 - distillation settings
-        """Stage 1 and 2: train (or load) a student; ``cd_steps=0`` stops after VSD."""
+        """Train (or load) a student; ``cd_steps=0`` stops after VSD."""
         section = self.section("distillation", "distillation", device=self.config.device, **overrides)
 
         def train() -> ds.FewStepStudent:
@@ -310,18 +225,15 @@ class Dollar:
             device=self.device,
         )
 
-    def evaluate(
-        self, vsd: ds.FewStepStudent, student: ds.FewStepStudent, tuned: dict[str, ds.FewStepStudent]
-    ) -> Benchmark:
-        """Score every model on prompts and noise that are the same for all."""
+    def evaluate(self, students: Mapping[str, ds.FewStepStudent]) -> Benchmark:
+        """Score the teacher and every student on prompts and noise that are the same for all."""
         benchmark = self.benchmark()
         own = self.config.guidance_scale
         guidance = self.settings["distillation"].guidance_scale if own is None else own
         for steps in (50, 4, 1):
             sampler, calls = self.teacher_sampler(steps, guidance), steps if guidance == 1 else 2 * steps
             benchmark.add(f"teacher, {counted(steps)}", sampler, num_steps=1, network_evaluations=calls)
-        rows = {"VSD": vsd, "VSD→CD": student} | {f"VSD→CD→LRO ({name})": model for name, model in tuned.items()}
-        for label, model in rows.items():
+        for label, model in students.items():
             for steps in sorted({1, self.config.num_steps}, reverse=True):
                 sampler = self.student_sampler(model, steps)
                 benchmark.add(f"{label}, {counted(steps)}", sampler, num_steps=steps, network_evaluations=steps)

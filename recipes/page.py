@@ -19,8 +19,9 @@ CEILINGS = ("real clips", "VAE reconstruction")
 
 
 INTRODUCTION = """A teacher that needs 50 steps was distilled into a student of 1 to 4 steps by variational score \
-distillation (VSD) and consistency distillation (CD). A small proxy then learned to predict a black-box metric from \
-latents, and the student was tuned on the proxy (LRO), which was refreshed with true scores as the student changed."""
+distillation (VSD), consistency distillation (CD), or both. A small proxy then learned to predict a black-box metric \
+from latents, and the student was tuned on the proxy (LRO), which was refreshed with true scores as the student \
+changed."""
 
 
 def write_report(

@@ -6,8 +6,8 @@ import av
 import pytest
 import torch
 
-from recipes.dollar import RunConfig
 from recipes.page import write_report
+from recipes.run_settings import RunConfig
 
 
 class TwoRows:
