@@ -242,8 +242,12 @@ class Dollar:
     def benchmark(self) -> Benchmark:
         """Return the evaluation of the run's world."""
         if self.config.world == "prompts":
-            metrics = [*self.config.metrics, *(self.config.holdout or [])]
-            return PromptBenchmark(self.codec, self.teacher.latent_shape, self.eval_prompts, metrics, self.config.seed)
+            folder = self.folder.path / "evaluation"
+            metrics = [*self.oracle.metrics.values(), *(self.holdout.metrics.values() if self.holdout else ())]
+            run, shape = self.config, self.teacher.latent_shape
+            return PromptBenchmark(
+                self.codec, shape, folder, self.eval_prompts, metrics, seed=run.seed, batch_size=run.batch_size
+            )
         from recipes.moving_digits.benchmark import DigitsBenchmark
 
         count = self.config.num_eval_prompts

@@ -161,7 +161,9 @@ def test_metrics_held_out_by_default_are_those_of_the_world(settings, tmp_path, 
     metrics = {"metrics": ["quality.sharpness"], **asked}
     run = {**TINY["run"], "world": "prompts", "prompts_file": str(tmp_path / "prompts.txt"), "num_eval_prompts": 1}
     pipeline = Dollar({**settings, "run": RunConfig(**run, **metrics)})
-    assert list(pipeline.benchmark().metrics) == ["quality.sharpness", *held]
+    benchmark = pipeline.benchmark()
+    assert list(benchmark.metrics) == ["quality.sharpness", *held]
+    assert (benchmark.folder, benchmark.batch_size) == (tmp_path / "tiny" / "evaluation", 16)
     assert (pipeline.holdout is None) == (not held)
 
 
