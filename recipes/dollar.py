@@ -43,6 +43,7 @@ from recipes.run_settings import (
     begun_with,
     check_reward,
     check_sections,
+    run_folder,
 )
 
 STAGES = {"vsd": "VSD", "cd": "CD", "joint": "VSD + CD"}
@@ -64,7 +65,7 @@ class Dollar:
         self.config: RunConfig = settings["run"]
         ranks, self.device = join_launch(self.config.device)
         check_sections(settings, ranks.count)
-        self.folder = RunFolder(Path(self.config.output_dir) / self.config.name)
+        self.folder = RunFolder(run_folder(self.config))
         self.teacher: Teacher = ds.load_teacher(
             self.config.teacher,
             device=self.device,

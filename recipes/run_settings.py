@@ -197,6 +197,21 @@ def _refuse_overridden(settings: Mapping[str, Any]) -> None:
                 )
 
 
+def run_folder(run: RunConfig) -> Path:
+    """Return the folder of a run.
+
+    Raises:
+        SettingsError: it, or one above it, is a file.
+    """
+    folder = Path(run.output_dir) / run.name
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise SettingsError(
+                f"{place} is a file, and {folder} is where the run is kept; choose another output_dir or name"
+            )
+    return folder
+
+
 def begun_with(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the settings a run's folder remembers, by section; nothing if it has none that can be read."""
     try:

@@ -347,6 +347,14 @@ def test_a_reward_that_cannot_be_taken_apart_is_refused_before_any_work(settings
     Dollar(settings)
 
 
+@pytest.mark.parametrize(("name", "file"), [("tiny", "tiny"), ("above/tiny", "above")])
+def test_a_file_where_the_run_is_to_be_kept_is_named(settings, tmp_path, name, file):
+    (tmp_path / file).write_text("mine")
+    settings["run"].name, settings["run"].teacher = name, "nowhere"
+    with pytest.raises(SettingsError, match=f"{file} is a file, and .*{name} is where the run is kept; choose another"):
+        Dollar(settings)
+
+
 def test_a_teacher_folder_that_is_none_is_named(settings, tmp_path):
     settings["run"].teacher = str(tmp_path)
     with pytest.raises(ValueError, match="model_index.json"):
