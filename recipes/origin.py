@@ -21,7 +21,8 @@ def commit_of(folder: Path) -> str | None:
     if not commit:
         return None
     where = (":/", f":(top,exclude){_RESULTS}")
-    changed = _told(folder, "status", "--porcelain", "--untracked-files=no", "--", *where)
+    # Without its lock, so that it is in nobody's way who commits meanwhile.
+    changed = _told(folder, "--no-optional-locks", "status", "--porcelain", "--untracked-files=no", "--", *where)
     return commit + DIRTY if changed else commit
 
 
