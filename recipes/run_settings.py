@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +89,7 @@ class RunConfig:
             self.holdout = list(HOLDOUTS[self.world])
         if self.fps is None:
             self.fps = RATES[self.world]
-        if not 0 < self.fps < math.inf:
+        if not self.fps > 0:
             raise SettingsError(f"fps must be a positive number; got {self.fps}")
         if Path(self.name).name in ("", ".."):
             raise SettingsError(f"name must name a folder of its own below output_dir; got {self.name!r}")

@@ -195,7 +195,7 @@ def test_an_unknown_key_is_named_with_its_neighbour(tmp_path):
         ({"num_latents": -1}, "num_latents must be at least 0; got -1"),
         ({"world": "digits"}, "world must be 'moving_digits' or 'prompts'; got 'digits'"),
         ({"fps": 0}, "fps must be a positive number; got 0"),
-        ({"fps": float("nan")}, "fps must be a positive number; got nan"),
+        ({"fps": float("nan")}, "fps must be a finite number or None; got nan"),
         ({"guidance_scale": 0}, "guidance_scale must be positive, .* got 0"),
         ({"guidance_scale": -2}, "guidance_scale must be positive, .* got -2"),
         ({"name": ""}, "name must name a folder of its own below output_dir; got ''"),
