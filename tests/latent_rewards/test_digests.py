@@ -1,6 +1,8 @@
 """Digests change with what they are made of and with nothing else, in this process and in the next."""
 
 import functools
+import importlib
+import linecache
 import subprocess
 import sys
 import threading
@@ -73,6 +75,63 @@ def test_a_function_that_holds_nothing_is_its_source():
     nested = [functools.partial(above(made), exponent=2) for made in (power, other)]
     assert source_digest(nested[0]) != source_digest(nested[1])
     assert source_digest(len) == "0"
+
+
+PACKAGE = {
+    "__init__.py": "",
+    "helpers.py": (
+        "SCALE = 2\n\ndef scaled(x):\n    return SCALE * x\n\nclass Base:\n    def scale(self, x):\n        return x\n"
+    ),
+    "metric.py": (
+        "import torch\nfrom . import helpers\nfrom .helpers import Base\n\nlimit, LIMIT = 1, 1\n\n"
+        "def cut(x):\n    return min(x, LIMIT)\n\n"
+        "def score(videos):\n    return [cut(helpers.scaled(x)) for x in videos]\n\n"
+        "class Score(Base):\n    def __call__(self, videos):\n        return self.score(videos)\n\n"
+        "    @staticmethod\n    def score(videos):\n        return score(videos)\n\n"
+        "def unused(x):\n    return score(x)\n"
+    ),
+}
+
+
+@pytest.fixture
+def digests_of(tmp_path, monkeypatch):
+    """Return a function of edits that imports the package anew, edited, and digests its function, class and method."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def digests(file="metric.py", old="", new=""):
+        linecache.clearcache()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "edited"]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        for name, text in PACKAGE.items():
+            path = tmp_path / "edited" / name
+            path.parent.mkdir(exist_ok=True)
+            assert name != file or old in text
+            path.write_text(text.replace(old, new) if name == file and old else text)
+        for cached in tmp_path.rglob("*.pyc"):
+            cached.unlink()
+        module = importlib.import_module("edited.metric")
+        return source_digest(module.score), source_digest(module.Score), source_digest(module.Score().scale)
+
+    return digests
+
+
+@pytest.mark.parametrize(
+    ("edit", "changed"),
+    [
+        (("metric.py", "min(x, LIMIT)", "max(x, LIMIT)"), (True, True, True)),
+        (("metric.py", "LIMIT = 1, 1", "LIMIT = 1, 2"), (True, True, True)),
+        (("metric.py", "limit, LIMIT = 1", "limit, LIMIT = 2"), (False, False, False)),
+        (("metric.py", "def unused(x):", "def unused(x, y=1):"), (False, False, False)),
+        (("helpers.py", "SCALE * x", "SCALE + x"), (True, True, True)),
+        (("helpers.py", "SCALE = 2", "SCALE = 3"), (True, True, True)),
+        (("helpers.py", "        return x", "        return -x"), (False, True, True)),
+    ],
+)
+def test_what_a_metric_uses_of_its_package_is_in_its_digest(digests_of, edit, changed):
+    before = digests_of()
+    assert digests_of() == before
+    assert tuple(one != other for one, other in zip(digests_of(*edit), before, strict=True)) == changed
 
 
 def test_values_differ_by_type_order_and_content():
