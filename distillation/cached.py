@@ -102,6 +102,15 @@ class CachedText:
 
 
 @dataclass(frozen=True)
+class EncodedClip:
+    """A video's prompt and latents [C, F, H, W], and its file's size in bytes (None: made before it was kept)."""
+
+    prompt: str
+    latents: Tensor
+    size: int | None
+
+
+@dataclass(frozen=True)
 class CachedData:
     """A finished cache: texts and prompts in memory, latents on disk.
 
@@ -229,8 +238,8 @@ def texts_of(folder: Path) -> list[str]:
     return list(_read(folder)[1]["texts"]) if folder.is_dir() else []
 
 
-def load_clips(folder: Path) -> tuple[dict[str, tuple[str, Tensor]], dict[str, str]]:
-    """Return ``{video: (prompt, latents)}`` and ``{video: why}`` of a shard; both are empty where there is none.
+def load_clips(folder: Path) -> tuple[dict[str, EncodedClip], dict[str, str]]:
+    """Return ``{video: clip}`` and ``{video: why}`` of a shard; both are empty where there is none.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered.
@@ -238,14 +247,17 @@ def load_clips(folder: Path) -> tuple[dict[str, tuple[str, Tensor]], dict[str, s
     if not folder.is_dir():
         return {}, {}
     tensors, facts = _read(folder)
-    rows = {row["video"]: (row["prompt"], tensors["latents"][index]) for index, row in enumerate(facts["rows"])}
+    rows = {
+        row["video"]: EncodedClip(row["prompt"], tensors["latents"][index], row.get("bytes"))
+        for index, row in enumerate(facts["rows"])
+    }
     return rows, facts["failures"]
 
 
-def save_clips(folder: Path, rows: Mapping[str, tuple[str, Tensor]], failures: Mapping[str, str]) -> None:
-    """Commit a shard of videos: their latents and prompts, and why the others are left out."""
-    tensors = {"latents": torch.stack([latents for _, latents in rows.values()])} if rows else {}
-    listed = [{"video": name, "prompt": prompt} for name, (prompt, _) in rows.items()]
+def save_clips(folder: Path, rows: Mapping[str, EncodedClip], failures: Mapping[str, str]) -> None:
+    """Commit a shard of videos: latents, prompts and sizes of the files, and why the others are left out."""
+    tensors = {"latents": torch.stack([clip.latents for clip in rows.values()])} if rows else {}
+    listed = [{"video": name, "prompt": clip.prompt, "bytes": clip.size} for name, clip in rows.items()]
     write_shard(folder, tensors, {"rows": listed, "failures": dict(failures)})
 
 

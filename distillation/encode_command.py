@@ -5,8 +5,9 @@ r"""``latent-distill encode``: prompts, or videos and their captions, become a c
 
 TEACHER is the folder or hub id of a diffusers video pipeline. A video gives its first frames, scaled and cropped to the
 size the teacher takes; its caption is the .txt beside it, or a line video<TAB>prompt of --captions. A file that cannot
-be read is listed at the end and left out; the same command tries it again, and goes on where it was killed. The cache
-keeps the fingerprints of codec and text encoder, which a run that reads it compares with its teacher's.
+be read is listed at the end and left out; the same command tries it again, goes on where it was killed, and encodes
+anew a video whose caption changed or whose file has another size. The cache keeps the fingerprints of codec and text
+encoder, which a run that reads it compares with its teacher's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from distillation.cached import CacheSettings
+    from distillation.cached import CacheSettings, EncodedClip
     from distillation.families import Teacher
     from latent_rewards.training.ranks import Ranks
 
@@ -191,7 +192,7 @@ def encode_clips(
         for number in mine:
             names = named_in(sources, number, settings.shard_size)
             rows, failures = load_clips(folders[number])
-            done = {name: rows[name] for name in names if name in rows and rows[name][0] == sources.prompts.get(name)}
+            done = {name: rows[name] for name in names if name in rows and unchanged(rows[name], name, sources)}
             missing = [name for name in names if name not in done]
             bar.update(len(done))
             faults: dict[str, str] = {}
@@ -205,6 +206,11 @@ def encode_clips(
     ranks.wait()  # for those that tried failed videos again
 
 
+def unchanged(clip: EncodedClip, name: str, sources: Sources) -> bool:
+    """Return whether a video's caption and the size of its file are those it was encoded with."""
+    return clip.prompt == sources.prompts.get(name) and clip.size in (None, sources.files[name].stat().st_size)
+
+
 def named_in(sources: Sources, number: int, shard_size: int) -> list[str]:
     """Return the names of the videos of one shard."""
     return list(sources.files)[number * shard_size : (number + 1) * shard_size]
@@ -212,31 +218,33 @@ def named_in(sources: Sources, number: int, shard_size: int) -> list[str]:
 
 def encode_batch(
     names: Sequence[str], teacher: Teacher, sources: Sources, settings: CacheSettings, faults: dict[str, str]
-) -> dict[str, tuple[str, Tensor]]:
-    """Return ``{video: (prompt, latents)}`` of those that can be read; the others go into ``faults``."""
+) -> dict[str, EncodedClip]:
+    """Return ``{video: clip}`` of those that can be read; the others go into ``faults``."""
     import torch
 
+    from distillation.cached import EncodedClip
     from distillation.errors import DistillationError
     from distillation.videos import VideoError, read_clip
 
     size = settings.num_frames, settings.height, settings.width
-    read: dict[str, tuple[str, Tensor]] = {}
+    read: dict[str, tuple[str, int, Tensor]] = {}
     for name in names:
+        file = sources.files[name]
         try:
-            prompt = caption_of(name, sources.files[name], sources.captions)
+            held, prompt = file.stat().st_size, caption_of(name, file, sources.captions)
             if prompt != sources.prompts.get(name):
                 raise VideoError(f"the caption of {name} changed meanwhile; give the same command again")
-            read[name] = prompt, read_clip(sources.files[name], *size, fps=settings.fps)  # type: ignore[arg-type]
+            read[name] = prompt, held, read_clip(file, *size, fps=settings.fps)  # type: ignore[arg-type]
         except DistillationError as error:
             faults[name] = str(error)
     if not read:
         return {}
     with torch.no_grad():
-        latents = teacher.codec.encode(torch.stack([video for _, video in read.values()])).cpu()
+        latents = teacher.codec.encode(torch.stack([video for *_, video in read.values()])).cpu()
     encoded = {}
-    for (name, (prompt, _)), row in zip(read.items(), latents, strict=True):
+    for (name, (prompt, held, _)), row in zip(read.items(), latents, strict=True):
         if bool(torch.isfinite(row).all()):
-            encoded[name] = prompt, row.to(getattr(torch, settings.dtype)).contiguous()
+            encoded[name] = EncodedClip(prompt, row.to(getattr(torch, settings.dtype)).contiguous(), held)
         else:
             faults[name] = f"the latents of {name} are not finite"
     return encoded

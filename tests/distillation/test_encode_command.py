@@ -16,13 +16,13 @@ import torch
 import yaml
 
 import distillation as ds
-from distillation.cached import CachedText, CacheError, load_cache, read_cache_settings, text_fingerprint
+from distillation.cached import CachedText, CacheError, load_cache, load_clips, read_cache_settings, text_fingerprint
 from distillation.cli import main
 from distillation.families import SIDECAR
 from distillation.families.codec import VideoCodec
 from distillation.families.wan import WanCodec, WanText
 from distillation.videos import read_clip, write_mp4
-from latent_rewards.training.checkpoint import CheckpointError
+from latent_rewards.training.checkpoint import CheckpointError, commit_directory
 from latent_rewards.training.loop import NonFiniteError
 
 SIZE = {"num_frames": 5, "height": 16, "width": 16}
@@ -100,6 +100,35 @@ def test_what_cannot_be_read_is_accounted_for_and_tried_again(wan_pipeline, clip
     assert set(mended.failures) == {"short.mp4"} and mended.prompts[-2:] == ["two digits rest", "right digits"]
     assert len(mended.encode(["right digits"])) == 1
     assert (tmp_path / "c" / "clips-00000" / "manifest.json").stat().st_mtime_ns == first
+
+
+def test_a_video_that_was_replaced_is_encoded_anew(wan_pipeline, clips, tmp_path):
+    arguments = ("--videos", clips, "--output", tmp_path / "c", "--shard-size", 4)
+    assert encode(wan_pipeline, *arguments) == 0
+    shard = tmp_path / "c" / "clips-00000"
+    before, _ = load_clips(shard)
+    chosen = sorted(before)[1]
+    size = (clips / chosen).stat().st_size
+    write_mp4(clips / chosen, torch.rand(5, 3, 32, 32, generator=torch.Generator().manual_seed(7)))
+    assert (clips / chosen).stat().st_size != size
+    assert encode(wan_pipeline, *arguments) == 0
+    after, _ = load_clips(shard)
+    same = {name: torch.equal(clip.latents, before[name].latents) for name, clip in after.items()}
+    assert same == {name: name != chosen for name in before}
+
+
+def test_a_cache_that_kept_no_sizes_is_left_as_it_is(wan_pipeline, clips, tmp_path):
+    arguments = ("--videos", clips, "--output", tmp_path / "c", "--shard-size", 4)
+    assert encode(wan_pipeline, *arguments) == 0
+    shard = tmp_path / "c" / "clips-00000"
+    facts = json.loads((shard / "facts.json").read_text())
+    with commit_directory(shard) as old:
+        shutil.copy(shard / "tensors.safetensors", old)
+        rows = [{"video": row["video"], "prompt": row["prompt"]} for row in facts["rows"]]
+        (old / "facts.json").write_text(json.dumps({**facts, "rows": rows}))
+    begun = (shard / "manifest.json").stat().st_mtime_ns
+    assert encode(wan_pipeline, *arguments) == 0
+    assert (shard / "manifest.json").stat().st_mtime_ns == begun
 
 
 def test_killed_it_goes_on_to_the_same_cache(wan_pipeline, clips, tmp_path):
