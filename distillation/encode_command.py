@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,8 +79,8 @@ def encode_command(options: argparse.Namespace) -> int:
     from latent_rewards.training.run_folder import RunFolder
 
     for name in ("shard_size", "batch_size", "fps"):
-        if (value := getattr(options, name)) is not None and not value > 0:
-            raise DistillationConfigError(f"--{name.replace('_', '-')} must be positive; got {value}")
+        if (value := getattr(options, name)) is not None and not 0 < value < math.inf:
+            raise DistillationConfigError(f"--{name.replace('_', '-')} must be positive and finite; got {value}")
     items, files, captions = sources(options)
     ranks, device = launched(options.device)
     root = begin_folder(options.output)

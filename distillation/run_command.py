@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distillation.errors import DistillationConfigError, StepCountError
 from latent_rewards.training.flags import SettingsParser, chosen_settings
-from latent_rewards.training.settings import SettingsError, read_settings
+from latent_rewards.training.settings import SettingsError, check_types, read_settings
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +104,12 @@ class StudentSection:
     timesteps: dict[int, list[float]] | None = None
     eta: float = 1.0
     merge_adapters: bool = True
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before any work."""
+        check_types(self, SettingsError)
+        if self.timesteps is not None and not isinstance(self.timesteps, dict):
+            raise SettingsError(f"timesteps must map step counts to times, {{2: [1.0, 0.5]}}; got {self.timesteps!r}")
 
 
 @dataclass

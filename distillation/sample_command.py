@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,17 +73,19 @@ def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers hav
 def sample_command(options: argparse.Namespace) -> int:
     """Sample, decode and write."""
     from distillation.places import launched
-    from distillation.videos import require_av
+    from distillation.videos import SUFFIXES, require_av
 
     require_av()
     for name in ("per_prompt", "batch_size", "fps"):
-        if not getattr(options, name) > 0:
-            raise DistillationConfigError(f"--{name.replace('_', '-')} must be positive; got {getattr(options, name)}")
+        if not 0 < (value := getattr(options, name)) < math.inf:
+            raise DistillationConfigError(f"--{name.replace('_', '-')} must be positive and finite; got {value}")
     prompts = [options.prompt] if options.prompts is None else read_prompts(options.prompts)
     if not all(prompt.strip() for prompt in prompts):
         raise PromptsError("the prompt is empty; write what the video should show")
     listed = [prompt for prompt in prompts for _ in range(options.per_prompt)]
     output = Path(options.output)
+    if output.suffix.lower() in SUFFIXES and output.suffix.lower() != ".mp4" and not output.is_dir():
+        raise DistillationConfigError(f"--output {output}: videos are written as .mp4; name such a file, or a folder")
     if single := output.suffix.lower() == ".mp4" and not output.is_dir():
         if len(listed) > 1:
             raise DistillationConfigError(f"{output} is one file, for {len(listed)} videos; give a folder as --output")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -90,15 +91,15 @@ def write_mp4(path: str | Path, video: Tensor, *, fps: float = 16) -> None:
         fps: frames per second, above 0.
 
     Raises:
-        VideoError: the shape is another, a side is odd, a value is not finite, or ``fps`` is not positive.
+        VideoError: the shape is another, a side is odd, a value is not finite, or ``fps`` is not positive and finite.
         MissingPartError: PyAV is not installed.
     """
     if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape or video.shape[2] % 2 or video.shape[3] % 2:
         raise VideoError(f"a clip is [T, 3, H, W] with even sides; got shape {list(video.shape)}")
     if not bool(torch.isfinite(video).all()):
         raise VideoError(f"the clip for {path} holds NaN or infinity and cannot be encoded")
-    if not fps > 0:
-        raise VideoError(f"fps must be positive; got {fps}")
+    if not 0 < fps < math.inf:
+        raise VideoError(f"fps must be positive and finite; got {fps}")
     av = require_av()
     pixels = (video.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
     file = Path(path)

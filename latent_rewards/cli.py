@@ -20,7 +20,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,10 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from latent_rewards import collect_command, evaluate_command, fit_command, report_command, tune_command
 from latent_rewards.contracts import ConfigError, DataError, LatentRewardsError
+from latent_rewards.training.flags import yaml_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,13 +43,13 @@ def metric_spec(text: str) -> tuple[str, dict[str, Any]]:
     """Read ``name,option=value,...``; values are YAML, so numbers and true are what they look like.
 
     Raises:
-        argparse.ArgumentTypeError: an option without a value.
+        argparse.ArgumentTypeError: an option without a value, or one that is no YAML.
     """
     name, *options = re.split(r",(?![^\[]*\])", text)  # commas in a list separate no options
     pairs = [option.partition("=") for option in options]
     if wrong := [key for key, equals, _ in pairs if not (key and equals)]:
         raise argparse.ArgumentTypeError(f"{text!r}: options are name=value; got {wrong[0]!r}")
-    return name, {key.strip(): yaml.safe_load(value) for key, _, value in pairs}
+    return name, {key.strip(): yaml_value(value) for key, _, value in pairs}
 
 
 def list_command(options: argparse.Namespace) -> int:
@@ -98,14 +96,16 @@ def check_command(options: argparse.Namespace) -> int:
 def score_command(options: argparse.Namespace) -> int:
     """Score the videos of a folder; returns 1 if a video or a metric failed."""
     from latent_rewards.metrics import create_metric
-    from latent_rewards.metrics.metric import require
-    from latent_rewards.video import check_frames, find_videos, prompt_of, read_prompts
+    from latent_rewards.report import check_file, check_page
+    from latent_rewards.video import check_frames, check_named, find_videos, prompt_of, read_prompts
 
     check_frames(options.frames)
     files = find_videos(options.folder)
     prompts = read_prompts(options.prompts)
-    for module in ("jinja2", "matplotlib") if options.html else ():
-        require(module, extra="report")
+    check_named(prompts, files)
+    check_page(options.html)
+    if options.csv:
+        check_file(options.csv)
     makers = {metric_label(*spec): partial(create_metric, spec[0], **spec[1]) for spec in options.metric}
     # Made before any decoding: an unknown name or option fails now, and weights are loaded once.
     metrics = {label: make() for label, make in makers.items()}
@@ -207,10 +207,10 @@ def as_csv(rows: Sequence[Row], labels: Sequence[str]) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file that a reader never sees half of."""
+    from latent_rewards.training.checkpoint import write_whole
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(path.name + ".partial")
-    partial_path.write_text(text, encoding="utf-8")
-    os.replace(partial_path, path)
+    write_whole(path, text)
 
 
 def build_parser() -> argparse.ArgumentParser:

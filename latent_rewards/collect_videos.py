@@ -16,7 +16,7 @@ from latent_rewards.collection import Collection, Outcome
 from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.dataset import RewardDataset
 from latent_rewards.oracle import MetricOracle, PendingScores
-from latent_rewards.video import Clip, check_frames, find_videos, prompt_of, read_prompts, read_video
+from latent_rewards.video import Clip, check_frames, check_named, find_videos, prompt_of, read_prompts, read_video
 
 
 def collect_videos(
@@ -41,7 +41,7 @@ def collect_videos(
             the path as given.
         oracle: codec and metrics. A metric that depends on the frame rate must have been made with the files'.
         prompts: ``{name: prompt}``, or a file of lines ``name<TAB>prompt``; a video that is not in it has the prompt of
-            the .txt beside it, else an empty one.
+            the .txt beside it, else an empty one. Names of no video are warned of.
         output_dir: folder to collect into, or None to keep everything in memory.
         frames: "all", "first:N" or "uniform:N"; see :func:`latent_rewards.video.read_video`.
         short_side: pixels to shrink the shorter side to before encoding and scoring; None keeps the size.
@@ -50,7 +50,7 @@ def collect_videos(
 
     Raises:
         ConfigError: a number is out of range, or ``output_dir`` holds a collection with other settings.
-        DataError: there is no video, none can be used, or the prompts cannot be read.
+        DataError: there is no video, none can be used, or the prompts cannot be read or name none of the videos.
         MetricError: every video failed, or the first 16 that could be used.
         RankError: another process of the launch failed.
         CheckpointError: a stored part is damaged.
@@ -107,6 +107,7 @@ def collect_videos(
 
 def _prompts_of(files: Mapping[str, Path], prompts: Mapping[str, str] | str | Path | None) -> list[str]:
     stated = dict(prompts) if isinstance(prompts, Mapping) else read_prompts(None if prompts is None else str(prompts))
+    check_named(stated, files)
     return [prompt_of(file, name, stated) or "" for name, file in files.items()]
 
 

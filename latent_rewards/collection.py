@@ -242,12 +242,15 @@ def _refuse_foreign(root: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _prepare(root: Path, settings: Mapping[str, Any]) -> None:
-    """Remove what a killed run was writing and the parts that failed as a whole; store the settings of a new run."""
+    """Remove what a killed run was writing and the parts that failed as a whole; store the settings of a new run.
+
+    A run of which no part was kept is a new one: its settings may have been the reason.
+    """
     done = (root / COMPLETE).is_dir()
     for entry in [*root.iterdir()]:
         if _LEFTOVER.fullmatch(entry.name) or (_FAILED_PART.fullmatch(entry.name) and not done):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    if not (root / _SETTINGS).is_dir():
+    if not (done or any(root.glob("part-*"))):
         with commit_directory(root / _SETTINGS) as temporary:
             (temporary / "settings.json").write_text(json.dumps(settings, indent=1))
 

@@ -59,16 +59,14 @@ def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers hav
 def evaluate_command(options: argparse.Namespace) -> int:
     """Sample, score and compare; returns 1 if a sample failed."""
     from latent_rewards.evaluation import compare
-    from latent_rewards.training.checkpoint import CheckpointError
+    from latent_rewards.report import check_page
+    from latent_rewards.training.checkpoint import CheckpointError, write_whole
     from latent_rewards.training.devices import join_launch
 
     if options.per_prompt < 1:
         raise ConfigError(f"--per-prompt must be at least 1; got {options.per_prompt}")
     prompts = prompt_lines(options.prompts)
-    for module in ("jinja2", "matplotlib", "av") if options.html else ():
-        from latent_rewards.metrics.metric import require
-
-        require(module, extra="report")
+    check_page(options.html)
     _, device = join_launch(options.device)
     chosen = {"policy": (options.policy, options.num_steps)}
     if options.baseline:
@@ -82,7 +80,7 @@ def evaluate_command(options: argparse.Namespace) -> int:
         raise DataError(str(error)) from error
     result = compare(datasets, len(prompts), seed=options.seed)
     output = Path(options.output)
-    (output / "evaluation.json").write_text(json.dumps({**vars_of(options), "metrics": result}, indent=1))
+    write_whole(output / "evaluation.json", json.dumps({**vars_of(options), "metrics": result}, indent=1))
     print(as_text(result))
     if options.html:
         write_page(Path(options.html), options, datasets, result, codec_of(loaded["policy"][0], options.policy), device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from latent_rewards.charts import Series, histogram, line_chart, scatter_chart
-from latent_rewards.contracts import DataError, Prompt, prompt_text
+from latent_rewards.contracts import ConfigError, DataError, Prompt, prompt_text
+from latent_rewards.metrics.metric import require
+from latent_rewards.training.checkpoint import write_whole
 from latent_rewards.video import encode_mp4
 
 Cell = str | float | int | None
@@ -43,6 +44,37 @@ class ShownClip:
     name: str
     value: str = ""
     text: str = ""
+
+
+def check_page(file: str | Path | None, *, clips: bool = True) -> None:
+    """Check, before any work, that a page can be drawn and written; None is no page.
+
+    Args:
+        file: where it goes.
+        clips: it will show videos.
+
+    Raises:
+        ImportError: a package of the ``report`` extra is not installed.
+        ConfigError: see :func:`check_file`.
+    """
+    if file is None:
+        return
+    for module in ("jinja2", "matplotlib", *(["av"] if clips else [])):
+        require(module, extra="report")
+    check_file(file)
+
+
+def check_file(file: str | Path) -> None:
+    """Check that a file can be written there.
+
+    Raises:
+        ConfigError: a folder is there, or a file where its folder would be.
+    """
+    path = Path(file)
+    if path.is_dir():
+        raise ConfigError(f"{file} is a folder; name a file in it, such as {path / 'result'}{path.suffix or '.html'}")
+    if taken := [parent for parent in path.parents if parent.is_file()]:
+        raise ConfigError(f"{file} cannot be written: {taken[0]} is a file")
 
 
 class Report:
@@ -254,9 +286,7 @@ class Report:
         """Write the page and return its path; a reader never sees half a file."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.render(), encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, self.render())
         return path
 
     def _add(self, kind: str, **content: object) -> Report:

@@ -29,12 +29,11 @@ def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers hav
 
 def report_command(options: argparse.Namespace) -> int:
     """Print the report, and draw it if asked."""
-    from latent_rewards.metrics.metric import require
     from latent_rewards.proxies import RewardProxy, format_report
+    from latent_rewards.report import check_page
     from latent_rewards.training.checkpoint import CheckpointError
 
-    for module in ("jinja2", "matplotlib") if options.html else ():
-        require(module, extra="report")
+    check_page(options.html, clips=False)
     try:
         proxy = RewardProxy.from_pretrained(options.path)
     except CheckpointError as error:

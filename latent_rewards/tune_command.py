@@ -94,12 +94,10 @@ def reward_weight(text: str) -> tuple[str, float]:
 
 def tune_command(options: argparse.Namespace) -> int:
     """Tune, print what became of the metrics, and write policy, proxy and result."""
-    from latent_rewards.training.checkpoint import CheckpointError
+    from latent_rewards.report import check_page
+    from latent_rewards.training.checkpoint import CheckpointError, write_whole
 
-    for module in ("jinja2", "matplotlib") if options.html else ():
-        from latent_rewards.metrics.metric import require
-
-        require(module, extra="report")
+    check_page(options.html, clips=False)
     try:
         trainer = make_trainer(options)
         result = trainer.train()
@@ -110,7 +108,7 @@ def tune_command(options: argparse.Namespace) -> int:
     save.save_pretrained(output / "policy")
     proxy: Any = trainer.scoring.proxy
     proxy.save_pretrained(output / "proxy")
-    (output / "result.json").write_text(json.dumps(dataclasses.asdict(result), indent=1))
+    write_whole(output / "result.json", json.dumps(dataclasses.asdict(result), indent=1))
     if options.html:
         from latent_rewards.tuning_page import tuning_page
 

@@ -9,7 +9,8 @@ import io
 import math
 import re
 import struct
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -116,6 +117,21 @@ def read_prompts(path: str | None) -> dict[str, str]:
         if len(pair) != 2:
             raise DataError(f"{path}, line {number}: expected video<TAB>prompt; got {pair[0]!r}")
     return {video.strip(): prompt.strip() for video, prompt in pairs}
+
+
+def check_named(prompts: Mapping[str, str], files: Mapping[str, Path]) -> None:
+    """Warn of prompts that name none of the videos.
+
+    Raises:
+        DataError: not one of them does.
+    """
+    if not (unknown := [name for name in prompts if name not in files]):
+        return
+    said = f"{len(unknown)} of {len(prompts)} prompts name no video, such as {unknown[0]!r}; a video here is named "
+    said += f"{next(iter(files))!r}"
+    if len(unknown) == len(prompts):
+        raise DataError(said)
+    warnings.warn(said, UserWarning, stacklevel=2)
 
 
 def prompt_of(file: Path, name: str, prompts: dict[str, str]) -> str | None:
@@ -237,14 +253,15 @@ def encode_mp4(video: Tensor, fps: float = 8, scale: int = 1, *, lossless: bool 
         lossless: keep every pixel as its 8-bit RGB value, at its own size; FFmpeg reads that, few browsers do.
 
     Raises:
-        DataError: the shape is another, a value is not finite, or ``fps`` or ``scale`` is not positive.
+        DataError: the shape is another, a value is not finite, ``fps`` is not positive and finite, or ``scale`` is no
+            whole number from 1.
     """
     if video.ndim != 4 or video.shape[1] != 3 or 0 in video.shape:
         raise DataError(f"a clip is [T, 3, H, W]; got shape {tuple(video.shape)}")
     if not bool(torch.isfinite(video).all()):
         raise DataError("the clip holds NaN or infinity and cannot be encoded")
-    if fps <= 0 or scale < 1 or scale != int(scale):
-        raise DataError(f"fps must be positive and scale a whole number from 1; got fps={fps}, scale={scale}")
+    if not 0 < fps < math.inf or scale < 1 or scale != int(scale):
+        raise DataError(f"fps must be positive and finite, scale a whole number from 1; got fps={fps}, scale={scale}")
     av = _av()
     frames = video.detach().float().cpu().clamp(0, 1).repeat_interleave(int(scale), 2).repeat_interleave(int(scale), 3)
     height, width = frames.shape[2:]

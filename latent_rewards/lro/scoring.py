@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from latent_rewards.contracts import Condition, ConfigError, Reward
+from latent_rewards.contracts import Condition, ConfigError, DataError, Reward
 from latent_rewards.lro.advantages import normalize_each
 from latent_rewards.rewards import WeightedSum
 from latent_rewards.training.ranks import ALONE, Ranks
@@ -154,10 +154,14 @@ class ProxyReward:
         A reward that differs between samples takes it from their ``condition``, of B samples: ``[i]`` belongs to
         sample ``i % B``. Any other may compare samples, and so sees those of all ``ranks``, each of which must call
         this.
+
+        Raises:
+            DataError: the reward returned something else than ``[N]``.
         """
         scores = self.scores(latents, prompts)
         if condition is not None and isinstance(self.reward, ConditionedReward):
-            return self.reward.given(condition, len(latents) // len(condition))(scores), scores
+            given = self.reward.given(condition, len(latents) // len(condition))
+            return _per_sample(given(scores), len(latents), given), scores
         return _of_all(scores, self.reward, ranks if self._compares else ALONE), scores
 
     def normalized(self, total: Tensor, scores: Mapping[str, Tensor], repeats: int) -> Tensor:
@@ -203,11 +207,24 @@ def _of_all(scores: Mapping[str, Tensor], combine: Reward, ranks: Ranks) -> Tens
     So a reward that compares samples of a batch is the same on any number of ranks.
     """
     if ranks.count == 1:
-        return combine(dict(scores))
+        return _per_sample(combine(dict(scores)), len(next(iter(scores.values()))), combine)
     shares = ranks.gather({name: values.detach().cpu() for name, values in scores.items()})
     whole = {
         name: torch.cat([mine if rank == ranks.index else share[name].to(mine) for rank, share in enumerate(shares)])
         for name, mine in scores.items()
     }
     counts = [len(next(iter(share.values()))) for share in shares]
-    return combine(whole).split(counts, dim=-1)[ranks.index]
+    return _per_sample(combine(whole), sum(counts), combine).split(counts, dim=-1)[ranks.index]
+
+
+def _per_sample(total: Any, count: int, reward: Reward) -> Tensor:  # noqa: ANN401 - what somebody's reward returned
+    """Return a reward's result, one of ``[..., count]``.
+
+    Raises:
+        DataError: it is something else.
+    """
+    if isinstance(total, Tensor) and total.shape[-1:] == (count,):
+        return total
+    got = f"shape {list(total.shape)}" if isinstance(total, Tensor) else f"a {type(total).__name__}"
+    name = getattr(reward, "__qualname__", type(reward).__qualname__)
+    raise DataError(f"reward {name} must return a tensor with one number per sample, [{count}]; got {got}")

@@ -9,19 +9,22 @@ of Flow-GRPO (2505.05470); both here with a Gaussian head on the last step, whic
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from latent_rewards.contracts import Codec, ConfigError, DataError, Oracle
+from latent_rewards.contracts import Codec, ConfigError, DataError, Oracle, unknown_name
 from latent_rewards.digests import tensor_digests
 
 _REMEMBERED = 4096  # calls, each of a micro-batch: more than an update's
 
-VideoReward = Callable[[Tensor, Sequence[str]], Tensor]
-"""Videos ``[B, T, 3, H, W]`` in [0, 1] and prompts -> ``[B]``, with a gradient."""
+VideoReward = Callable[..., Tensor]
+"""Videos ``[B, T, 3, H, W]`` in [0, 1], and prompts if it takes ``prompts`` or must be given two -> ``[B]``."""
 
 
 class TrueReward:
@@ -39,7 +42,7 @@ class TrueReward:
         num_queries: samples that were scored, by this process.
 
     Raises:
-        ConfigError: no names, and an oracle that does not know its own.
+        ConfigError: no names, and an oracle that does not know its own; or a name of none of its rewards.
     """
 
     is_true = True
@@ -49,6 +52,8 @@ class TrueReward:
         names = tuple(known if reward_names is None else reward_names)
         if not names:
             raise ConfigError("the oracle does not say which rewards it returns; pass reward_names=[...]")
+        if unknown := [name for name in names if known and name not in known]:
+            raise ConfigError(unknown_name("reward", unknown[0], known))
         self.oracle, self.reward_names = oracle, names
         self.num_queries = 0
         self._known: dict[tuple[str, ...], dict[str, Tensor]] = {}
@@ -92,7 +97,7 @@ class DecodedReward:
 
     Args:
         codec: its ``decode`` must carry a gradient.
-        rewards: reward name -> function of videos and prompts.
+        rewards: reward name -> function of videos, or of videos and prompts; see :data:`VideoReward`.
         latent_frames: only the first so many latent frames are decoded and judged, which saves memory and is biased;
             None decodes all.
         checkpointed: see above.
@@ -103,7 +108,7 @@ class DecodedReward:
         num_queries: samples that were decoded for a score, by this process.
 
     Raises:
-        ConfigError: no reward, or fewer than one latent frame or sample at a time.
+        ConfigError: no reward, one that cannot be called so, or fewer than one latent frame or sample at a time.
     """
 
     is_true = True
@@ -119,6 +124,7 @@ class DecodedReward:
     ) -> None:
         if not rewards:
             raise ConfigError("rewards is empty; pass {name: function of videos and prompts}")
+        self._calls = {name: _caller(name, reward) for name, reward in rewards.items()}
         if chunk_size < 1:
             raise ConfigError(f"chunk_size must be at least 1; got {chunk_size}")
         if latent_frames is not None and latent_frames < 1:
@@ -136,7 +142,7 @@ class DecodedReward:
         """Return ``{name: [B]}``, differentiable in the latents.
 
         Raises:
-            DataError: a gradient is asked for, and the codec or a reward has none.
+            DataError: a gradient is asked for, and the codec or a reward has none; or a reward does not return ``[B]``.
         """
         self.num_queries += len(latents)
         size = self.chunk_size
@@ -154,10 +160,44 @@ class DecodedReward:
 
         def score(part: Tensor) -> Tensor:
             videos = self.codec.decode(part)
-            return torch.stack([reward(videos, prompts).to(part) for reward in self.rewards.values()])
+            return torch.stack([self._reward(name, videos, prompts).to(part) for name in self.rewards])
 
         kept = latents[:, :, : self.latent_frames]
         if not (self.checkpointed and torch.is_grad_enabled() and kept.requires_grad):
             return score(kept)
         scores: Tensor = checkpoint(score, kept, use_reentrant=False)
         return scores
+
+    def _reward(self, name: str, videos: Tensor, prompts: list[str]) -> Tensor:
+        values = self._calls[name](videos, prompts)
+        if not isinstance(values, Tensor) or values.shape != videos.shape[:1]:
+            got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+            raise DataError(
+                f"reward {name!r} must return a tensor with one number per video, [{len(videos)}]; got {got}"
+            )
+        return values
+
+
+def _caller(name: str, reward: VideoReward) -> Callable[[Tensor, list[str]], Any]:
+    """Return what calls a reward with videos and prompts, in the way it takes them.
+
+    Raises:
+        ConfigError: it takes neither videos nor videos and prompts.
+    """
+    if not callable(reward):
+        raise ConfigError(f"reward {name!r} must be a function of videos and prompts; got a {type(reward).__name__}")
+    try:
+        signature = inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward)
+    except ValueError:  # of some functions written in C
+        return reward
+    second = next(iter([*signature.parameters.values()][1:]), None)
+    if "prompts" in signature.parameters and signature.parameters["prompts"].kind is inspect.Parameter.KEYWORD_ONLY:
+        return lambda videos, prompts: reward(videos, prompts=prompts)
+    with suppress(TypeError):
+        signature.bind(0, 1)
+        if second is None or second.default is second.empty or second.name == "prompts":
+            return reward
+    with suppress(TypeError):
+        signature.bind(0)
+        return lambda videos, _: reward(videos)
+    raise ConfigError(f"reward {name!r} must take videos, or videos and prompts; it takes {signature}")

@@ -70,6 +70,11 @@ def _check_sources(sources: Sequence[Source], linear: bool) -> None:
         raise DataError(
             f"latents must be [N, C, F, H, W], a RewardDataset or a list of such; got {type(sources).__name__}"
         )
+    if not isinstance(sources, Tensor) and isinstance(sources[0], Tensor) and sources[0].ndim == 4:
+        raise DataError(
+            f"latents is a list of [C, F, H, W], such as {list(sources[0].shape)}; stack those of one shape: "
+            "torch.stack(latents), or a list of one such stack for each shape"
+        )
     for number, source in enumerate(sources):
         if not isinstance(source, Tensor | RewardDataset):
             raise DataError(f"bucket {number} is a {type(source).__name__}; give a tensor or a RewardDataset")

@@ -166,7 +166,8 @@ class ProxyConfig:
     def _check_conditioning(self) -> None:
         closed = self.trunk != AUTO and trunk_kind(self.trunk).closed_form
         if self.noise_levels is not None:
-            if len(self.noise_levels) != 2 or not 0 <= self.noise_levels[0] < self.noise_levels[1] <= 1:
+            pair = isinstance(self.noise_levels, tuple | list) and len(self.noise_levels) == 2
+            if not pair or not 0 <= self.noise_levels[0] < self.noise_levels[1] <= 1:
                 raise ConfigError(f"noise_levels must be (low, high), 0 <= low < high <= 1; got {self.noise_levels}")
             if closed:
                 raise ConfigError(f"trunk {self.trunk!r} is linear and has no time; set noise_levels=None")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,6 +120,10 @@ def gather_samples(
         raise DataError(
             f"prompts must be one per sample: got {1 if isinstance(prompts, str) else len(prompts)} for {count}"
         )
+    if isinstance(prompts, Tensor):
+        if prompts.ndim not in (2, 3):
+            raise DataError(f"prompt embeddings must be [N, D] or [N, L, D]; got shape {tuple(prompts.shape)}")
+        prompts = prompts.detach()
     return Samples(
         latents,
         latent_shape,
@@ -151,7 +156,7 @@ def name_rewards(rewards: Rewards) -> dict[str, Tensor]:
     if isinstance(rewards, Mapping):
         columns = dict(rewards)
     else:
-        tensor = torch.as_tensor(rewards)
+        tensor = _as_numbers("rewards", rewards)
         if tensor.ndim not in (1, 2):
             raise DataError(f"rewards must be [N], [N, R] or {{name: [N]}}; got shape {tuple(tensor.shape)}")
         named = {f"reward_{i}": column for i, column in enumerate(tensor.T)} if tensor.ndim == 2 else {}
@@ -161,8 +166,18 @@ def name_rewards(rewards: Rewards) -> dict[str, Tensor]:
     return columns
 
 
+def _as_numbers(what: str, values: Any) -> Tensor:  # noqa: ANN401 - whatever was given as rewards
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{what} must be numbers, NaN where a metric does not apply; {error}") from error
+    if tensor.is_complex():
+        raise DataError(f"{what} must be real numbers; got {tensor.dtype}")
+    return tensor
+
+
 def _reward_column(name: str, values: Tensor, count: int) -> Tensor:
-    column = torch.as_tensor(values).detach().to("cpu", torch.float64)
+    column = _as_numbers(f"reward {name!r}", values).detach().to("cpu", torch.float64)
     if column.shape != (count,):
         raise DataError(f"reward {name!r} has shape {tuple(column.shape)}; expected [{count}], one per sample")
     if bool(torch.isinf(column).any()):

@@ -14,6 +14,7 @@ import yaml
 
 _READERS: dict[type, Callable[[str], Any]] = {int: int, float: float, str: str}
 _NONE = type(None)
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class SettingsParser(argparse.ArgumentParser):
@@ -65,9 +66,7 @@ def attribute_docs(settings: type) -> dict[str, str]:
 def _reader(hint: Any) -> Callable[[str], Any]:  # noqa: ANN401 - a type hint
     """Return what turns a flag's text into a value of the type ``hint``; others than numbers and texts are YAML."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    readers = [
-        str if _chooses_text(kind) else _READERS.get(kind, yaml.safe_load) for kind in kinds if kind is not _NONE
-    ]
+    readers = [str if _chooses_text(kind) else _READERS.get(kind, yaml_value) for kind in kinds if kind is not _NONE]
     optional = _NONE in kinds
 
     def read(text: str) -> Any:  # noqa: ANN401
@@ -78,6 +77,24 @@ def _reader(hint: Any) -> Callable[[str], Any]:  # noqa: ANN401 - a type hint
 
     read.__name__ = getattr(kinds[0], "__name__", "value")
     return read
+
+
+def yaml_value(text: str) -> Any:  # noqa: ANN401 - whatever it says
+    """Read a value as YAML does, and ``1e-3``, which to YAML 1.1 is a text, as the number it is.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no YAML.
+    """
+    try:
+        return _with_numbers(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid YAML: {error}") from error
+
+
+def _with_numbers(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def _chooses_text(kind: Any) -> bool:  # noqa: ANN401 - a type hint

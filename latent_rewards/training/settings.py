@@ -36,7 +36,7 @@ def read_settings(path: str | Path, sections: Mapping[str, type]) -> dict[str, A
         raise SettingsError(f"no settings file {file}; give the path of a YAML file")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{file} must hold sections ({', '.join(sections)}); got a {type(content).__name__}")

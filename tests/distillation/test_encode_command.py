@@ -267,6 +267,7 @@ def test_damage_is_named(wan_pipeline, tmp_path):
         (["--prompts", "{root}/p.txt", "--captions", "{root}/p.txt"], "--captions belongs to --videos"),
         (["--videos", "{root}/clips", "--captions", "{root}/p.txt"], "expected video<TAB>prompt"),
         (["--videos", "{root}/clips", "--shard-size", "0"], "--shard-size must be positive"),
+        (["--videos", "{root}/clips", "--fps", "inf"], "--fps must be positive and finite; got inf"),
         (["--videos", "{root}/clips", "--num-frames", "6"], "4 n + 1 frames"),
         (["--prompts", "{root}/p.txt", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     ],

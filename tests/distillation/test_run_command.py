@@ -176,6 +176,8 @@ def test_two_processes_share_a_run_and_the_first_writes_it(write, tmp_path, laun
         ({"techer": {}}, "did you mean 'teacher'"),
         ({"distillation": {"step_counts": [3]}}, "step_counts holds 3, and the student samples in 1, 2, 4 steps"),
         ({"student": {"timesteps": {2: [0.5, 1.0]}}}, "is not strictly descending"),
+        ({"student": {"timesteps": [1.0]}}, r"timesteps must map step counts to times, .*got \[1.0\]"),
+        ({"student": {"eta": "much"}}, "eta must be a finite number; got 'much'"),
         ({"teacher": {"path": ""}}, "path is missing"),
         ({"teacher": {"path": "nowhere/at/all"}}, "neither a folder nor a hub id"),
         ({"teacher": {"dtype": "float16"}}, "dtype must be float32 or bfloat16"),

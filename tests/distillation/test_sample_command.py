@@ -107,6 +107,8 @@ def test_a_folder_of_videos_needs_a_student_that_can_be_told_from_others(student
         (["--prompt", "  "], "the prompt is empty"),
         (["--per-prompt", "2"], "is one file, for 2 videos"),
         (["--fps", "0"], "--fps must be positive"),
+        (["--fps", "inf"], "--fps must be positive and finite; got inf"),
+        (["--output", "cat.avi"], "videos are written as .mp4"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     ],
 )

@@ -167,11 +167,16 @@ def test_prompts_come_from_beside_the_video_or_from_a_file(folder, tmp_path, mon
         (["score", "{folder}", "--metric", "quality.blur", "--frames", "last:3"], "first:N"),
         (["score", "{folder}", "--metric", "quality.blur", "--prompts", "{folder}/plain.txt"], "line 1: expected"),
         (["score", "{folder}", "--metric", "quality.blur", "--prompts", "{folder}/none"], "cannot be read"),
+        (["score", "{folder}", "--metric", "quality.blur", "--prompts", "{folder}/names.tsv"], "name no video"),
+        (["score", "{folder}", "--metric", "quality.blur", "--csv", "{folder}/deep"], "deep is a folder; name a file"),
+        (["score", "{folder}", "--metric", "quality.blur", "--html", "{folder}"], "is a folder; name a file in it"),
+        (["score", "{folder}", "--metric", "quality.blur", "--html", "{folder}/plain.txt/p"], "plain.txt is a file"),
         (["list", "nothing.*"], "no metric matches"),
         (["info", "motion.flow_direction,direction=north"], "north"),
     ],
 )
 def test_what_cannot_begin_says_why_before_any_work(folder, capsys, arguments, message):
+    (folder / "names.tsv").write_text("other.mp4\ta prompt\n")
     assert main(["metrics", *(argument.format(folder=folder) for argument in arguments)]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.startswith("latent-rewards: ") and not printed.out
@@ -251,3 +256,10 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(folder,
     words = [places.get(word, word) for word in command.split()]
     assert main([*words, "--device", "cuda:99"]) == 2
     assert "device 'cuda:99' cannot be used" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_options_of_a_metric_are_numbers_where_they_look_like_numbers(capsys):
+    assert metric_spec("a.b,x=1e-3,y=[2E3,no],z=e3") == ("a.b", {"x": 0.001, "y": [2000.0, False], "z": "e3"})
+    with pytest.raises(SystemExit):
+        main(["metrics", "info", "quality.blur,window=[4"])
+    assert "'[4' is not valid YAML" in capsys.readouterr().err

@@ -134,6 +134,15 @@ def test_prompts_come_from_a_mapping_a_file_or_beside(toys, folder, tmp_path):
         assert dataset.prompts == ["the first", "bee", "zed"]
 
 
+def test_prompts_that_name_no_video_are_told(toys, folder):
+    files = [folder / "a.mp4"]
+    with pytest.raises(DataError, match="1 of 1 prompts name no video, such as 'a'; a video here is named '.*a.mp4'"):
+        collect_videos(files, oracle(toys), prompts={"a": "the first"}, progress=False)
+    with pytest.warns(UserWarning, match="1 of 2 prompts name no video, such as 'b.mp4'"):
+        known = collect_videos(files, oracle(toys), prompts={"b.mp4": "b", str(files[0]): "one"}, progress=False)
+    assert known.prompts == ["one"]
+
+
 def test_a_metric_of_another_frame_rate_does_not_score(toys, folder, monkeypatch):
     monkeypatch.setattr(registry, "_DEFINITIONS", dict(registry._DEFINITIONS))
 

@@ -288,3 +288,18 @@ def test_a_killed_rank_leaves_a_folder_that_one_process_finishes(toys, launched)
     assert len(list((root / "killed").glob("part-*"))) >= 2
     collected(toys, root / "killed")
     assert content(root / "killed") == content(root / "whole")
+
+
+def test_a_run_of_which_nothing_was_kept_is_begun_anew_with_other_settings(toys, tmp_path):
+    impossible = create_metric("toys_of_tests:level", limit=-1e9)
+    with pytest.raises(MetricError, match="samples failed"):
+        collected(toys, tmp_path / "a", impossible)
+    collected(toys, tmp_path / "a")
+    assert content(tmp_path / "a") == content_of_new(toys, tmp_path / "b")
+    with pytest.raises(ConfigError, match="another metrics"):
+        collected(toys, tmp_path / "a", impossible)
+
+
+def content_of_new(toys, folder):
+    collected(toys, folder)
+    return content(folder)

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from latent_rewards.contracts import ConfigError
+from latent_rewards.contracts import ConfigError, DataError
 from latent_rewards.lro.scoring import ProxyReward, frozen
 from latent_rewards.rewards import WeightedSum
 
@@ -55,3 +56,15 @@ def test_frozen_restores_after_an_error(exact_proxy):
         assert not proxy.target.requires_grad
         raise ZeroDivisionError
     assert proxy.target.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [(0.5, "a float"), (np.zeros(3), "a ndarray"), (torch.zeros(()), r"shape \[\]"), (torch.zeros(2), r"shape \[2\]")],
+)
+def test_a_reward_that_is_not_one_number_per_sample_is_named(exact_proxy, returned, told):
+    def mine(scores):
+        return returned
+
+    with pytest.raises(DataError, match=rf"mine must return a tensor with one number per sample, \[3\]; got {told}"):
+        scoring(exact_proxy(), mine)(LATENTS, PROMPTS)

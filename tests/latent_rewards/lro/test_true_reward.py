@@ -180,3 +180,41 @@ def test_backpropagation_through_the_decoder_climbs(linear_policy):
     rewards = [value for _, value in DifferentiableRewardTrainer(policy, reward, PROMPTS, config).train().proxy_curve]
     assert sum(rewards[-10:]) / 10 > sum(rewards[:10]) / 10 + 0.1
     assert reward.num_queries == 40 * 8
+
+
+def test_a_reward_of_decoded_frames_may_leave_the_prompts_alone():
+    class Mean(torch.nn.Module):
+        def forward(self, videos):
+            return videos.mean(dim=(1, 2, 3, 4))
+
+    latents, prompts = torch.full((2, 3, 1, 1, 1), 2.0), ["a", "bb"]
+
+    def keyword(videos, *, prompts):
+        return brightness(videos, prompts)
+
+    def optional(videos, scale=2):
+        return scale * videos.mean(dim=(1, 2, 3, 4))
+
+    rewards = {"b": brightness, "module": Mean(), "keyword": keyword, "optional": optional}
+    scores = DecodedReward(SquareCodec(), rewards).scores(latents, prompts)
+    told = {name: values.tolist() for name, values in scores.items()}
+    assert told == {"b": [4, 8], "module": [4, 4], "keyword": [4, 8], "optional": [8, 8]}
+    for wrong, message in ((lambda: 0, r"must take videos, or videos and prompts; it takes \(\)"), (3, "got a int")):
+        with pytest.raises(ConfigError, match=message):
+            DecodedReward(SquareCodec(), {"wrong": wrong})
+    for returned, told in ((1.0, "a float"), (torch.zeros(3), r"shape \[3\]")):
+        with pytest.raises(DataError, match=rf"'wrong' must return a tensor .* per video, \[1\]; got {told}"):
+            DecodedReward(SquareCodec(), {"wrong": lambda videos, value=returned: value}).scores(latents, prompts)
+
+
+def test_what_an_oracle_does_not_return_is_missed_before_any_work(linear_policy, exact_proxy):
+    class Other:
+        fingerprints = {"other": "1"}
+
+        def __call__(self, latents, prompts):
+            pytest.fail("it was asked")
+
+    with pytest.raises(ConfigError, match="unknown reward 'quality'"):
+        TrueReward(Other(), ["quality"])
+    with pytest.raises(ConfigError, match="the oracle returns other and not the proxy's reward 'quality'"):
+        ReinforceTrainer(linear_policy(), exact_proxy(), PROMPTS, settings(), oracle=Other())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from latent_rewards.contracts import DataError
-from latent_rewards.proxies import format_report, train_proxy
+from latent_rewards.proxies import fit, format_report, train_proxy
 from latent_rewards.proxies.report import accuracy
 
 NUMBERS = ("spearman", "r2", "mae", "pairwise_accuracy", "calibration_error", "coverage", "interval_width")
@@ -49,7 +49,7 @@ def test_held_out_predictions_are_those_the_report_is_about(trained):
     assert float(held.truth[:, 0].mean()) > 90
 
 
-def test_the_learning_curve_ends_where_the_report_is(trained, world, quick):
+def test_the_learning_curve_ends_where_the_report_is(trained):
     for entry in trained.report.values():
         curve = entry["learning_curve"]
         assert curve["num_train"][-1] == entry["num_train"] and curve["spearman"][-1] == pytest.approx(
@@ -60,8 +60,12 @@ def test_the_learning_curve_ends_where_the_report_is(trained, world, quick):
     assert trained.report["mean"]["learning_curve"]["mae"][0] > trained.report["mean"]["mae"]
     text = format_report(trained.report)
     assert "within a prompt" in text and "curve: Spearman with" in text and "constant" in text
+
+
+def test_too_few_samples_for_a_learning_curve_are_told_before_training(world, quick, monkeypatch):
     draw, curved = world
     with pytest.raises(DataError, match="learning_curve=False"):
+        monkeypatch.setattr(fit, "_fit", lambda *given: pytest.fail("it was trained"))
         train_proxy(draw(60, 0), curved(draw(60, 0)), config=quick(learning_curve=True))
 
 

@@ -13,6 +13,7 @@ from latent_rewards.proxies import ProxyConfig
         ({"noise_levels": (0.5, 0.5)}, "noise_levels"),
         ({"noise_levels": (0.5, 1.5)}, "noise_levels"),
         ({"noise_levels": (0.5,)}, "noise_levels"),
+        ({"noise_levels": 1}, "noise_levels must be .* got 1"),
         ({"noise_levels": (0.0, 0.5), "trunk": "linear"}, "'linear' is linear and has no time"),
         ({"adapter_rank": -1}, "adapter_rank"),
         ({"adapter_rank": 2}, "adapter_rank=2 needs trunk='backbone'; got 'conv3d'"),

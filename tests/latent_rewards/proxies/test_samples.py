@@ -63,6 +63,10 @@ def test_a_dataset_brings_everything_along_even_when_it_is_not_read_into_memory(
         (LATENTS, REWARD.reshape(1, 2, 20), None, r"rewards must be \[N\]"),
         (LATENTS, {}, None, "rewards is empty"),
         (LATENTS, {"q": REWARD / 0}, None, "'q' is infinite for sample 1"),
+        (LATENTS, {"q": None}, None, "reward 'q' must be numbers, NaN where a metric does not apply"),
+        (LATENTS, [None] * 40, None, "rewards must be numbers"),
+        (LATENTS, REWARD.to(torch.complex64), None, "rewards must be real numbers; got torch.complex64"),
+        (LATENTS, REWARD, REWARD, r"prompt embeddings must be \[N, D\] or \[N, L, D\]; got shape \(40,\)"),
         (LATENTS, REWARD, ["a"], "got 1 for 40"),
         (LATENTS, REWARD, "a text", "got 1 for 40"),
     ],
@@ -70,6 +74,16 @@ def test_a_dataset_brings_everything_along_even_when_it_is_not_read_into_memory(
 def test_unusable_data_is_refused(latents, rewards, prompts, message):
     with pytest.raises(DataError, match=message):
         gather_samples(latents, rewards, prompts)
+
+
+def test_prompt_embeddings_are_taken_without_their_graph():
+    embeddings = 2 * torch.ones(40, 3, requires_grad=True)
+    assert not gather_samples(LATENTS, REWARD, embeddings).prompts.requires_grad
+
+
+def test_latents_of_single_samples_are_to_be_stacked():
+    with pytest.raises(DataError, match=r"a list of \[C, F, H, W\], such as \[1, 2, 2, 2\]; stack those of one shape"):
+        gather_buckets(list(LATENTS), REWARD, None, linear=False)
 
 
 def test_too_few_and_constant_rewards_are_refused():

@@ -2,7 +2,9 @@ import argparse
 import dataclasses
 from typing import Literal
 
-from latent_rewards.training.flags import add_settings, attribute_docs, chosen_settings
+import pytest
+
+from latent_rewards.training.flags import add_settings, attribute_docs, chosen_settings, yaml_value
 
 
 def test_fields_of_other_types_are_yaml():
@@ -51,3 +53,9 @@ def test_choices_among_texts_are_texts():
         found[text] = list(chosen_settings(options, Settings).values())
     assert found["no"] == ["no", "no", False] and found["yes"] == ["yes", "yes", True]
     assert found["1"] == ["1", "1", 1] and found["none"] == ["none", None, "none"]
+
+
+def test_numbers_with_an_exponent_are_numbers_and_what_is_no_yaml_is_refused():
+    assert yaml_value("[1e-3, 2E+3, -.5e1, e5]") == [1e-3, 2e3, -5.0, "e5"] and yaml_value("no") is False
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'\[4' is not valid YAML"):
+        yaml_value("[4")

@@ -62,6 +62,12 @@ def test_mistakes_are_named(tmp_path, text, message):
         read(tmp_path, text)
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "s.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SettingsError, match="s.yaml is not valid YAML: 'utf-8' codec"):
+        read_settings(tmp_path / "s.yaml", {"tuning": Tuning})
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(SettingsError, match="nowhere.yaml"):
         read_settings(tmp_path / "nowhere.yaml", {"tuning": Tuning})
