@@ -9,6 +9,9 @@ THREADS ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < $(PROCE
 LAUNCH := ACCELERATE_USE_CPU=1 OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m torch.distributed.run --standalone \
 	--nproc-per-node $(PROCESSES)
 
+# Containers often set it; without bytecode each of the many processes here would compile all of torch and diffusers anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint teacher bench clean setup
 
 setup: $(STAMP)

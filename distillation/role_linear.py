@@ -9,8 +9,13 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from peft.tuners.lora import Linear
 from torch import Tensor, nn
+
+from latent_rewards.training.torchvision_guard import mend_torchvision
+
+mend_torchvision()  # before what imports torchvision
+
+from peft.tuners.lora import Linear  # noqa: E402
 
 
 class RoleLinear(Linear):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from latent_rewards.training.torchvision_guard import mend_torchvision
 from recipes.moving_digits.world import vocabulary
+
+mend_torchvision()  # before what imports torchvision
+
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel  # noqa: E402
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel  # noqa: E402
 
 LATENT_CHANNELS = 16
 LATENT_SHAPE = (LATENT_CHANNELS, 5, 8, 8)

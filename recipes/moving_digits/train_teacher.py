@@ -14,10 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import T5Tokenizer
 
 from distillation.families.export import check_target, save_teacher_pipeline
 from latent_rewards.training.checkpoint import MANIFEST, commit_directory
@@ -27,6 +25,8 @@ from latent_rewards.training.run_folder import RunFolder
 from recipes.moving_digits.components import (
     LATENT_SHAPE,
     MAX_PROMPT_TOKENS,
+    AutoencoderKLWan,
+    T5Tokenizer,
     build_scheduler,
     build_text_encoder,
     build_tokenizer,

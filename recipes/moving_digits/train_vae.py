@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from latent_rewards.training.loop import LoopConfig, TrainingLoop, set_learning_rate, warmup_cosine
 from latent_rewards.training.randomness import sample_noise
-from recipes.moving_digits.components import LATENT_SHAPE, build_vae
+from recipes.moving_digits.components import LATENT_SHAPE, AutoencoderKLWan, build_vae
 from recipes.moving_digits.world import draw_specs, render
 
 

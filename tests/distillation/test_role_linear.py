@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from latent_rewards.training.torchvision_guard import mend_torchvision
-
-mend_torchvision()
-
-from peft import LoraConfig, inject_adapter_in_model  # noqa: E402
-
-from distillation.role_linear import RoleLinear  # noqa: E402
+from distillation.role_linear import RoleLinear  # isort: skip - before peft, which may need torchvision mended
+from peft import LoraConfig, inject_adapter_in_model
 
 
 def layers(dtype):
