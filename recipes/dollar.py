@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import distillation as ds
@@ -73,6 +74,9 @@ class Dollar:
             height=self.config.height,
             width=self.config.width,
         )
+        encoder = getattr(self.teacher.encode, "text_encoder", None)
+        if isinstance(encoder, torch.nn.Module):
+            encoder.to(getattr(torch, self.config.text_dtype))
         self.codec = self.teacher.codec
         if self.config.world == "moving_digits":
             from recipes.moving_digits.benchmark import training_prompts
@@ -288,8 +292,10 @@ class Dollar:
         return dataclasses.replace(self.settings[name], seed=self.config.seed, **overrides)
 
     def load_student(self, path: Path) -> ds.FewStepStudent:
-        """Load a student of this run onto the run's device."""
-        return load_student(path, device=self.device)
+        """Load a student of this run onto the run's device; it shares the teacher's text encoder and codec."""
+        student, teacher = load_student(path), self.teacher
+        shared = {"encode": teacher.encode, "latent_shape": teacher.latent_shape, "exporter": teacher.exporter}
+        return ds.FewStepStudent(student.denoiser, student.grids, student.eta, **shared).to(self.device)
 
 
 def counted(steps: int) -> str:

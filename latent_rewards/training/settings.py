@@ -85,6 +85,8 @@ def _fits(value: Any, hint: Any) -> bool:  # noqa: ANN401 - a value and a type h
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
     if origin is list:
         return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
     if hint is int:

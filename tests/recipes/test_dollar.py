@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 import latent_rewards as lr
@@ -102,6 +103,24 @@ def test_two_processes_share_a_run_and_the_first_writes_it(settings, tmp_path, l
     assert rows.stat().st_mtime_ns == written
 
 
+def test_a_student_of_a_run_brings_no_text_encoder_and_no_codec_of_its_own(settings, tmp_path):
+    settings["run"].text_dtype = "bfloat16"
+    pipeline = Dollar(settings)
+    teacher = pipeline.teacher
+    assert {value.dtype for value in teacher.encode.text_encoder.parameters()} == {torch.bfloat16}
+    assert {value.dtype for value in teacher.denoiser.parameters()} == {torch.float32}
+    begun = dollar.ds.start_student(teacher, settings["distillation"])
+    begun.save_pretrained(tmp_path / "student")
+    loaded = pipeline.load_student(tmp_path / "student")
+    assert loaded._parts["encode"] is teacher.encode and loaded.exporter is teacher.exporter
+    assert loaded.grids == begun.grids
+    noise = torch.randn(4, 1, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        condition = loaded.encode(pipeline.prompts[:1])
+        # Weights are stored in bfloat16, as the teacher's were.
+        torch.testing.assert_close(loaded.sample(condition, noise), begun.eval().sample(condition, noise))
+
+
 @pytest.mark.parametrize(
     ("distillation", "made"),
     [
@@ -193,7 +212,7 @@ def test_an_unknown_key_is_named_with_its_neighbour(tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
         ({"batch_size": "many"}, "batch_size must be a whole number; got 'many'"),
         ({"num_latents": -1}, "num_latents must be at least 0; got -1"),
-        ({"world": "digits"}, "world must be 'moving_digits' or 'prompts'; got 'digits'"),
+        ({"world": "digits"}, "world must be one of 'moving_digits', 'prompts'; got 'digits'"),
         ({"fps": 0}, "fps must be a positive number; got 0"),
         ({"fps": float("nan")}, "fps must be a finite number or None; got nan"),
         ({"guidance_scale": 0}, "guidance_scale must be positive, .* got 0"),

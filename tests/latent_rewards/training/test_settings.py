@@ -83,6 +83,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"steps": 4}, "steps must be a list, each item a whole number; got 4"),
         ({"steps": [4.5]}, r"steps must be a list, each item a whole number; got \[4.5\]"),
         ({"enabled": 1}, "enabled must be true or false; got 1"),
+        ({"mode": "c"}, "mode must be one of 'a', 'b'; got 'c'"),
     ],
 )
 def test_types_are_checked_and_named(wrong, message):
