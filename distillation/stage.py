@@ -33,6 +33,7 @@ from latent_rewards.training.loop import (
     set_learning_rate,
     warmup_cosine,
 )
+from latent_rewards.training.parts import stored_part
 from latent_rewards.training.randomness import sample_noise, sample_uniform
 from latent_rewards.training.weights import weights_digest
 
@@ -119,6 +120,20 @@ def facts(setup: Setup) -> dict[str, Any]:
     if data.prompts is not None and all(isinstance(prompt, str) for prompt in data.prompts):
         found["prompts"] = "sha256 " + hashlib.sha256("\0".join(data.prompts).encode()).hexdigest()[:16]
     return found
+
+
+def check_begun(setup: Setup, stages: Sequence[str]) -> None:
+    """Check that every stage of which ``output_dir`` has a checkpoint may go on, before the first of them does.
+
+    Raises:
+        DistillationConfigError: one was trained under other settings.
+    """
+    if setup.config.output_dir is None:
+        return
+    root, found = Path(setup.config.output_dir), facts(setup)
+    for name in stages:
+        if (state := stored_part(root / name, "stateful.settings")) is not None:
+            SettingsGuard(setup.config, name, found).load_state_dict(state)
 
 
 @dataclass(frozen=True)

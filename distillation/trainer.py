@@ -31,7 +31,7 @@ from distillation.latents import ShardedLatents
 from distillation.monitors import channel_std, fake_score_lag, saturation
 from distillation.roles import SharedBase
 from distillation.schedule import Schedule, add_noise
-from distillation.stage import Extras, Setup, Stage, TeacherModel, prepare
+from distillation.stage import Extras, Setup, Stage, TeacherModel, check_begun, prepare
 from distillation.student import FewStepStudent
 from distillation.terms import Discriminator, TemporalTerms
 from distillation.vsd import (
@@ -124,6 +124,7 @@ class DistillationTrainer:
     def train(self) -> DistillationResult:
         """Run the stages, continuing from what ``output_dir`` holds of them."""
         history = {}
+        check_begun(self.setup, [*self.setup.config.stages])
         for name, steps in self.setup.config.stages.items():
             objectives = ("vsd", "cd") if name == "joint" else (name,)
             history[name] = DistillationStage(self.setup, name, steps, objectives).run()

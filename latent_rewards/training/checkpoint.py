@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -197,7 +197,7 @@ def pack_state(state: Any) -> tuple[dict[str, Tensor], Any]:  # noqa: ANN401 - a
     return tensors, pack(state)
 
 
-def unpack_state(tensors: dict[str, Tensor], tree: Any) -> Any:  # noqa: ANN401
+def unpack_state(tensors: Mapping[str, Tensor | None], tree: Any) -> Any:  # noqa: ANN401
     """Invert :func:`pack_state`."""
     if not isinstance(tree, dict):
         return tree

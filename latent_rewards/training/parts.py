@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from latent_rewards.training.checkpoint import CheckpointError
+from latent_rewards.training.checkpoint import CheckpointError, latest_checkpoint, unpack_state
 
 
 class HasStateDict(Protocol):
@@ -28,6 +30,19 @@ def pack_parts(parts: Mapping[str, HasStateDict]) -> dict[str, Any]:
     """Return the states of the parts, for :func:`load_parts`."""
     states = {f"{index}": part.state_dict() for index, part in enumerate(parts.values())}
     return {"parts": states, "names": list(parts)}
+
+
+def stored_part(root: str | Path, name: str) -> Any:  # noqa: ANN401 - a state
+    """Return the state of a part in the newest checkpoint under ``root``, tensors as None; no tensor is read.
+
+    None where there is no checkpoint, or no such part in it.
+    """
+    folder = latest_checkpoint(root)
+    if folder is None:
+        return None
+    tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))["tree"]
+    state = unpack_state(defaultdict(lambda: None), tree)
+    return state["parts"].get(f"{state['names'].index(name)}") if name in state["names"] else None
 
 
 def load_parts(

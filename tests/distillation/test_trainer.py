@@ -335,6 +335,14 @@ def test_a_finished_run_under_other_settings_is_refused_and_leaves_the_student_a
     assert torch.equal(weights(student), before)
 
 
+def test_a_stage_is_not_lengthened_under_one_that_would_refuse(world, tmp_path):
+    train(world, settings(output_dir=str(tmp_path)))
+    kept = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(DistillationConfigError, match="trained with vsd_steps = 4, this run has 9"):
+        train(world, settings(vsd_steps=9, output_dir=str(tmp_path)))
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == kept
+
+
 @pytest.mark.parametrize(
     "changed", ["teacher", "eta", "timesteps", "prompts", "number of prompts", "number of latents"]
 )
