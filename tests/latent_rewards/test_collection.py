@@ -300,6 +300,15 @@ def test_a_run_of_which_nothing_was_kept_is_begun_anew_with_other_settings(toys,
         collected(toys, tmp_path / "a", impossible)
 
 
+def test_an_unfinished_collection_of_which_a_part_was_kept_keeps_its_settings(toys, tmp_path):
+    collected(toys, tmp_path / "a")
+    shutil.rmtree(tmp_path / "a" / "complete")
+    for part_folder in sorted((tmp_path / "a").glob("part-*"))[1:]:
+        shutil.rmtree(part_folder)
+    with pytest.raises(ConfigError, match="another seed: 5 there, 6 now"):
+        collected(toys, tmp_path / "a", seed=6)
+
+
 def content_of_new(toys, folder):
     collected(toys, folder)
     return content(folder)
