@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from latent_rewards.training.weights import DIGEST_LENGTH, weights_digest
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, tuple)
+_MOST_SOURCES = 256
+"""Functions, classes and constants that a digest of source looks at; more would take seconds to read."""
 _DEEPEST = 4
 """Levels of what holds what; beyond them, as where something holds itself, only its type is told."""
 
@@ -67,7 +69,7 @@ def _add_source(target: Any, found: dict[str, str]) -> None:  # noqa: ANN401 - a
     That is every function and class it names, those they name in turn, and the constants (in capitals).
     """
     name = f"{target.__module__}.{target.__qualname__}"
-    if name in found:
+    if name in found or len(found) == _MOST_SOURCES:
         return
     found[name] = inspect.getsource(target)
     if "site-packages" in str(inspect.getsourcefile(target)):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from latent_rewards import digests
 from latent_rewards.digests import source_digest, value_digest
 
 
@@ -132,6 +133,18 @@ def test_what_a_metric_uses_of_its_package_is_in_its_digest(digests_of, edit, ch
     before = digests_of()
     assert digests_of() == before
     assert tuple(one != other for one, other in zip(digests_of(*edit), before, strict=True)) == changed
+
+
+def test_a_large_package_is_read_in_part_and_what_names_itself_in_a_circle_ends(digests_of, tmp_path, monkeypatch):
+    digests_of()
+    calls = (
+        "".join(f"def f{i}(x):\n    return f{i + 1}(x)\n\n" for i in range(1500)) + "def f1500(x):\n    return f0(x)\n"
+    )
+    (tmp_path / "edited" / "long.py").write_text(calls)
+    read = []
+    monkeypatch.setattr(digests.inspect, "getsource", lambda target: read.append(target) or target.__name__)
+    source_digest(importlib.import_module("edited.long").f0)
+    assert [function.__name__ for function in read] == [f"f{i}" for i in range(digests._MOST_SOURCES)]
 
 
 def test_values_differ_by_type_order_and_content():
