@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from benchmarks.digits import CONFIG, STUDENT, paired, seeded
+from benchmarks.digits import CONFIG, paired, seeded, tuned_by, untuned
 from benchmarks.provenance import provenance
 from benchmarks.result_files import RESULTS, add_results, write_result
 from latent_rewards.training.run_folder import RunFolder
-from recipes.dollar import Dollar
+from recipes.dollar import Dollar, counted
 from recipes.moving_digits.benchmark import DigitsBenchmark
 
 TRAINER = "differentiable"
-TUNED_ROW, ANCHORED = f"VSD→CD→LRO ({TRAINER}), 4 steps", "anchor alone, 4 steps"
 
 
 def main() -> None:
@@ -26,10 +25,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of a run that benchmarks.digits finished (default: 0)")
     add_results(parser, RESULTS / "anchor.json", "file that the result is written into")
+    parser.add_argument("--config", default=CONFIG, help="settings of that run (default: %(default)s)")
     options = parser.parse_args()
-    settings = seeded(CONFIG, options.seed)
+    settings = seeded(options.config, options.seed)
     pipeline = Dollar(settings)
-    pipeline.folder.remember(settings)
+    pipeline.folder.remember(pipeline.remembered())
     student = pipeline.load_student(pipeline.folder.path / "student")
     dataset = pipeline.collect(student)
     proxy = pipeline.fit(dataset)
@@ -39,15 +39,18 @@ def main() -> None:
     # Scores lie about [0, 1]: capped far below they are all alike. Without a holdout, nothing is rolled back.
     pipeline.settings = {**settings, "lro": dataclasses.replace(settings["lro"], reward_cap=-10.0)}
     pipeline.holdout, pipeline.folder = None, RunFolder(pipeline.folder.path / "anchor_alone")
-    pipeline.folder.remember(pipeline.settings)
+    pipeline.folder.remember(pipeline.remembered())
     benchmark.folder = pipeline.folder.path / "evaluation"  # the run's own table stays as it is
     anchored, _ = pipeline.tune(TRAINER, student, proxy, dataset)
-    benchmark.add(ANCHORED, pipeline.student_sampler(anchored, 4), num_steps=4, network_evaluations=4)
+    steps = settings["run"].num_steps
+    alone, before = f"anchor alone, {counted(steps)}", untuned(benchmark.rows)
+    tuned = tuned_by(TRAINER, before)
+    benchmark.add(alone, pipeline.student_sampler(anchored, steps), num_steps=steps, network_evaluations=steps)
     result = {
         "seed": options.seed,
-        "scores": {label: benchmark.rows[label].evaluation.scores for label in (STUDENT, ANCHORED, TUNED_ROW)},
-        "anchor alone minus student": paired(benchmark, STUDENT, ANCHORED),
-        "tuned minus anchor alone": paired(benchmark, ANCHORED, TUNED_ROW),
+        "scores": {label: benchmark.rows[label].evaluation.scores for label in (before, alone, tuned)},
+        "anchor alone minus student": paired(benchmark, before, alone),
+        "tuned minus anchor alone": paired(benchmark, alone, tuned),
         **provenance(),
     }
     write_result(options.results, result)

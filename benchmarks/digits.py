@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from benchmarks.provenance import provenance
 from benchmarks.result_files import RESULTS, add_results, read_result, read_results, write_result, write_summary
 from benchmarks.seeds import mean_cell, over_seeds
 from latent_rewards.training.settings import read_settings
-from recipes.dollar import SECTIONS, Dollar
+from recipes.dollar import SECTIONS, Dollar, counted
 from recipes.moving_digits.benchmark import TUNED, DigitsBenchmark
 from recipes.moving_digits.evaluation import compare
 
 CONFIG = "recipes/configs/moving_digits_full.yaml"
-TEACHER, STUDENT = "teacher, 50 steps", "VSD→CD, 4 steps"
+TEACHER, DISTILLED = "teacher, 50 steps", "VSD→CD"
 SCORES = ("total", "quality", "semantic", "diversity", "frechet", "accuracy/digit", TUNED)
 
 
@@ -45,7 +45,7 @@ def run_seed(settings: dict[str, Any], picture: Path) -> dict[str, Any]:
     draw(benchmark, picture)
     differences = {
         f"{label} minus {base}": paired(benchmark, base, label)
-        for base in (TEACHER, STUDENT)
+        for base in (TEACHER, untuned(benchmark.rows))
         for label in benchmark.rows
         if label != base and label.startswith("VSD")
     }
@@ -57,6 +57,17 @@ def run_seed(settings: dict[str, Any], picture: Path) -> dict[str, Any]:
         "tuning": {name: tuning_facts(pipeline.folder.path, name) for name in settings["run"].trainers},
         **provenance(),
     }
+
+
+def untuned(rows: Iterable[str]) -> str:
+    """Return the label of the student before its tuning, at the most steps that it is scored at."""
+    counts = [int(label.split()[-2]) for label in rows if label.startswith(f"{DISTILLED}, ")]
+    return f"{DISTILLED}, {counted(max(counts))}"
+
+
+def tuned_by(trainer: str, label: str) -> str:
+    """Return the label of what a trainer made of the student ``label``, at as many steps."""
+    return label.replace(DISTILLED, f"{DISTILLED}→LRO ({trainer})")
 
 
 def told_rows(benchmark: DigitsBenchmark) -> dict[str, Any]:
@@ -113,7 +124,9 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str
     proxy = {key: over_seeds([entry[key] for entry in told]) for key in ("spearman", "r2", "mae")}
     proxy["ridge_spearman"] = over_seeds([entry["ridge"]["spearman"] for entry in told])
     summary = {"seeds": [result["seed"] for result in results], "rows": rows, "differences": differences}
-    compared = {pair: values for pair, values in differences.items() if f"1 step minus {STUDENT}" not in pair}
+    student = untuned(rows)
+    others = "" if student.endswith(", 1 step") else f", 1 step minus {student}"
+    compared = {pair: values for pair, values in differences.items() if not (others and others in pair)}
     lines = [*score_table("method", rows), "", *score_table("difference", compared), "", *_tuning_table(tuning)]
     return {**summary, "tuning": tuning, "proxy": proxy, **provenance()}, "\n".join(lines) + "\n"
 
@@ -132,10 +145,11 @@ def point_differences(pairs: Mapping[str, Mapping[str, Mapping[str, float]]]) ->
 
 def _tuning(results: Sequence[Mapping[str, Any]], name: str) -> dict[str, dict[str, float]]:
     """Return, over seeds, how far a trainer closed the gap, what it took, and how honest the proxy was at the end."""
-    tuned = f"VSD→CD→LRO ({name}), 4 steps"
     facts: dict[str, list[float]] = {}
     for result in results:
-        real, before, after = (result["rows"][row]["scores"][TUNED] for row in ("real clips", STUDENT, tuned))
+        student = untuned(result["rows"])
+        labels = "real clips", student, tuned_by(name, student)
+        real, before, after = (result["rows"][label]["scores"][TUNED] for label in labels)
         told = result["tuning"][name]
         last = told["true_curve"][-1]
         values = {

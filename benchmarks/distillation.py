@@ -24,7 +24,7 @@ ONE_STEP = "recipes/configs/moving_digits_one_step.yaml"
 def run_seed(settings: dict[str, Any]) -> dict[str, Any]:
     """Distil (or load), score and compare one training seed."""
     pipeline = Dollar(settings)
-    pipeline.folder.remember(settings)
+    pipeline.folder.remember(pipeline.remembered())
     students = {"VSD": pipeline.distil("student_vsd", cd_steps=0), "VSD→CD": pipeline.distil("student")}
     benchmark = pipeline.benchmark()
     assert isinstance(benchmark, DigitsBenchmark)  # noqa: S101 - the configuration's world

@@ -8,9 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import anchor
-from benchmarks.digits import CONFIG, STUDENT, seeded
+from benchmarks.digits import CONFIG, seeded
 from latent_rewards.training.run_folder import RunFolder
 from latent_rewards.training.settings import SettingsError
+
+STUDENT, ANCHORED = "VSD→CD, 4 steps", "anchor alone, 4 steps"
+TUNED_ROW = "VSD→CD→LRO (differentiable), 4 steps"
 
 
 class Table:
@@ -20,7 +23,7 @@ class Table:
         self.folder, self.rows = "of the run", {}
 
     def load_rows(self):
-        self.rows |= {label: self.row(total) for label, total in ((STUDENT, 60.0), (anchor.TUNED_ROW, 70.0))}
+        self.rows |= {label: self.row(total) for label, total in ((STUDENT, 60.0), (TUNED_ROW, 70.0))}
 
     def add(self, label, sample, *, num_steps, network_evaluations):
         assert (sample, num_steps, network_evaluations) == ("anchored by 4", 4, 4)
@@ -40,6 +43,9 @@ class Pipeline:
         self.settings, self.holdout, self.table = settings, "a classifier", Table()
         self.folder = RunFolder(Path(settings["run"].output_dir) / settings["run"].name)
         self.made.append(self)
+
+    def remembered(self):
+        return self.settings
 
     def load_student(self, path):
         return f"student of {path.name}"
@@ -69,7 +75,7 @@ def settings(tmp_path, monkeypatch):
     monkeypatch.setattr(anchor, "seeded", lambda config, seed: settings)
     monkeypatch.setattr(anchor, "Dollar", Pipeline)
     monkeypatch.setattr(anchor, "DigitsBenchmark", Table)
-    scores = {STUDENT: 60.0, anchor.ANCHORED: 65.0, anchor.TUNED_ROW: 70.0}
+    scores = {STUDENT: 60.0, ANCHORED: 65.0, TUNED_ROW: 70.0}
     monkeypatch.setattr(anchor, "paired", lambda table, base, label: scores[label] - scores[base])
     monkeypatch.setattr(sys, "argv", ["anchor", "--results", str(tmp_path / "told.json")])
     return settings
@@ -86,8 +92,8 @@ def test_no_reward_and_no_holdout_has_a_say_and_the_runs_own_folders_stay(settin
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["scores"] == {
         STUDENT: {"total": 60.0},
-        anchor.ANCHORED: {"total": 65.0},
-        anchor.TUNED_ROW: {"total": 70.0},
+        ANCHORED: {"total": 65.0},
+        TUNED_ROW: {"total": 70.0},
     }
     assert told["anchor alone minus student"] == told["tuned minus anchor alone"] == 5.0
 

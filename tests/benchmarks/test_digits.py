@@ -4,13 +4,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.digits import SCORES, STUDENT, TUNED, seeded, summarise, told_rows, write_seed
+from benchmarks.digits import SCORES, TUNED, seeded, summarise, told_rows, untuned, write_seed
 from recipes.moving_digits.benchmark import Row
 
+STUDENT = "VSD→CD, 4 steps"
 
-def result(seed, total, tuned):
+
+def result(seed, total, tuned, steps="4 steps"):
     """One seed: the student has legibility 0.4, real clips 0.8, the tuned student what is given."""
-    legible = {"real clips": 0.8, STUDENT: 0.4, "VSD→CD→LRO (reinforce), 4 steps": tuned}
+    legible = {"real clips": 0.8, f"VSD→CD, {steps}": 0.4, f"VSD→CD→LRO (reinforce), {steps}": tuned}
     point = {"proxy": {TUNED: 0.7}, "true": {TUNED: 0.6}, "mae": {TUNED: 0.15}}
     return {
         "seed": seed,
@@ -38,6 +40,19 @@ def test_tuning_is_judged_by_the_share_of_the_gap_it_closes():
     assert told["gap_closed"]["mean"] == pytest.approx(0.75)
     assert told["proxy_gap"]["mean"] == pytest.approx(0.1)
     assert "| reinforce | 75 ± 35 | 640 | 100 | 0.100 | 0.150 |" in markdown
+
+
+def test_what_is_tuned_is_the_student_at_the_most_steps_it_was_scored_at():
+    assert (
+        untuned(["teacher, 50 steps", "VSD, 8 steps", "VSD→CD, 1 step", STUDENT, "VSD→CD→LRO (x), 8 steps"]) == STUDENT
+    )
+    one = result(0, 60.0, 0.6, "1 step")
+    pairs = ["VSD, 1 step minus VSD→CD, 1 step", f"VSD, 1 step minus {STUDENT}", f"VSD, 4 steps minus {STUDENT}"]
+    for told, kept in ((one, pairs), (result(0, 60.0, 0.6), [pairs[0], pairs[2]])):
+        told["differences"] = {pair: {score: {"difference": 0.0} for score in SCORES} for pair in pairs}
+        summary, markdown = summarise([told])
+        assert summary["tuning"]["reinforce"]["gap_closed"]["mean"] == pytest.approx(0.5)
+        assert [pair for pair in pairs if f"| {pair} |" in markdown] == kept
 
 
 def test_each_seed_has_a_run_of_its_own():
