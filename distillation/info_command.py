@@ -7,8 +7,8 @@
 Of a student: its family, the shape of its latents, its grids with the noise levels they stand for, and its fingerprint
 (sha256 of the manifest that lists every file). Of an adapter: its rank and grids, and the hash of the weights it
 belongs to. Of a teacher: family and sizes. Of a run: its settings and how far each stage is. Of a cache: what it was
-encoded with. Only small files are read; --check reads all of them, compares them with their manifests and adds the
-codec's fingerprint.
+encoded with. Of sampled videos: how many there are and how they were made. Only small files are read; --check reads all
+of them, compares them with their manifests and adds the codec's fingerprint.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers hav
     """Add the command to those of ``latent-distill``."""
     command = rooms.add_parser(
         "info",
-        help="describe a student, adapter, teacher, run or cache",
+        help="describe a student, adapter, teacher, run, cache or sampled videos",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("folder", metavar="FOLDER", help="of a student, an adapter, a teacher, a run or a cache")
+    command.add_argument(
+        "folder", metavar="FOLDER", help="of a student, an adapter, a teacher, a run, a cache or videos"
+    )
     command.add_argument("--check", action="store_true", help="read and verify every file; slow for large weights")
     command.set_defaults(run=info_command)
 
@@ -153,7 +155,12 @@ def video_size(folder: Path, latent_shape: Sequence[int] | None) -> dict[str, in
 
 
 def worked_in(folder: Path, *, check: bool) -> dict[str, Any]:
-    """Return what a run or a cache is, and how far it is."""
+    """Return what a run, a cache or a folder of sampled videos is, and how far it is.
+
+    Raises:
+        InfoError: it is the work of something else, such as a collection of rewards.
+        CheckpointError: a file is missing or altered.
+    """
     from distillation.cached import COMPLETE, SETTINGS
     from latent_rewards.training.checkpoint import MANIFEST, latest_checkpoint, verify_directory
 
@@ -165,7 +172,15 @@ def worked_in(folder: Path, *, check: bool) -> dict[str, Any]:
     if "cache" in content:
         shards = {kind: len(list(folder.glob(f"{kind}-*"))) for kind in ("texts", "clips")}
         return {"kind": "cache", "finished": (folder / COMPLETE).is_dir(), "shards": shards} | content | checked
-    newest = {stage: latest_checkpoint(folder / stage) for stage in ("vsd", "cd", "joint")}
+    if "sample" in content:
+        return {"kind": "videos", "videos": len(list(folder.glob("*.mp4"))), "settings": content["sample"]} | checked
+    if "distillation" not in content:
+        raise InfoError(
+            f"{folder} is the work of another command, whose settings are {', '.join(sorted(content))}; a run of "
+            "latent-distill, a cache, or videos it sampled can be described"
+        )
+    stages = folder / "distillation" if "run" in content else folder  # one of recipes.dollar has others too
+    newest = {stage: latest_checkpoint(stages / stage) for stage in ("vsd", "cd", "joint")}
     updates = {stage: int(path.name.removeprefix("step-")) for stage, path in newest.items() if path is not None}
     finished = (folder / "student" / MANIFEST).is_file()
     return {"kind": "run", "finished": finished, "updates": updates, "settings": content} | checked

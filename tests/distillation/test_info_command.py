@@ -10,7 +10,7 @@ import pytest
 from distillation.cli import main
 from distillation.families import SIDECAR
 from distillation.families.adapters import ADAPTER_KIND
-from latent_rewards.training.checkpoint import commit_directory
+from latent_rewards.training.checkpoint import commit_directory, save_checkpoint
 
 SIZE = {"num_frames": 5, "height": 16, "width": 16}
 
@@ -43,6 +43,27 @@ def test_a_pipeline_that_states_no_size_is_checked_all_the_same(wan_pipeline, ti
     (tmp_path / "wrong" / SIDECAR).write_text(json.dumps({"latent_shape": [4, 2, 2, 2]}))
     assert main(["info", str(tmp_path / "wrong"), "--check"]) == 2
     assert "states the latent shape [4, 2, 2, 2]" in capsys.readouterr().err
+
+
+def test_work_is_described_by_whose_it_is(tmp_path, capsys):
+    def told(name, content, *flags):
+        folder = tmp_path / name
+        with commit_directory(folder / "settings") as temporary:
+            (temporary / "settings.json").write_text(json.dumps(content))
+        code = main(["info", str(folder), *flags])
+        said = capsys.readouterr()
+        return json.loads(said.out) if code == 0 else said.err
+
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "00000.mp4").touch()
+    videos = {"kind": "videos", "videos": 1, "settings": {"seed": 3}, "checked": True}
+    assert told("videos", {"sample": {"seed": 3}}, "--check") == videos
+    save_checkpoint(tmp_path / "recipe" / "distillation" / "vsd", 7, {})
+    save_checkpoint(tmp_path / "run" / "cd", 5, {})
+    assert told("recipe", {"run": {}, "distillation": {}})["updates"] == {"vsd": 7}
+    assert told("run", {"teacher": {}, "distillation": {}})["updates"] == {"cd": 5}
+    said = told("rewards", {"metrics": {}, "seed": 0})
+    assert "rewards is the work of another command, whose settings are metrics, seed" in said
 
 
 def test_the_size_of_a_cogvideox_video_is_told(tmp_path, capsys):
