@@ -9,61 +9,79 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distillation.adversarial import AdversarialHead as AdversarialHead
-    from distillation.adversarial import approximate_r1 as approximate_r1
-    from distillation.adversarial import discriminator_loss as discriminator_loss
-    from distillation.adversarial import generator_loss as generator_loss
-    from distillation.baselines.decoupled import DecoupledConfig as DecoupledConfig
-    from distillation.baselines.decoupled import DecoupledTrainer as DecoupledTrainer
-    from distillation.baselines.progressive import ProgressiveConfig as ProgressiveConfig
-    from distillation.baselines.progressive import ProgressiveResult as ProgressiveResult
-    from distillation.baselines.progressive import ProgressiveTrainer as ProgressiveTrainer
-    from distillation.baselines.turbo import TurboConfig as TurboConfig
-    from distillation.baselines.turbo import TurboTrainer as TurboTrainer
+    from distillation.adversarial import (
+        AdversarialHead as AdversarialHead,
+        approximate_r1 as approximate_r1,
+        discriminator_loss as discriminator_loss,
+        generator_loss as generator_loss,
+    )
+    from distillation.baselines.decoupled import (
+        DecoupledConfig as DecoupledConfig,
+        DecoupledTrainer as DecoupledTrainer,
+    )
+    from distillation.baselines.progressive import (
+        ProgressiveConfig as ProgressiveConfig,
+        ProgressiveResult as ProgressiveResult,
+        ProgressiveTrainer as ProgressiveTrainer,
+    )
+    from distillation.baselines.turbo import TurboConfig as TurboConfig, TurboTrainer as TurboTrainer
     from distillation.condition import TextCondition as TextCondition
     from distillation.config import DistillationConfig as DistillationConfig
-    from distillation.consistency import consistency_function as consistency_function
-    from distillation.consistency import consistency_loss as consistency_loss
-    from distillation.consistency import curriculum_pairs as curriculum_pairs
-    from distillation.consistency import time_grid as time_grid
-    from distillation.correspondence import correspondence_loss as correspondence_loss
-    from distillation.correspondence import frame_matches as frame_matches
-    from distillation.correspondence import soft_flow as soft_flow
-    from distillation.denoiser import Denoiser as Denoiser
-    from distillation.denoiser import EmpiricalDenoiser as EmpiricalDenoiser
-    from distillation.denoiser import GaussianDenoiser as GaussianDenoiser
-    from distillation.denoiser import Prediction as Prediction
-    from distillation.denoiser import guided as guided
+    from distillation.consistency import (
+        consistency_function as consistency_function,
+        consistency_loss as consistency_loss,
+        curriculum_pairs as curriculum_pairs,
+        time_grid as time_grid,
+    )
+    from distillation.correspondence import (
+        correspondence_loss as correspondence_loss,
+        frame_matches as frame_matches,
+        soft_flow as soft_flow,
+    )
+    from distillation.denoiser import (
+        Denoiser as Denoiser,
+        EmpiricalDenoiser as EmpiricalDenoiser,
+        GaussianDenoiser as GaussianDenoiser,
+        Prediction as Prediction,
+        guided as guided,
+    )
     from distillation.errors import DistillationError as DistillationError
-    from distillation.families import Teacher as Teacher
-    from distillation.families import load_teacher as load_teacher
+    from distillation.families import Teacher as Teacher, load_teacher as load_teacher
     from distillation.features import BlockFeatures as BlockFeatures
-    from distillation.monitors import channel_std as channel_std
-    from distillation.monitors import fake_score_lag as fake_score_lag
-    from distillation.monitors import saturation as saturation
+    from distillation.monitors import (
+        channel_std as channel_std,
+        fake_score_lag as fake_score_lag,
+        saturation as saturation,
+    )
     from distillation.roles import SharedBase as SharedBase
-    from distillation.sampler import ode_step as ode_step
-    from distillation.sampler import sample_teacher as sample_teacher
-    from distillation.sampler import transition as transition
-    from distillation.schedule import RectifiedFlow as RectifiedFlow
-    from distillation.schedule import VariancePreserving as VariancePreserving
-    from distillation.schedule import check_timesteps as check_timesteps
+    from distillation.sampler import ode_step as ode_step, sample_teacher as sample_teacher, transition as transition
+    from distillation.schedule import (
+        RectifiedFlow as RectifiedFlow,
+        VariancePreserving as VariancePreserving,
+        check_timesteps as check_timesteps,
+    )
     from distillation.student import FewStepStudent as FewStepStudent
-    from distillation.temporal import feature_similarity_loss as feature_similarity_loss
-    from distillation.temporal import frame_differences as frame_differences
-    from distillation.temporal import frame_similarities as frame_similarities
-    from distillation.temporal import temporal_consistency_loss as temporal_consistency_loss
-    from distillation.temporal import temporal_vsd_loss as temporal_vsd_loss
-    from distillation.trainer import DistillationResult as DistillationResult
-    from distillation.trainer import DistillationTrainer as DistillationTrainer
-    from distillation.trainer import start_student as start_student
-    from distillation.vsd import VSDAnchor as VSDAnchor
-    from distillation.vsd import backward_simulation as backward_simulation
-    from distillation.vsd import fake_score_loss as fake_score_loss
-    from distillation.vsd import sample_times as sample_times
-    from distillation.vsd import vsd_gradient as vsd_gradient
-    from distillation.vsd import vsd_loss as vsd_loss
-    from distillation.vsd import vsd_target as vsd_target
+    from distillation.temporal import (
+        feature_similarity_loss as feature_similarity_loss,
+        frame_differences as frame_differences,
+        frame_similarities as frame_similarities,
+        temporal_consistency_loss as temporal_consistency_loss,
+        temporal_vsd_loss as temporal_vsd_loss,
+    )
+    from distillation.trainer import (
+        DistillationResult as DistillationResult,
+        DistillationTrainer as DistillationTrainer,
+        start_student as start_student,
+    )
+    from distillation.vsd import (
+        VSDAnchor as VSDAnchor,
+        backward_simulation as backward_simulation,
+        fake_score_loss as fake_score_loss,
+        sample_times as sample_times,
+        vsd_gradient as vsd_gradient,
+        vsd_loss as vsd_loss,
+        vsd_target as vsd_target,
+    )
 
 _HOME = {
     "adversarial": ("AdversarialHead", "approximate_r1", "discriminator_loss", "generator_loss"),

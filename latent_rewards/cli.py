@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_rewards import collect_command, evaluate_command, fit_command, report_command, tune_command
-from latent_rewards.contracts import ConfigError, DataError, LatentRewardsError
+from latent_rewards.errors import ConfigError, DataError, LatentRewardsError
 from latent_rewards.training.flags import yaml_value
 
 if TYPE_CHECKING:

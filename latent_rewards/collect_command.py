@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_rewards.contracts import ConfigError, DataError, LatentRewardsError, unknown_name
+from latent_rewards.errors import ConfigError, DataError, LatentRewardsError, unknown_name
 
 if TYPE_CHECKING:
     import torch

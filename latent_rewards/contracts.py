@@ -1,4 +1,4 @@
-"""The protocols every room is built against, and the errors they raise.
+"""The protocols every room is built against; the errors they raise are those of :mod:`latent_rewards.errors`.
 
 Everything here is structural: a class satisfies a protocol by having its methods, without importing this module.
 Latents are ``[B, C, F, H, W]`` in the policy's normalised model space, videos ``[B, T, C, H, W]`` float32 in [0, 1].
@@ -6,13 +6,27 @@ Latents are ``[B, C, F, H, W]`` in the policy's normalised model space, videos `
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from latent_rewards.errors import (
+    ConfigError as ConfigError,
+    DataError as DataError,
+    DuplicateMetricError as DuplicateMetricError,
+    FingerprintMismatchError as FingerprintMismatchError,
+    LatentRewardsError as LatentRewardsError,
+    MetricCrashError as MetricCrashError,
+    MetricError as MetricError,
+    MetricOutputError as MetricOutputError,
+    MetricTimeoutError as MetricTimeoutError,
+    RankError as RankError,
+    UnknownMetricError as UnknownMetricError,
+    unknown_name as unknown_name,
+)
 
 Prompt = str | dict[str, Any]
 """A text, or a mapping with the key ``"prompt"`` and whatever else the policy understands."""
@@ -96,63 +110,6 @@ class Anchor(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         ...
-
-
-class LatentRewardsError(Exception):
-    """Base of every error the library raises on purpose."""
-
-
-class ConfigError(LatentRewardsError, ValueError):
-    """A setting is outside what it may be."""
-
-
-class DataError(LatentRewardsError, ValueError):
-    """Latents, rewards or prompts cannot be used as they are."""
-
-
-class FingerprintMismatchError(LatentRewardsError, ValueError):
-    """Two artefacts belong to different latent spaces or metric configurations."""
-
-
-class MetricError(LatentRewardsError):
-    """A metric broke its contract or failed; the message names the metric."""
-
-
-class UnknownMetricError(MetricError, KeyError):
-    """No metric has that name; close names are listed."""
-
-    def __str__(self) -> str:
-        """Return the message without ``KeyError``'s quotes."""
-        return str(self.args[0]) if self.args else ""
-
-
-class DuplicateMetricError(MetricError, ValueError):
-    """A metric of that name is registered already."""
-
-
-class MetricOutputError(MetricError, ValueError):
-    """A metric returned the wrong type, shape, dtype or values."""
-
-
-class MetricTimeoutError(MetricError, TimeoutError):
-    """A metric did not answer before its deadline."""
-
-
-class MetricCrashError(MetricError, RuntimeError):
-    """A metric's process died."""
-
-
-class RankError(LatentRewardsError, RuntimeError):
-    """Another process of the launch failed, so the work they share cannot be finished."""
-
-
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """Return an error message that names ``name``, the closest known names, and all of them when they are few."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
-    listing = f" Known: {', '.join(names)}." if names and len(names) <= 30 else ""
-    return f"unknown {kind} {name!r}.{hint}{listing}"
 
 
 def prompt_text(prompt: Prompt) -> str:

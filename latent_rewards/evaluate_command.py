@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_rewards.collect_command import POLICIES, check_steps, codec_of, load_stored, make_oracle, prompt_lines
-from latent_rewards.contracts import ConfigError, DataError
+from latent_rewards.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ import argparse
 import sys
 from typing import Any
 
-from latent_rewards.contracts import DataError
+from latent_rewards.errors import DataError
 from latent_rewards.training.flags import SettingsParser, chosen_settings
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from latent_rewards.contracts import DataError
+from latent_rewards.errors import DataError
 
 
 def add_parser(rooms: Any) -> None:  # noqa: ANN401 - argparse's sub-parsers have no public type

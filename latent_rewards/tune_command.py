@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_rewards.collect_command import POLICIES, check_steps, codec_of, load_stored, make_oracle, prompt_lines
-from latent_rewards.contracts import ConfigError, DataError
+from latent_rewards.errors import ConfigError, DataError
 from latent_rewards.training.flags import SettingsParser, chosen_settings
 
 if TYPE_CHECKING:

@@ -60,9 +60,9 @@ def test_no_pickle_and_no_eval():
                 assert not any(k.arg == "trust_remote_code" for k in node.keywords), path
 
 
-@pytest.mark.parametrize("package", ["latent_rewards", "distillation"])
-def test_importing_a_package_is_light(package):
-    code = f"import sys, {package}; sys.exit(int('torch' in sys.modules or 'diffusers' in sys.modules))"
+@pytest.mark.parametrize("module", ["latent_rewards", "distillation", "latent_rewards.cli", "distillation.cli"])
+def test_importing_a_package_or_its_commands_is_light(module):
+    code = f"import sys, {module}; sys.exit(int('torch' in sys.modules or 'diffusers' in sys.modules))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

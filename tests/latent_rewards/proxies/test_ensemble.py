@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from latent_rewards.proxies import ensemble as module
-from latent_rewards.proxies import train_proxy
+from latent_rewards.proxies import ensemble as module, train_proxy
 from latent_rewards.proxies.ensemble import (
     BestWeights,
     bucketed_batches,

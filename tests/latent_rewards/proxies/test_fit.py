@@ -7,8 +7,7 @@ import torch
 
 from latent_rewards.contracts import DataError
 from latent_rewards.dataset import RewardDataset
-from latent_rewards.proxies import settle as module
-from latent_rewards.proxies import train_proxy
+from latent_rewards.proxies import settle as module, train_proxy
 from latent_rewards.proxies.ood import DistanceQuantile
 from latent_rewards.proxies.report import accuracy
 from latent_rewards.training.devices import DeviceError

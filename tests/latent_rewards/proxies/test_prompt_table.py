@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from latent_rewards.contracts import DataError
-from latent_rewards.proxies import ProxyConfig, RewardProxy
-from latent_rewards.proxies import prompt_table as module
+from latent_rewards.proxies import ProxyConfig, RewardProxy, prompt_table as module
 from latent_rewards.proxies.prompt_table import PromptTable
 from latent_rewards.proxies.text import PromptFeatures
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from latent_rewards.contracts import ConfigError
-from latent_rewards.proxies import ProxyConfig, train_proxy
-from latent_rewards.proxies import refit as module
+from latent_rewards.proxies import ProxyConfig, refit as module, train_proxy
 from latent_rewards.proxies.card import model_card
 from latent_rewards.proxies.ensemble import Reader
 from latent_rewards.proxies.judgement import Judgement
