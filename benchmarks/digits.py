@@ -125,8 +125,8 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], str
     proxy["ridge_spearman"] = over_seeds([entry["ridge"]["spearman"] for entry in told])
     summary = {"seeds": [result["seed"] for result in results], "rows": rows, "differences": differences}
     student = untuned(rows)
-    others = "" if student.endswith(", 1 step") else f", 1 step minus {student}"
-    compared = {pair: values for pair, values in differences.items() if not (others and others in pair)}
+    mixed = f"{counted(1)} minus {student}" if student != f"{DISTILLED}, {counted(1)}" else None
+    compared = {pair: values for pair, values in differences.items() if mixed is None or mixed not in pair}
     lines = [*score_table("method", rows), "", *score_table("difference", compared), "", *_tuning_table(tuning)]
     return {**summary, "tuning": tuning, "proxy": proxy, **provenance()}, "\n".join(lines) + "\n"
 

@@ -130,9 +130,10 @@ def check_begun(setup: Setup, stages: Sequence[str]) -> None:
     """
     if setup.config.output_dir is None:
         return
-    root, found = Path(setup.config.output_dir), facts(setup)
-    for name in stages:
-        if (state := stored_part(root / name, "stateful.settings")) is not None:
+    stored = {name: stored_part(Path(setup.config.output_dir) / name, "stateful.settings") for name in stages}
+    found = facts(setup) if any(stored.values()) else {}  # it reads all of the teacher
+    for name, state in stored.items():
+        if state is not None:
             SettingsGuard(setup.config, name, found).load_state_dict(state)
 
 

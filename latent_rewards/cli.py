@@ -96,7 +96,7 @@ def check_command(options: argparse.Namespace) -> int:
 def score_command(options: argparse.Namespace) -> int:
     """Score the videos of a folder; returns 1 if a video or a metric failed."""
     from latent_rewards.metrics import create_metric
-    from latent_rewards.report import check_file, check_page
+    from latent_rewards.report import check_file, check_page, write_file
     from latent_rewards.video import check_frames, check_named, find_videos, prompt_of, read_prompts
 
     check_frames(options.frames)
@@ -111,7 +111,7 @@ def score_command(options: argparse.Namespace) -> int:
     metrics = {label: make() for label, make in makers.items()}
     rows, faults = score_files(files, makers, metrics, prompts, options)
     if options.csv:
-        write_text(Path(options.csv), as_csv(rows, [*makers]))
+        write_file(options.csv, as_csv(rows, [*makers]))
     print(as_table(rows, [*makers]), end="")
     if options.html:
         from latent_rewards.score_page import score_page
@@ -203,14 +203,6 @@ def as_csv(rows: Sequence[Row], labels: Sequence[str]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that a reader never sees half of."""
-    from latent_rewards.training.checkpoint import write_whole
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -77,6 +77,14 @@ def check_file(file: str | Path) -> None:
         raise ConfigError(f"{file} cannot be written: {taken[0]} is a file")
 
 
+def write_file(file: str | Path, text: str) -> Path:
+    """Write a file that a reader never sees half of, below folders that are made, and return its path."""
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+    return path
+
+
 class Report:
     """Builds a page from the top; every ``add_*`` returns the report, so calls can be chained.
 
@@ -284,10 +292,7 @@ class Report:
 
     def save(self, path: Path | str) -> Path:
         """Write the page and return its path; a reader never sees half a file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, self.render())
-        return path
+        return write_file(path, self.render())
 
     def _add(self, kind: str, **content: object) -> Report:
         self.blocks.append({"kind": kind, **content})

@@ -110,20 +110,6 @@ def check_on_policy(step: int, trajectory: Trajectory, transitions: Transitions,
             )
 
 
-def check_covered(proxy: Proxy, oracle: Oracle | None) -> None:
-    """Check that an oracle that says which rewards it returns returns all of a proxy's.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    known: dict[str, str] = getattr(oracle, "fingerprints", {})
-    if missing := [name for name in proxy.reward_names if known and name not in known]:
-        raise ConfigError(
-            f"the oracle returns {', '.join(known)} and not the proxy's reward {missing[0]!r}, which it shall refresh; "
-            "name its metrics as the proxy's rewards, MetricOracle(codec, {reward: metric})"
-        )
-
-
 def check_direction(proxy: Proxy, reward: Reward | None, oracle: Oracle | None) -> None:
     """Check that a metric of which less is better is not maximised for want of a word.
 

@@ -81,7 +81,8 @@ class Refresher:
         half_life: refreshes after which a replayed sample is drawn half as often; None replays all alike.
 
     Raises:
-        ConfigError: the proxy has no ``update``, or cannot choose or weigh samples by age and should.
+        ConfigError: the proxy has no ``update``, or cannot choose or weigh samples by age and should; or the oracle
+            says what it returns, and one of the proxy's rewards is not among that.
         DataError: ``dataset`` lacks one of the proxy's rewards.
     """
 
@@ -104,7 +105,13 @@ class Refresher:
                 "RewardProxy, or oracle=None to keep the proxy frozen"
             )
         self._check_abilities(scoring.proxy, acquisition, half_life)
+        known: dict[str, str] = getattr(oracle, "fingerprints", {})  # not every oracle says what it returns
         for name in scoring.proxy.reward_names:
+            if known and name not in known:
+                raise ConfigError(
+                    f"the oracle returns {', '.join(known)} and not the proxy's reward {name!r}, which it shall "
+                    "refresh; name its metrics as the proxy's rewards, MetricOracle(codec, {reward: metric})"
+                )
             if dataset is not None and name not in dataset.reward_names:
                 raise DataError(f"the dataset to replay lacks it: {unknown_name('reward', name, dataset.reward_names)}")
         self.scoring, self.oracle, self.guard = scoring, oracle, guard

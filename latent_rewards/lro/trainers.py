@@ -83,7 +83,6 @@ class LatentRewardTrainer:
         self.policy, self.oracle, self.holdout = policy, oracle, holdout
         self.anchor, self.callbacks = anchor, tuple(callbacks)
         check_fingerprints(oracle, proxy, dataset)
-        checks.check_covered(proxy, oracle)
         checks.check_direction(proxy, reward, oracle)
         listed = check_prompts(prompts)
         for count in config.step_counts:

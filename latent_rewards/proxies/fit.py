@@ -134,7 +134,7 @@ def train_proxy(
     samples.latent_space = samples.latent_space or getattr(codec, "fingerprint", None)
     check_trainable(samples, config.min_samples)
     training, heldout = split_samples(samples, config.holdout_fraction, config.seed)
-    curve_parts = config.learning_curve and nested_parts(samples.rewards, samples.reward_names, training, config.seed)
+    parts = nested_parts(samples.rewards, samples.reward_names, training, config.seed) if config.learning_curve else []
     automatic = config.trunk == AUTO
     # No trunk draws noisy latents, so there "auto" has no use for a decoder.
     decoder = None if codec is None or config.noise_levels else distil_decoder(codec, samples, training, config)
@@ -158,9 +158,8 @@ def train_proxy(
     settle(proxy, reader, training, heldout, halve(heldout_prompts(samples, heldout)))
     ridge = None if config.trunk == "linear" else _baseline(reader, training, heldout, config)
     assess(proxy, reader, samples, training, heldout, ridge)
-    if curve_parts:
-        parts = [*curve_parts, training]
-        add_learning_curves(proxy, samples, parts, heldout, lambda rows: fitted(config, rows, remembered))
+    if parts:
+        add_learning_curves(proxy, samples, [*parts, training], heldout, lambda rows: fitted(config, rows, remembered))
     refit(proxy, reader, training, heldout)
     return proxy
 

@@ -1,5 +1,6 @@
 """Only anchor and KL are left, a finished run is not touched, and one of other settings is not read."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -45,7 +46,8 @@ class Pipeline:
         self.made.append(self)
 
     def remembered(self):
-        return self.settings
+        run = dataclasses.replace(self.settings["run"], trainers=["reinforce"])
+        return {**self.settings, "run": run}  # as the run was begun
 
     def load_student(self, path):
         return f"student of {path.name}"
@@ -88,6 +90,7 @@ def test_no_reward_and_no_holdout_has_a_say_and_the_runs_own_folders_stay(settin
     assert lro.anchor_weight == settings["lro"].anchor_weight > 0 and settings["lro"].reward_cap != -10.0
     assert rows.parts[-2:] == ("anchor_alone", "evaluation")
     stored = json.loads((rows.parent / "settings" / "settings.json").read_text())
+    assert stored["run"]["trainers"] == ["reinforce"], "those the run was begun with"
     assert stored["lro"]["reward_cap"] == -10.0, "one with another cap would be refused"
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["scores"] == {
@@ -99,7 +102,8 @@ def test_no_reward_and_no_holdout_has_a_say_and_the_runs_own_folders_stay(settin
 
 
 def test_a_run_of_other_settings_is_not_read(settings, tmp_path, monkeypatch):
-    Pipeline(settings).folder.remember(settings)
+    begun = Pipeline(settings)
+    begun.folder.remember(begun.remembered())
     settings["distillation"].vsd_steps += 1
     monkeypatch.setattr(Pipeline, "load_student", lambda *_: pytest.fail("read"))
     with pytest.raises(SettingsError, match="was begun with distillation.vsd_steps"):
